@@ -1,0 +1,1 @@
+"""What happens where the data are: a request comes in, local training, a reply goes out."""

@@ -1,0 +1,223 @@
+"""The client side in one function: ``handle(request, worker) -> reply``."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from client.states import StateStore
+from client.training import local_sgd, learning_rate
+from fedcil.data.augment import make_batch
+from fedcil.errors import FedcilError, Stopped
+from fedcil.experiment import Experiment
+from fedcil.fold import Fold
+from fedcil.keys import Key
+from fedcil.messages import (
+    Broadcast,
+    Contribution,
+    Failure,
+    Job,
+    Reply,
+    Report,
+    Request,
+    Tensors,
+    count_bytes,
+)
+from fedcil.methods.base import Phase, Prepared, Samples
+from fedcil.models.network import Network, load_state, state_of
+from fedcil.stream import Task
+
+
+class Shared:
+    """What the workers of one process share: the training images, and what a task's payload was made into."""
+
+    def __init__(self, experiment: Experiment, states: StateStore) -> None:
+        self.experiment = experiment
+        self.states = states
+        device = experiment.compute.device
+        data = experiment.data
+        self.images = torch.from_numpy(data.train.images).to(device)
+        self.labels = torch.from_numpy(experiment.stream.relabel(data.train.labels)).to(device)
+        self.mean = torch.tensor(data.mean, device=device)
+        self.std = torch.tensor(data.std, device=device)
+        self._lock = threading.Lock()
+        self._prepared: tuple[tuple[int, str | None], Prepared] | None = None
+
+    def prepared(self, broadcast: Broadcast, task: Task) -> Prepared:
+        """The method's prepared objects, made once per task and process."""
+        payload = broadcast.payload
+        name = (task.index, payload.hash if payload else None)
+        with self._lock:
+            if self._prepared is None or self._prepared[0] != name:
+                self._prepared = None  # let go of the last task's before this one's are made
+                experiment = self.experiment
+                key = experiment.key.at("prepare", task.index)
+                made = experiment.method.prepare(experiment.compute, task, payload, key)
+                self._prepared = (name, made)
+            return self._prepared[1]
+
+    def samples(self, client: int, task: Task) -> Samples:
+        """A client's own stored samples of this task."""
+        index = torch.from_numpy(self.experiment.indices(client, task)).to(self.images.device)
+        return Samples(self.images.index_select(0, index), self.labels.index_select(0, index))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Stored images (n, h, w, c) uint8 -> (n, c, h, w), not augmented."""
+        everything = torch.arange(len(images))
+        return make_batch(images, everything, "none", torch.Generator(), self.mean, self.std)
+
+
+@dataclass(slots=True)
+class Worker:
+    """One thread's place to train: its own networks, reused from client to client."""
+
+    shared: Shared
+    check: Callable[[], None]
+    networks: dict[int, Network] = field(default_factory=dict)
+
+    def network(self, classes: int, tensors: Tensors) -> Network:
+        """A network with the broadcast tensors in it; only the current head size is kept."""
+        if classes not in self.networks:
+            self.networks = {classes: self.shared.experiment.compute.network(classes)}
+        network = self.networks[classes]
+        load_state(network, tensors)
+        return network
+
+
+def handle(request: Request, worker: Worker) -> Reply:
+    """Do every job of a request. A client that breaks becomes a Failure; only Stopped is raised."""
+    torch.set_num_threads(worker.shared.experiment.scenario.training.threads)
+    fold = Fold.empty(request.cohort)
+    reports: list[Report] = []
+    failures: list[Failure] = []
+    for job in request.jobs:
+        try:
+            contribution, report = _work(request.broadcast, job, worker)
+        except Stopped:
+            raise
+        except Exception as error:
+            failures.append(_failure(job, error))
+            fold.absent(job.position)
+            continue
+        reports.append(report)
+        if contribution is None:
+            fold.absent(job.position)
+        else:
+            fold.add(job.position, contribution)
+    return Reply(fold, tuple(reports), tuple(failures))
+
+
+class ClientProblem(FedcilError):
+    """A client that cannot do its job for a known reason; ``where`` is the stage."""
+
+
+def _failure(job: Job, error: Exception) -> Failure:
+    if isinstance(error, ClientProblem):
+        return Failure(job.client, error.where, error.what)
+    return Failure(job.client, "client", f"{type(error).__name__}: {error}")
+
+
+def _work(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Contribution | None, Report]:
+    """One client's work of the phase: train, fit or remember."""
+    started = time.perf_counter()
+    shared = worker.shared
+    experiment = shared.experiment
+    task = experiment.stream.tasks[broadcast.task]
+    phase = experiment.method.phases(task, experiment.scenario.training.rounds)[broadcast.phase]
+    network = worker.network(task.seen, broadcast.tensors)
+    own = shared.samples(job.client, task)
+    metrics: dict[str, float] = {}
+    contribution: Contribution | None = None
+    state, state_bytes = job.state, 0
+    if phase.work == "train":
+        contribution, metrics = _train(broadcast, job, phase, network, own, worker)
+    elif phase.work == "fit":
+        contribution = _fit(network, own, task, shared)
+    else:
+        state, state_bytes = _remember(job, network, own, task, shared)
+    report = Report(
+        client=job.client,
+        samples=len(own.labels),
+        metrics=metrics,
+        state=state,
+        state_bytes=state_bytes,
+        bytes_up=count_bytes(contribution.tensors) if contribution else 0,
+        seconds=time.perf_counter() - started,
+    )
+    return contribution, report
+
+
+def _train(
+    broadcast: Broadcast, job: Job, phase: Phase, network: Network, own: Samples, worker: Worker
+) -> tuple[Contribution, dict[str, float]]:
+    """Local SGD from the broadcast model; the contribution is the model that came out of it."""
+    shared = worker.shared
+    experiment = shared.experiment
+    training = experiment.scenario.training
+    task = experiment.stream.tasks[broadcast.task]
+    samples = _with_memory(own, job, shared)
+    if len(samples.labels) < 2:
+        raise ClientProblem("too_few_samples", where="samples")
+    trained = local_sgd(
+        network,
+        experiment.method,
+        shared.prepared(broadcast, task),
+        samples,
+        task=task,
+        training=training,
+        lr=learning_rate(training, broadcast.round, phase.rounds),
+        augment=partial(_augmented, shared),
+        key=client_key(experiment.key, broadcast, job.client),
+        check=worker.check,
+    )
+    if trained.steps and not math.isfinite(trained.loss):
+        raise ClientProblem("the loss is not finite; lower training.lr", where="training")
+    weight = 1.0 if experiment.scenario.server.weighting == "uniform" else float(len(samples.labels))
+    metrics = {"loss": trained.loss, "steps": trained.steps} if trained.steps else {}
+    return Contribution(state_of(network), weight), metrics
+
+
+def _fit(network: Network, own: Samples, task: Task, shared: Shared) -> Contribution:
+    network.eval()
+    with torch.no_grad():
+        return shared.experiment.method.fit(network, own, task, shared.normalised)
+
+
+def _remember(job: Job, network: Network, own: Samples, task: Task, shared: Shared) -> tuple[str, int]:
+    """The next version of what the client keeps: (hash, bytes)."""
+    memory = shared.experiment.method.memory
+    if memory is None:
+        raise ClientProblem("this method keeps nothing on clients", where="state")
+    kept = shared.states.load(job.state) if job.state else None
+    network.eval()
+    with torch.no_grad():
+        tensors = memory.update(network, own, kept, task, shared.normalised)
+    return shared.states.save(tensors), count_bytes(tensors)
+
+
+def _with_memory(own: Samples, job: Job, shared: Shared) -> Samples:
+    """Own samples, joined with what the client kept if the method keeps anything."""
+    memory = shared.experiment.method.memory
+    if memory is None:
+        return own
+    kept = shared.states.load(job.state) if job.state else None
+    return memory.join(own, kept)
+
+
+def _augmented(shared: Shared, images: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+    mode = shared.experiment.scenario.data.augment
+    return make_batch(images, index, mode, generator, shared.mean, shared.std)
+
+
+def client_key(key: Key, broadcast: Broadcast, client: int) -> Key:
+    """The place of one client's work in the run."""
+    return key.at(
+        "task", broadcast.task, "phase", broadcast.phase, "round", broadcast.round, "client", client
+    )

@@ -1,0 +1,37 @@
+"""What clients keep between rounds, as content-addressed files in the place where the client lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedcil.errors import RunFailed
+from fedcil.messages import Tensors, content_hash
+from fedcil.record.atomic import read_tensors, write_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class StateStore:
+    """States by hash. A version is never changed, so a resumed run finds the one that it names."""
+
+    folder: Path
+
+    def save(self, tensors: Tensors) -> str:
+        name = content_hash(tensors)
+        path = self._path(name)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, tensors)
+        return name
+
+    def load(self, name: str) -> Tensors:
+        path = self._path(name)
+        if not path.exists():
+            raise RunFailed(f"client state {name} is not there", where=str(path))
+        tensors = read_tensors(path)
+        if content_hash(tensors) != name:
+            raise RunFailed(f"client state {name} is damaged", where=str(path))
+        return tensors
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"

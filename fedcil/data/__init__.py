@@ -1,0 +1,76 @@
+"""Data sets as uint8 arrays, and the one function that loads them.
+
+The table names every shipped loader; a module is imported when its set is asked for. A loader gives the
+full set; what ``[data]`` says about classes, hold-out, samples and size is applied here, the same for all.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedcil.data.dataset import Dataset, Split, digest_of
+from fedcil.data.places import default_root
+from fedcil.errors import ScenarioError
+
+if TYPE_CHECKING:
+    from fedcil.scenario import DataSection
+
+__all__ = ["LOADERS", "Dataset", "Split", "default_root", "digest_of", "load_dataset"]
+
+# Each is called as loader(section, root, show_progress) and gives the full set.
+LOADERS = {
+    "digits": "fedcil.data.digits:load",
+    "mnist": "fedcil.data.mnist:load",
+    "fashion_mnist": "fedcil.data.mnist:load",
+    "cifar10": "fedcil.data.cifar:load",
+    "cifar100": "fedcil.data.cifar:load",
+    "cifar100_coarse": "fedcil.data.cifar:load",
+    "tiny_imagenet": "fedcil.data.tiny_imagenet:load",
+    "super_imagenet": "fedcil.data.super_imagenet:load",
+    "folder": "fedcil.data.folders:load",
+    "synthetic": "fedcil.data.synthetic:load",
+}
+
+
+def load_dataset(
+    section: DataSection, seed: int, *, root: Path | None = None, show_progress: bool = False
+) -> Dataset:
+    """The data set that ``[data]`` describes.
+
+    ``seed`` decides ``samples_per_class`` and nothing else: the classes, the hold-out and the images of a
+    set are the same in every run. ``root`` is the ``--data-root`` option; ``show_progress`` prints how far
+    the decoding is (stderr). Raises DataMissing, ScenarioError or InputError; nothing is left half done.
+    """
+    from fedcil.data.resize import resized
+    from fedcil.data.select import select
+
+    full = _load(section, default_root(section, root), show_progress)
+    # A drawn set has as many images as were asked for; drawing among them again would ask for too many.
+    per_class = None if section.name == "synthetic" else section.samples_per_class
+    # Size and choice of images commute; sizing the full set first lets all runs share one cached copy.
+    return select(
+        resized(full, section.image_size),
+        classes=section.classes,
+        validation=section.validation,
+        per_class=per_class,
+        seed=seed,
+    )
+
+
+def _load(section: DataSection, root: Path, show_progress: bool) -> Dataset:
+    """The full set, from the table or from a person's own function."""
+    if ":" in section.name:
+        from fedcil.data.own import load_own
+
+        return load_own(section, root)
+    if section.name not in LOADERS:
+        raise ScenarioError(
+            f"unknown data set {section.name!r}",
+            where="data.name",
+            allowed=f"{', '.join(LOADERS)}, or your own as package.module:function",
+        )
+    module, _, function = LOADERS[section.name].partition(":")
+    loaded: Dataset = getattr(import_module(module), function)(section, root, show_progress)
+    return loaded

@@ -1,0 +1,112 @@
+"""Batches out of a bank of uint8 images: chosen, augmented and normalised in a few whole-batch operations.
+
+Every augmentation is a map from output pixels to input pixels, so one gather does it. Decisions are drawn
+per image on the CPU, from the generator that is given; the index arithmetic runs where the bank is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedcil.errors import ScenarioError
+
+PAD = 4  # pixels around the image that a random crop may reach
+DEGREES = 20.0  # a rotation is drawn uniformly from -DEGREES .. DEGREES
+
+
+def make_batch(  # noqa: PLR0917
+    bank: Tensor, index: Tensor, mode: str, generator: torch.Generator, mean: Tensor, std: Tensor
+) -> Tensor:
+    """Images ``index`` of ``bank``, augmented and normalised.
+
+    ``bank`` (N, height, width, channels) uint8, on any device; ``index`` (n,) int64; ``generator`` on the
+    CPU; ``mean`` and ``std`` (channels,), of pixels in [0, 1]. Returns (n, channels, height, width) float32
+    on the bank's device, in channels_last strides.
+
+    ``mode``: "none"; "flip" (left-right, one in two); "crop_flip" (4 zero pixels around, then a crop of the
+    old size, then flip); "rotate_flip" (-20 .. 20 degrees about the centre, nearest pixel, zeros outside,
+    then flip). Zeros are black pixels: they are put in before normalisation.
+    """
+    images = bank.index_select(0, index.to(bank.device))
+    match mode:
+        case "none":
+            picked = images
+        case "flip":
+            picked = _flip(images, generator)
+        case "crop_flip":
+            picked = _crop_flip(images, generator)
+        case "rotate_flip":
+            picked = _rotate_flip(images, generator)
+        case _:
+            allowed = "none, flip, crop_flip, rotate_flip"
+            raise ScenarioError(f"unknown augmentation {mode!r}", where="data.augment", allowed=allowed)
+    return _normalise(picked, mean.to(bank.device), std.to(bank.device))
+
+
+def _flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    flips = _draw_flips(len(images), generator).to(images.device)
+    return torch.where(flips.view(-1, 1, 1, 1), images.flip(2), images)
+
+
+def _crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    count, height, width, _ = images.shape
+    corners = torch.randint(0, 2 * PAD + 1, (2, count, 1), generator=generator).to(images.device)
+    flips = _draw_flips(count, generator).to(images.device)
+    column = torch.arange(width, device=images.device)
+    rows = corners[0] + torch.arange(height, device=images.device)
+    columns = corners[1] + torch.where(flips, width - 1 - column, column)
+    return _gather(images, PAD, rows[:, :, None], columns[:, None, :])
+
+
+def _rotate_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Counter-clockwise by the drawn angle, about the centre, in coordinates whose origin is the centre."""
+    count, height, width, _ = images.shape
+    angles = (torch.rand(count, 1, 1, generator=generator) * 2 - 1) * torch.pi * DEGREES / 180
+    flips = _draw_flips(count, generator).to(images.device)
+    sine, cosine = angles.sin().to(images.device), angles.cos().to(images.device)
+    y = _centred(height, images.device)[:, None]
+    x = _centred(width, images.device)
+    x = torch.where(flips, -x, x)[:, None, :]
+    rows = _nearest(sine * x + cosine * y, height)
+    columns = _nearest(cosine * x - sine * y, width)
+    return _gather(images, 1, rows, columns)
+
+
+def _draw_flips(count: int, generator: torch.Generator) -> Tensor:
+    """(count, 1) booleans, true for one in two."""
+    return torch.rand(count, 1, generator=generator) < 0.5
+
+
+def _centred(side: int, device: torch.device) -> Tensor:
+    """Pixel centres along a side, 0 in the middle."""
+    return torch.arange(side, device=device, dtype=torch.float32) - (side - 1) / 2
+
+
+def _nearest(place: Tensor, side: int) -> Tensor:
+    """Centred coordinates to pixel numbers of an image with a border of 1, where all outside ends up."""
+    return (place + (side - 1) / 2).round_().clamp_(-1, side).long() + 1
+
+
+def _gather(images: Tensor, border: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pixels ``(rows, columns)`` of the images with ``border`` zeros around them.
+
+    ``rows`` and ``columns`` broadcast to (n, height, width) and count from the border's corner.
+    """
+    count, height, width, channels = images.shape
+    padded = F.pad(images, (0, 0, border, border, border, border))
+    tall, wide = padded.shape[1:3]
+    first = torch.arange(count, device=images.device)[:, None, None] * tall
+    flat = (first + rows) * wide + columns
+    return padded.view(-1, channels).index_select(0, flat.flatten()).view(count, height, width, channels)
+
+
+def _normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(n, h, w, c) uint8 to (n, c, h, w) float32: pixel * 1 / (255 std) - mean / std."""
+    count, height, width, channels = images.shape
+    # Factors repeated along a row: the inner loop is then long and contiguous (4 x quicker than 3 channels).
+    scale = (1 / (255 * std)).repeat(width)
+    shift = (-mean / std).repeat(width)
+    rows = images.reshape(count, height, width * channels).float()
+    return rows.mul_(scale).add_(shift).view(count, height, width, channels).permute(0, 3, 1, 2)

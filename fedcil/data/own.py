@@ -1,0 +1,103 @@
+"""A person's own data set: ``package.module:function``, called as ``function(section, root)``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedcil.data.dataset import Dataset, Split, digest_of
+from fedcil.errors import ScenarioError
+
+if TYPE_CHECKING:
+    from fedcil.scenario import DataSection
+
+
+def load_own(section: DataSection, root: Path) -> Dataset:
+    """What the function gives, checked. An empty ``digest`` is filled in.
+
+    Raises ScenarioError that lists everything that is wrong; errors inside the function are its own.
+    """
+    given = _find(section.name)(section, root)
+    problems = list(_problems(given))
+    if problems:
+        raise ScenarioError(
+            f"{section.name} did not give a usable data set: " + "; ".join(problems),
+            where="data.name",
+            allowed="a fedcil.data.Dataset: uint8 images (n, height, width, channels), int64 labels (n,)",
+            next="docs/data.md has an example",
+        )
+    train, test = _contiguous(given.train), _contiguous(given.test)
+    digest = given.digest or digest_of(train, test)
+    own: Dataset = replace(given, train=train, test=test, digest=digest)
+    return own
+
+
+def _find(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise _unusable(target, str(error)) from None
+    if not callable(found):
+        raise _unusable(target, f"{name} is not a function")
+    function: Callable[..., Any] = found
+    return function
+
+
+def _unusable(target: str, reason: str) -> ScenarioError:
+    return ScenarioError(
+        f"the data set {target!r} cannot be used: {reason}",
+        where="data.name",
+        allowed="package.module:function that can be imported from here",
+    )
+
+
+def _problems(given: object) -> Iterator[str]:
+    if not isinstance(given, Dataset):
+        yield f"it is a {type(given).__name__}, not a Dataset"
+        return
+    classes = len(given.class_names)
+    for name, split in (("train", given.train), ("test", given.test)):
+        yield from _split_problems(name, split, classes)
+    shapes = [np.shape(split.images)[1:] for split in (given.train, given.test)]
+    if shapes[0] != shapes[1]:
+        yield f"images are {shapes[0]} in train and {shapes[1]} in test"
+    channels = shapes[0][-1] if shapes[0] else 0
+    yield from _scale_problems(given, channels)
+
+
+def _split_problems(name: str, split: Split, classes: int) -> Iterator[str]:
+    images, labels = split.images, split.labels
+    if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4):
+        yield f"{name} images are {_described(images)}, not uint8 (n, height, width, channels)"
+        return
+    if not (isinstance(labels, np.ndarray) and labels.dtype == np.int64 and labels.shape == images.shape[:1]):
+        yield f"{name} labels are {_described(labels)}, not int64 ({len(images)},)"
+    elif not images.size:
+        yield f"{name} has no images"
+    elif labels.min() < 0 or labels.max() >= classes:
+        yield f"{name} labels are {labels.min()} to {labels.max()}, but there are {classes} class names"
+
+
+def _scale_problems(given: Dataset, channels: int) -> Iterator[str]:
+    for name, values in (("mean", given.mean), ("std", given.std)):
+        if len(values) != channels or not all(math.isfinite(value) for value in values):
+            yield f"{name} is {values}, not {channels} finite numbers"
+    if any(value <= 0 for value in given.std):
+        yield f"std is {given.std}, not above 0"
+
+
+def _described(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    return type(value).__name__
+
+
+def _contiguous(split: Split) -> Split:
+    return Split(np.ascontiguousarray(split.images), np.ascontiguousarray(split.labels))

@@ -1,0 +1,48 @@
+"""Engines: each joins one server loop to clients somewhere, and ends what it started.
+
+An engine is a function ``serve(setting, loop)`` that opens a port, hands it to ``loop`` and returns what
+``loop`` returned. The table is explicit; nothing is imported until a scenario names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TypeVar
+
+from fedcil.errors import ScenarioError
+from fedcil.experiment import Experiment
+from fedcil.port import Port, StopSignal
+
+ENGINES = {"inline": "fedcil.engines.inline", "ray": "fedcil.engines.ray", "flower": "fedcil.engines.flower"}
+
+T = TypeVar("T")
+Loop = Callable[[Port], T]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What an engine needs to know to start workers anywhere."""
+
+    experiment: Experiment
+    data_root: Path | None
+    states: Path  # where simulated clients keep what they keep
+    stop: StopSignal
+
+
+def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
+    """Run ``loop`` over the engine that the scenario names."""
+    name = setting.experiment.scenario.engine.name
+    try:
+        module = import_module(ENGINES[name])
+    except ImportError as error:
+        raise ScenarioError(
+            f"engine.name = {name!r} needs a package that is not here: {error.name}",
+            where="engine.name",
+            allowed="inline, which needs nothing more",
+            next="pip install 'flwr[simulation]' or set engine.name = 'inline'",
+        ) from None
+    result: T = module.serve(setting, loop)
+    return result

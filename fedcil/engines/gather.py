@@ -1,0 +1,54 @@
+"""Putting the replies of one round together, in whatever order they come."""
+
+from __future__ import annotations
+
+from fedcil.fold import Fold
+from fedcil.messages import Failure, Job, Outcome, Reply, Report, Request
+from fedcil.port import ClientDone
+
+
+def one_job_each(request: Request) -> list[Request]:
+    return [Request(request.broadcast, (job,), request.cohort) for job in request.jobs]
+
+
+class Gathered:
+    """The replies of one round, put together as they come."""
+
+    def __init__(self, request: Request, done: ClientDone) -> None:
+        self._jobs: dict[int, Job] = {job.client: job for job in request.jobs}
+        self._fold = Fold.empty(request.cohort)
+        self._reports: list[Report] = []
+        self._failures: list[Failure] = []
+        self._done = done
+        self.wire_bytes = 0
+
+    def add(self, reply: Reply) -> None:
+        """Take in a reply. ValueError if something in it was counted already."""
+        self._fold.merge(reply.fold)
+        self._reports += reply.reports
+        self._failures += reply.failures
+        for answer in (*reply.reports, *reply.failures):
+            self._jobs.pop(answer.client)
+            self._done(answer.client)
+
+    @property
+    def open_clients(self) -> list[int]:
+        return sorted(self._jobs)
+
+    def fail(self, client: int, stage: str, reason: str) -> None:
+        """Give up on a client that has not answered."""
+        job = self._jobs.pop(client)
+        self._fold.absent(job.position)
+        self._failures.append(Failure(client, stage, reason))
+        self._done(client)
+
+    def outcome(self) -> Outcome:
+        """Everything that came, sorted by client; what did not come missed the deadline."""
+        for client in self.open_clients:
+            self.fail(client, "deadline", "no answer in time")
+        return Outcome(
+            self._fold.total(),
+            tuple(sorted(self._reports, key=lambda report: report.client)),
+            tuple(sorted(self._failures, key=lambda failure: failure.client)),
+            self.wire_bytes,
+        )

@@ -1,0 +1,100 @@
+"""Errors a person can act on: what was wrong, where, what is allowed, what to do next."""
+
+from __future__ import annotations
+
+
+class FedcilError(Exception):
+    """Base of every error that fedcil raises on purpose.
+
+    ``where`` names the file, key, client or folder; ``allowed`` what would have been accepted;
+    ``next`` the step that mends it. ``exit_code`` is what the command line ends with.
+    """
+
+    kind = "failed"
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", allowed: str = "", next: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.allowed = allowed
+        self.next = next
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        lines += [f"  {name}: {text}" for name, text in self.as_dict().items() if text and name in LABELS]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, str]:
+        return {
+            "kind": self.kind,
+            "what": self.what,
+            "where": self.where,
+            "allowed": self.allowed,
+            "next": self.next,
+        }
+
+
+LABELS = ("where", "allowed", "next")
+
+
+class RunFailed(FedcilError):
+    """The run could not go on."""
+
+
+class ScenarioError(FedcilError):
+    """The scenario is not one that can be run."""
+
+    kind = "bad_scenario"
+    exit_code = 2
+
+
+class InputError(FedcilError):
+    """Something else that the user gave does not fit: a path, an option, a run folder."""
+
+    kind = "bad_input"
+    exit_code = 2
+
+
+class DataMissing(FedcilError):
+    """A data set is not where it was looked for."""
+
+    kind = "data_missing"
+    exit_code = 2
+
+
+class FolderBusy(FedcilError):
+    """Another process is writing to this run folder."""
+
+    kind = "folder_busy"
+    exit_code = 3
+
+
+class NotResumable(FedcilError):
+    """The run folder cannot be continued: no intact checkpoint, or something in it changed."""
+
+    kind = "not_resumable"
+    exit_code = 3
+
+
+class TooFewClients(FedcilError):
+    """Too few clients answered for too many rounds; the last checkpoint is kept."""
+
+    kind = "too_few_clients"
+    exit_code = 4
+
+
+class MessageRefused(FedcilError):
+    """A message from outside is broken or does not belong to this round."""
+
+    kind = "message_refused"
+
+
+class Stopped(FedcilError):
+    """Somebody asked the run to stop (Ctrl-C, SIGTERM or a time limit); a checkpoint was saved."""
+
+    kind = "stopped"
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the run was stopped", next="continue it with `fedcil resume RUN`")
+        self.exit_code = exit_code

@@ -1,0 +1,73 @@
+"""A scenario opened on data: everything that follows from it before the first round, the same in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcil.compute import Compute, numeric_configuration, resolve_device, resolve_precision
+from fedcil.data import Dataset, load_dataset
+from fedcil.keys import Key
+from fedcil.methods.base import Method
+from fedcil.models import make_architecture
+from fedcil.partition import TaskPartition, make_partition
+from fedcil.scenario import Scenario
+from fedcil.stream import Stream, Task, make_stream
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """The frozen values that server and clients share. A client is its id and its offsets in an index array."""
+
+    scenario: Scenario
+    key: Key
+    data: Dataset
+    stream: Stream
+    partition: Sequence[TaskPartition]
+    method: Method
+    compute: Compute
+
+    def tasks_of_data(self, task: Task) -> range:
+        """The tasks whose samples a client has in this task."""
+        return range(task.index + 1) if self.method.data == "so_far" else range(task.index, task.index + 1)
+
+    def counts(self, task: Task) -> NDArray[np.int64]:
+        """Samples of each client in this task, (clients,)."""
+        return np.sum([self.partition[t].counts() for t in self.tasks_of_data(task)], axis=0)
+
+    def indices(self, client: int, task: Task) -> NDArray[np.int64]:
+        """Where a client's samples of this task stand in the training set."""
+        parts = [self.partition[t].of(client) for t in self.tasks_of_data(task)]
+        return np.concatenate(parts).astype(np.int64)
+
+    def numeric(self) -> dict[str, str | int]:
+        """The numeric configuration (fedcil/compute.py)."""
+        scenario = self.scenario
+        return numeric_configuration(self.compute, scenario.training.threads, scenario.server.threads)
+
+
+def open_experiment(
+    scenario: Scenario, data_root: Path | None = None, *, show_progress: bool = False
+) -> Experiment:
+    """Load the data and derive stream, partition and method. Raises ScenarioError or DataMissing."""
+    key = Key(scenario.seed)
+    device = resolve_device(scenario.device)
+    precision = resolve_precision(scenario.training.precision, device)
+    data = load_dataset(scenario.data, scenario.seed, root=data_root, show_progress=show_progress)
+    stream = make_stream(scenario.stream, len(data.class_names), key)
+    labels = stream.relabel(data.train.labels)
+    height, width, channels = data.train.images.shape[1:]
+    architecture = make_architecture(scenario.model, (channels, height, width))
+    return Experiment(
+        scenario=scenario,
+        key=key,
+        data=data,
+        stream=stream,
+        partition=make_partition(scenario.partition, scenario.clients.count, stream, labels, key),
+        method=scenario.method.build(),
+        compute=Compute(architecture, device, precision),
+    )

@@ -1,0 +1,97 @@
+"""The summation tree: partial sums whose bits do not depend on order, grouping or losses.
+
+Addition of floats is not associative, so a sum over clients depends on who came first unless its shape is
+fixed. Here the cohort, sorted by client, gives the leaves of a fixed binary tree; a fold holds the sums of
+maximal aligned intervals of leaves, and two siblings are always added left + right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from fedcil.messages import Contribution, Total
+
+Node = tuple[int, int]  # (level, index): the leaves [index * 2**level, (index + 1) * 2**level)
+
+
+@dataclass(slots=True)
+class Fold:
+    """Sums of disjoint aligned intervals of ``leaves`` leaves; None stands for leaves that gave nothing.
+
+    The one mutable value of the message layer: it is made, filled and read inside one round.
+    """
+
+    leaves: int
+    sums: dict[Node, Total | None]
+
+    @classmethod
+    def empty(cls, leaves: int) -> Self:
+        return cls(leaves, {})
+
+    def add(self, position: int, contribution: Contribution) -> None:
+        """Put one client's tensors, times its weight, at its leaf. ValueError if the leaf was taken."""
+        weight = contribution.weight
+        scaled = {name: tensor * weight for name, tensor in contribution.tensors.items()}
+        self._put((0, position), Total(scaled, weight))
+
+    def absent(self, position: int) -> None:
+        """Say that this leaf will never give anything."""
+        self._put((0, position), None)
+
+    def merge(self, other: Fold) -> None:
+        """Take in another fold of the same tree. ValueError if they overlap: nothing is counted twice."""
+        if other.leaves != self.leaves:
+            raise ValueError(f"folds of different cohorts: {self.leaves} and {other.leaves} leaves")
+        for node in other.sums:
+            self._refuse_overlap(node)
+        for node, total in other.sums.items():
+            self._put(node, total)
+
+    def total(self) -> Total | None:
+        """The sum over all leaves that gave something; missing leaves count as absent. None if none gave."""
+        missing = set(range(self.leaves)) - {leaf for node in self.sums for leaf in _leaves(node)}
+        whole = Fold(_next_power_of_two(self.leaves), dict(self.sums))
+        for leaf in [*sorted(missing), *range(self.leaves, whole.leaves)]:
+            whole.absent(leaf)
+        (result,) = whole.sums.values()
+        return result
+
+    def _put(self, node: Node, total: Total | None) -> None:
+        self._refuse_overlap(node)
+        level, index = node
+        while (sibling := (level, index ^ 1)) in self.sums:
+            other = self.sums.pop(sibling)
+            total = _add(other, total) if index & 1 else _add(total, other)
+            level, index = level + 1, index >> 1
+        self.sums[level, index] = total
+
+    def _refuse_overlap(self, node: Node) -> None:
+        span = _leaves(node)
+        if span.start < 0 or span.stop > self.leaves:
+            raise ValueError(f"leaf {node[1]} of level {node[0]} is outside a cohort of {self.leaves}")
+        for held in self.sums:
+            other = _leaves(held)
+            if span.start < other.stop and other.start < span.stop:
+                raise ValueError(f"leaves {span.start}..{span.stop - 1} are counted already")
+
+
+def _leaves(node: Node) -> range:
+    level, index = node
+    return range(index << level, (index + 1) << level)
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _add(left: Total | None, right: Total | None) -> Total | None:
+    if left is None or right is None:
+        return left if right is None else right
+    names = list(left.tensors)
+    if left.tensors.keys() != right.tensors.keys():
+        raise ValueError("contributions with different tensors cannot be summed")
+    sums = torch._foreach_add([left.tensors[n] for n in names], [right.tensors[n] for n in names])
+    return Total(dict(zip(names, sums, strict=True)), left.weight + right.weight)

@@ -1,0 +1,133 @@
+"""The values that travel between server and clients. Flower, Ray and the file system never appear here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fedcil.fold import Fold
+
+Tensors = Mapping[str, Tensor]
+"""Named tensors: parameters and floating-point buffers; integer counters are no state and never travel."""
+
+
+def content_hash(tensors: Tensors) -> str:
+    """Hash of names, shapes, dtypes and bytes; the same on every machine."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}|{tuple(flat.shape)}|{flat.dtype}|".encode())
+        digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def count_bytes(tensors: Tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """What a boundary makes for later clients; known by its content hash and sent once per client and task."""
+
+    tensors: Tensors
+    hash: str
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> Payload:
+        return cls(tensors, content_hash(tensors))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broadcast:
+    """What all clients of a round get. ``phase`` is the phase's place in the method's list for this task."""
+
+    task: int
+    phase: int
+    round: int
+    tensors: Tensors
+    payload: Payload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One client's part of a request. ``position`` is its leaf in the summation tree of the cohort."""
+
+    client: int
+    position: int
+    state: str | None = None  # hash of the client state to start from; None: no state yet
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """``cohort`` is the number of leaves of the round's tree; an engine may split the jobs, never the tree."""
+
+    broadcast: Broadcast
+    jobs: tuple[Job, ...]
+    cohort: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What one client gives: named tensors and their weight in the mean."""
+
+    tensors: Tensors
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What one client says about its work."""
+
+    client: int
+    samples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    state: str | None = None  # hash of the client state after the work
+    state_bytes: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A client that gave nothing, at which stage, and why."""
+
+    client: int
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answers to one request: a partial sum, and a report or a failure for each job."""
+
+    fold: Fold
+    reports: tuple[Report, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """The sum over a cohort: weighted tensors and the sum of weights."""
+
+    tensors: Tensors
+    weight: float
+
+    def mean(self) -> dict[str, Tensor]:
+        """The one division of a weighted mean."""
+        return {name: tensor / self.weight for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a round: None where nobody contributed; reports and failures sorted by client."""
+
+    total: Total | None
+    reports: tuple[Report, ...]
+    failures: tuple[Failure, ...]
+    wire_bytes: int = 0

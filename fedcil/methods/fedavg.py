@@ -1,0 +1,25 @@
+"""FedAvg (McMahan et al., arXiv 1602.05629): local SGD, weighted mean. The floor: it forgets old classes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from fedcil.losses import cross_entropy_new
+from fedcil.methods.base import Batch, Draws, Method, Prepared, cross_entropy_seen
+from fedcil.models.network import Network
+from fedcil.section import MethodSettings
+
+
+class FedAvg(MethodSettings):
+    name: Literal["fedavg"] = "fedavg"
+    loss_slice: Literal["all", "new"] = "all"  # cross-entropy over all classes seen, or the new ones alone
+
+    def build(self) -> Method:
+        return Method(loss=cross_entropy_seen if self.loss_slice == "all" else new_classes_only)
+
+
+def new_classes_only(model: Network, prepared: Prepared, batch: Batch, draws: Draws) -> Tensor:
+    task = batch.task
+    return cross_entropy_new(model(batch.images), batch.labels, task.old, task.seen)

@@ -1,0 +1,128 @@
+"""Data-free training of a generator from a frozen classifier (MFCL, arXiv 2311.07784; the losses are ABD's).
+
+Four terms: label confidence, information entropy of the mean prediction, batch-norm statistics, and an
+image prior. The classifier is in eval mode throughout; nothing in it changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedcil.models.network import NORMS, Network
+
+NORM_EPS = 1e-8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Factors of the terms, and how two of them are written; 0 switches a term off."""
+
+    label: float
+    entropy: float
+    norm: float
+    prior: float
+    activation: float
+    temperature: float
+    normalised_entropy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NormStatistics:
+    """A batch-norm layer's running statistics and those of the batch at its input; each (channels,)."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+@contextmanager
+def watch_norms(network: nn.Module) -> Iterator[list[NormStatistics]]:
+    """Collect every batch-norm layer's input statistics; the hooks are gone afterwards."""
+    seen: list[NormStatistics] = []
+
+    def look(layer: Any, inputs: tuple[Tensor]) -> None:
+        (x,) = inputs
+        var, mean = torch.var_mean(x.to(layer.running_mean.dtype), (0, 2, 3), correction=0)
+        seen.append(NormStatistics(layer.running_mean, layer.running_var, mean, var))
+
+    layers = [part for part in network.modules() if isinstance(part, NORMS)]
+    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def label_loss(logits: Tensor, temperature: float) -> Tensor:
+    """CE(o / tau, argmax o): the classifier's own prediction is the target. logits (n, K); returns ()."""
+    return F.cross_entropy(logits / temperature, logits.argmax(1))
+
+
+def entropy_loss(logits: Tensor, *, normalised: bool = True) -> Tensor:
+    """1 + sum_k p_k ln p_k / ln K for the mean prediction p, in [0, 1]; 0 iff p is uniform.
+
+    Not normalised: sum_k p_k ln p_k, the negative entropy of the paper's formula. 0 for one class.
+    """
+    classes = logits.shape[1]
+    negative_entropy = -torch.special.entr(F.softmax(logits, dim=1).mean(0)).sum()
+    if not normalised:
+        return negative_entropy
+    return 1 + negative_entropy / math.log(classes) if classes > 1 else negative_entropy * 0
+
+
+def norm_loss(statistics: list[NormStatistics]) -> Tensor:
+    """Mean over layers and channels of KL(N(running) || N(batch)); returns ()."""
+    return torch.stack([_normal_kl(s).mean() for s in statistics]).mean()
+
+
+def _normal_kl(s: NormStatistics) -> Tensor:
+    running, batch = s.running_var + NORM_EPS, s.var + NORM_EPS
+    spread = (batch / running).log() / 2
+    return spread - 0.5 * (1 - (running + (s.running_mean - s.mean).square()) / batch)
+
+
+def prior_loss(images: Tensor) -> Tensor:
+    """Mean squared distance of images (n, c, h, w) to their blurred copies; returns ()."""
+    return F.mse_loss(images, blur(images))
+
+
+def blur(images: Tensor) -> Tensor:
+    """Depthwise 5x5 blur, separable kernel exp(-(d / 2)^2) normalised to 1, reflected at the border."""
+    taps = torch.exp(-((torch.arange(-2, 3, device=images.device, dtype=images.dtype) / 2) ** 2))
+    taps = taps / taps.sum()
+    channels = images.shape[1]
+    padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
+    rows = F.conv2d(padded, taps.view(1, 1, 5, 1).expand(channels, 1, 5, 1), groups=channels)
+    return F.conv2d(rows, taps.view(1, 1, 1, 5).expand(channels, 1, 1, 5), groups=channels)
+
+
+def generator_loss(classifier: Network, images: Tensor, weights: Weights) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of all terms that are on, and each term by name. images (n, c, h, w)."""
+    with watch_norms(classifier) as statistics:
+        features = classifier.features(images)
+    logits = classifier.head(features)
+    zero = images.new_zeros(())
+    terms = {
+        "label": (weights.label, lambda: label_loss(logits, weights.temperature)),
+        "entropy": (weights.entropy, lambda: entropy_loss(logits, normalised=weights.normalised_entropy)),
+        "norm": (weights.norm, lambda: norm_loss(statistics)),
+        "prior": (weights.prior, lambda: prior_loss(images)),
+        "activation": (weights.activation, lambda: -features.abs().mean()),
+    }
+    values = {name: term() for name, (weight, term) in terms.items() if weight > 0}
+    total = sum((terms[name][0] * value for name, value in values.items()), start=zero)
+    return total, values
+
+
+def to_floats(terms: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(value.detach()) for name, value in terms.items()}

@@ -1,0 +1,281 @@
+"""MFCL (Babakniya et al., arXiv 2311.07784; workshop version 2307.00497): data-free generative replay.
+
+At the end of each task the server trains a generator from the global model alone. In later tasks clients mix
+its images into their batches. They store nothing, so anyone may join or leave at any time.
+
+A step for task t with q old and V seen classes, real images x, synthetic ones x~ with labels y~ = argmax of
+the frozen teacher (F', W', b'), X = (x, x~), f = F(X):
+
+    L = w_ce CE(new rows of the head on f of x, y)            gradient to F and the new rows
+      + w_ft CE(head on stop-gradient(f), (y, y~))            gradient to the head only
+      + w_kd mean(((f - f') W'^T)^2)                          gradient to F only
+
+with one student pass and one teacher pass over X.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedcil.compute import Compute
+from fedcil.keys import Key
+from fedcil.messages import Payload
+from fedcil.methods.base import Batch, Boundary, Draws, Method, Prepared, Progress, part, prefixed
+from fedcil.methods.inversion import Weights, generator_loss, to_floats
+from fedcil.models.generator import Generator
+from fedcil.models.network import Network, freeze, initialise, load_state, snapshot
+from fedcil.section import Above0, Count, MethodSettings, NonNegative, Positive
+from fedcil.state import ServerState
+from fedcil.stream import Task
+
+COVERAGE_IMAGES = 4096  # drawn at a boundary to see which classes the generator makes
+BATCH = 256  # images at once when many are generated
+
+
+class MFCL(MethodSettings):
+    name: Literal["mfcl"] = "mfcl"
+    # Client.
+    synthetic: Positive | None = None  # synthetic images of a step, whatever the real batch
+    synthetic_ratio: Above0 | None = None  # ... or this many per old class for each real one per new class
+    pool: Count = 0  # images drawn once per task; 0: fresh latents at every step
+    bn_updates: Literal[1, 2] = 1  # running statistics per step; the authors' second pass makes it 2
+    w_ce: NonNegative = 1.0
+    w_ft: NonNegative = 1.0
+    w_kd: NonNegative = 0.1
+    # Generator.
+    latent: Positive = 1000
+    generator_width: Positive = 128
+    upsamplings: Count | None = None
+    steps: Count = 100
+    generator_batch: Positive = 128
+    generator_lr: Above0 = 1e-3
+    continue_generator: bool = True  # go on with the last boundary's generator instead of a new one
+    temperature: Above0 = 1000.0
+    entropy: Literal["normalised", "plain"] = "normalised"
+    w_label: NonNegative = 1.0
+    w_ie: NonNegative = 1.0
+    w_bn: NonNegative = 50.0
+    w_prior: NonNegative = 1e-3
+    w_act: NonNegative = 0.0
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        # The paper's formulas; values that its text did not confirm are those of the released code.
+        "paper": {
+            "synthetic": 128,
+            "latent": 200,
+            "steps": 5000,
+            "temperature": 1.0,
+            "entropy": "plain",
+            "w_bn": 75.0,
+        },
+        # The released program: two updates of the running statistics per step, tau = 1000.
+        "authors-code": {"synthetic": 128, "bn_updates": 2},
+        # Small images and few samples on a CPU.
+        "small": {
+            "synthetic_ratio": 1.0,
+            "pool": 4096,
+            "w_kd": 0.3,
+            "latent": 64,
+            "generator_width": 32,
+            "steps": 200,
+            "generator_batch": 64,
+            "generator_lr": 5e-3,
+            "temperature": 1.0,
+            "w_ie": 10.0,
+            "w_bn": 10.0,
+        },
+    }
+
+    @model_validator(mode="after")
+    def _number_or_ratio(self) -> Self:
+        if (self.synthetic is None) == (self.synthetic_ratio is None):
+            raise ValueError("give one of method.synthetic (a number) and method.synthetic_ratio, or a preset")
+        return self
+
+    def build(self) -> Method:
+        return Method(
+            prepare=self._prepare,
+            draw=self._draw,
+            loss=self._loss,
+            norm_updates=lambda task: self.bn_updates if task.old else 1,
+            boundary=self._boundary,
+        )
+
+    def synthetic_images(self, real: int, task: Task) -> int:
+        """S: how many synthetic images join a batch of ``real`` real ones."""
+        if self.synthetic is not None:
+            return self.synthetic
+        assert self.synthetic_ratio is not None
+        return max(1, round(self.synthetic_ratio * real * task.old / len(task.classes)))
+
+    def make_generator(self, compute: Compute) -> Generator:
+        channels, size, _ = compute.architecture.image
+        with torch.device("meta"):
+            generator = Generator(
+                channels=channels,
+                size=size,
+                latent=self.latent,
+                width=self.generator_width,
+                upsamplings=self.upsamplings,
+                precision=compute.autocast,
+            )
+        generator = generator.to_empty(device=compute.device)
+        return generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def _prepare(self, compute: Compute, task: Task, payload: Payload | None, key: Key) -> Prepared:
+        if payload is None:
+            return None
+        teacher = compute.frozen(part("teacher", payload.tensors))
+        generator = self.make_generator(compute)
+        load_state(generator, part("generator", payload.tensors))
+        freeze(generator)
+        pool = draw_pool(generator, teacher, self.pool, key.at("pool")) if self.pool else None
+        return Replay(teacher, generator, pool)
+
+    def _draw(self, replay: Prepared, real: int, task: Task, key: Key) -> Draws:
+        """Places in the pool (S,) on the CPU, or latents (S, latent) on the device."""
+        if replay is None:
+            return None
+        count = self.synthetic_images(real, task)
+        if replay.pool is not None:
+            return torch.randint(len(replay.pool.images), (count,), generator=key.torch())
+        device = replay.teacher.head.weight.device
+        return torch.randn(count, self.latent, generator=key.torch(device), device=device)
+
+    def _loss(self, model: Network, replay: Prepared, batch: Batch, draws: Draws) -> Tensor:
+        if replay is None:  # the first task has nothing to replay
+            return F.cross_entropy(model(batch.images), batch.labels)
+        both, past = replay.mix(batch.images, draws)
+        real = len(batch.images)
+        labels = torch.cat([batch.labels, past[real:].argmax(1)])
+        features = model.features(both)
+        terms = (
+            (self.w_ce, lambda: new_class_loss(model, features[:real], batch.labels, batch.task)),
+            (self.w_ft, lambda: F.cross_entropy(model.head(features.detach()), labels)),
+            (self.w_kd, lambda: F.mse_loss(replay.teacher.head(features), past)),
+        )
+        return sum((w * term() for w, term in terms if w > 0), start=features.new_zeros(()))
+
+    def _boundary(
+        self, state: ServerState, task: Task, key: Key, compute: Compute, progress: Progress
+    ) -> Boundary:
+        classifier = compute.frozen(state.model)
+        generator = self.make_generator(compute)
+        if self.continue_generator and state.payload is not None:
+            load_state(generator, part("generator", state.payload.tensors))
+        else:
+            initialise(generator, key.at("generator").torch())
+        terms = self._train_generator(generator, classifier, key, progress)
+        generator.eval()
+        histogram = coverage(generator, classifier, key.at("coverage"))
+        tensors = prefixed("teacher", state.model) | prefixed("generator", snapshot(generator))
+        return Boundary(
+            ServerState(model=state.model, memory=state.memory, payload=Payload.of(tensors)),
+            log={"generator": terms, "histogram": histogram},
+            warnings=vanished_classes(histogram),
+        )
+
+    def _train_generator(
+        self, generator: Generator, classifier: Network, key: Key, progress: Progress
+    ) -> dict[str, list[float]]:
+        """Adam on the generator alone; returns each term at ten evenly spaced steps and the last."""
+        generator.train()
+        optimizer = torch.optim.Adam(generator.parameters(), self.generator_lr, fused=True)
+        weights = self._weights()
+        device = classifier.head.weight.device
+        log: dict[str, list[float]] = {}
+        every = max(1, self.steps // 10)
+        for step in range(self.steps):
+            draws = key.at("latents", step).torch(device)
+            latents = torch.randn(self.generator_batch, self.latent, generator=draws, device=device)
+            loss, terms = generator_loss(classifier, generator(latents), weights)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            shown = to_floats(terms) if step % every == 0 or step == self.steps - 1 else {}
+            for name, value in shown.items():
+                log.setdefault(name, []).append(value)
+            progress(step + 1, self.steps, shown)
+        return log
+
+    def _weights(self) -> Weights:
+        return Weights(
+            label=self.w_label,
+            entropy=self.w_ie,
+            norm=self.w_bn,
+            prior=self.w_prior,
+            activation=self.w_act,
+            temperature=self.temperature,
+            normalised_entropy=self.entropy == "normalised",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Images (n, c, h, w) with what the teacher says of them: old-class logits (n, q)."""
+
+    images: Tensor
+    past: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What clients of a task share in one process. Frozen: nothing here changes during training."""
+
+    teacher: Network
+    generator: Generator
+    pool: Pool | None
+
+    @torch.no_grad()
+    def mix(self, real: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Real images, then synthetic ones, and the teacher's logits (b + s, q) of all of them."""
+        if self.pool is None:
+            both = torch.cat([real, self.generator(draws)])
+            return both, self.teacher(both)
+        both = torch.cat([real, self.pool.images[draws]])
+        return both, torch.cat([self.teacher(real), self.pool.past[draws]])
+
+
+@torch.no_grad()
+def draw_pool(generator: Generator, teacher: Network, size: int, key: Key) -> Pool:
+    """``size`` images from the frozen generator, a batch and a key at a time."""
+    device = teacher.head.weight.device
+    images, past = [], []
+    for start in range(0, size, BATCH):
+        draws = key.at(start).torch(device)
+        latents = torch.randn(min(BATCH, size - start), generator.latent, generator=draws, device=device)
+        images.append(generator(latents))
+        past.append(teacher(images[-1]))
+    return Pool(torch.cat(images), torch.cat(past))
+
+
+def new_class_loss(model: Network, features: Tensor, labels: Tensor, task: Task) -> Tensor:
+    """L_CE over the head's new rows: features (b, d), labels (b,) in [old, seen)."""
+    head = model.head
+    rows = slice(task.old, task.seen)
+    return F.cross_entropy(F.linear(features, head.weight[rows], head.bias[rows]), labels - task.old)
+
+
+def coverage(generator: Generator, classifier: Network, key: Key) -> list[int]:
+    """How many of 4096 generated images the classifier puts into each class."""
+    pool = draw_pool(generator, classifier, COVERAGE_IMAGES, key)
+    return torch.bincount(pool.past.argmax(1), minlength=pool.past.shape[1]).tolist()
+
+
+def vanished_classes(histogram: list[int]) -> tuple[str, ...]:
+    """A warning for classes with less than a fifth of their share: tasks whose classes vanish are forgotten."""
+    floor = sum(histogram) / (5 * len(histogram))
+    missing = [label for label, count in enumerate(histogram) if count < floor]
+    if not missing:
+        return ()
+    return (
+        f"the generator hardly makes classes {missing} (less than 1/5 of their share): raise method.w_ie, "
+        "then training.rounds or method.steps; their accuracy will suffer from the next task on",
+    )
+

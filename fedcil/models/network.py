@@ -1,0 +1,125 @@
+"""A classifier: backbone, one linear head, no task id. And what a network's state is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fedcil.messages import Tensors
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+class Backbone(nn.Module):
+    """Images (n, channels, height, width) -> features (n, ``width``)."""
+
+    width: int
+    he_convolutions = False  # N(0, sqrt(2 / (k k out))) instead of PyTorch's default
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+
+class Network(nn.Module):
+    """Backbone and head. Under ``precision`` (say bfloat16) the backbone runs in autocast; features, head
+    and losses are always in the parameters' own type.
+    """
+
+    def __init__(self, backbone: Backbone, classes: int, precision: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.width, classes)
+        self.precision = precision
+
+    def features(self, images: Tensor) -> Tensor:
+        """(n, channels, height, width) -> (n, width)."""
+        with torch.autocast(images.device.type, self.precision, enabled=self.precision is not None):
+            features = self.backbone(images)
+        return cast(Tensor, features.to(self.head.weight.dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, channels, height, width) -> logits (n, classes)."""
+        return cast(Tensor, self.head(self.features(images)))
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and floating-point buffers by name: the module's own memory, not copies.
+
+    Integer counters (``num_batches_tracked``) are no state: averaging them has no meaning.
+    """
+    named: Iterable[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
+
+
+def load_state(module: nn.Module, tensors: Tensors) -> None:
+    """Copy ``tensors`` into the module, in place. ValueError if names or shapes differ."""
+    own = state_of(module)
+    if own.keys() != tensors.keys():
+        raise ValueError(f"tensors differ in name: {sorted(own.keys() ^ tensors.keys())}")
+    torch._foreach_copy_(list(own.values()), [tensors[name] for name in own])
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the module's state."""
+    return {name: tensor.clone() for name, tensor in state_of(module).items()}
+
+
+def freeze(module: nn.Module) -> None:
+    """Eval mode, and no gradient is ever computed for the module's own parameters."""
+    module.eval().requires_grad_(False)
+
+
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """PyTorch's default initialisation, drawn from ``generator`` instead of the global one.
+
+    A backbone with ``he_convolutions`` gets those of the CIFAR ResNets: N(0, sqrt(2 / (k k out))).
+    """
+    he = any(part.he_convolutions for part in module.modules() if isinstance(part, Backbone))
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            _initialise_linear(part, generator, he)
+        elif isinstance(part, NORMS):
+            part.reset_running_stats()
+            if part.affine:
+                nn.init.ones_(part.weight)
+                nn.init.zeros_(part.bias)
+
+
+def _initialise_linear(part: nn.Conv2d | nn.Linear, generator: torch.Generator, he: bool) -> None:
+    if he and isinstance(part, nn.Conv2d):
+        fan_out = part.kernel_size[0] * part.kernel_size[1] * part.out_channels
+        nn.init.normal_(part.weight, 0.0, math.sqrt(2.0 / fan_out), generator=generator)
+    else:
+        nn.init.kaiming_uniform_(part.weight, a=math.sqrt(5), generator=generator)
+    if part.bias is not None:
+        bound = 1 / math.sqrt(part.weight[0].numel())
+        nn.init.uniform_(part.bias, -bound, bound, generator=generator)
+
+
+def grow_head(tensors: Tensors, classes: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The same network with a head of ``classes`` rows: old rows bit for bit, new rows freshly drawn
+    (mfcl section 1: ``Linear(d, V)`` with the default initialisation, old rows written over it).
+    """
+    weight, bias = tensors["head.weight"], tensors["head.bias"]
+    head = nn.Linear(weight.shape[1], classes, device="meta").to_empty(device="cpu")
+    initialise(head, generator)
+    new_weight, new_bias = head.weight.detach().to(weight), head.bias.detach().to(bias)
+    new_weight[: len(weight)] = weight
+    new_bias[: len(bias)] = bias
+    return {**tensors, "head.weight": new_weight, "head.bias": new_bias}
+
+
+def set_norm_momentum(module: nn.Module, momentum: float) -> None:
+    """The share of the batch in each update of batch norm's running statistics."""
+    for part in module.modules():
+        if isinstance(part, NORMS):
+            part.momentum = momentum
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,57 @@
+"""The port: the three functions through which the round loop reaches clients, wherever they are."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fedcil.errors import Stopped
+from fedcil.messages import Outcome, Request
+
+ClientDone = Callable[[int], None]
+"""Called with a client's id when its answer is in; for progress only."""
+
+
+class Port(Protocol):
+    """An engine, as the round loop sees it."""
+
+    def reachable(self) -> frozenset[int]:
+        """The clients that could be asked now."""
+        ...
+
+    def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
+        """Ask the clients of ``request`` and wait for the answers, at most ``deadline_s`` seconds.
+
+        A client that does not answer in time, or that breaks, is a Failure in the outcome; the only error
+        raised is Stopped.
+        """
+        ...
+
+    def close(self) -> None:
+        """End everything that the engine started."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StopSignal:
+    """Set by Ctrl-C, SIGTERM or a time limit; looked at between steps, so that nothing is cut in two."""
+
+    event: threading.Event = field(default_factory=threading.Event)
+    exit_code: list[int] = field(default_factory=list)
+
+    def set(self, exit_code: int) -> None:
+        self.exit_code.append(exit_code)
+        self.event.set()
+
+    def check(self) -> None:
+        """Raise Stopped if somebody asked for it."""
+        if self.event.is_set():
+            raise Stopped(self.exit_code[0])
+
+
+def remaining(deadline_s: float | None, started: float) -> float | None:
+    """Seconds left of a deadline, never below 0; None where there is none."""
+    return None if deadline_s is None else max(0.0, deadline_s - (time.monotonic() - started))

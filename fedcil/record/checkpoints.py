@@ -1,0 +1,143 @@
+"""Checkpoints: tensors by content hash first, then one JSON file that names them, renamed last.
+
+The last two are kept. A damaged one is passed over for the one before it; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fedcil.errors import NotResumable
+from fedcil.messages import Payload, Tensors, content_hash
+from fedcil.record.atomic import read_tensors, write_atomic, write_tensors
+from fedcil.state import Cursor, RunState, ServerState
+
+FORMAT = 1
+KEPT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A run's state, how long its metrics.jsonl was then, and the identity that a resume must match."""
+
+    state: RunState
+    metrics_length: int
+    identity: Mapping[str, Any]
+
+
+class CheckpointFolder:
+    """``checkpoints/``: ``state-<n>.json`` and the tensors they name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a new checkpoint, then remove what only older ones than the last two need."""
+        server = checkpoint.state.server
+        groups = {
+            "model": self._put(server.model),
+            "memory": self._put(server.memory),
+            "payload": self._put(server.payload.tensors, server.payload.hash) if server.payload else None,
+        }
+        numbers = self._numbers()
+        path = self._state_path(numbers[-1] + 1 if numbers else 0)
+        write_atomic(path, json.dumps(_to_json(checkpoint, groups), indent=1).encode())
+        self._forget_old()
+
+    def load(self) -> Checkpoint:
+        """The newest intact checkpoint. NotResumable if there is none, or if it has a newer format."""
+        problems = []
+        for number in reversed(self._numbers()):
+            path = self._state_path(number)
+            try:
+                return self._read(path)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                problems.append(f"{path.name}: {error}")
+        raise NotResumable(
+            "no intact checkpoint" + (f" ({'; '.join(problems)})" if problems else ""),
+            where=str(self.folder),
+            next="start the run anew with `fedcil run`; the metrics of this folder can still be compared",
+        )
+
+    def _read(self, path: Path) -> Checkpoint:
+        plain = json.loads(path.read_text())
+        if plain["format"] > FORMAT:
+            raise NotResumable(
+                f"checkpoint format {plain['format']} is newer than this fedcil's {FORMAT}",
+                where=str(path),
+                next="resume with the version of fedcil that wrote it (environment.json)",
+            )
+        groups = plain["tensors"]
+        payload = groups["payload"]
+        server = ServerState(
+            model=self._get(groups["model"]),
+            memory=self._get(groups["memory"]),
+            payload=Payload(self._get(payload), payload) if payload else None,
+        )
+        state = RunState(
+            server=server,
+            cursor=Cursor(**plain["cursor"]),
+            client_states={int(client): name for client, name in plain["client_states"].items()},
+            client_state_bytes={int(client): size for client, size in plain["client_state_bytes"].items()},
+            holders=frozenset(plain["holders"]),
+            short_rounds=plain["short_rounds"],
+        )
+        return Checkpoint(state, plain["metrics_length"], plain["identity"])
+
+    def _put(self, tensors: Tensors, name: str | None = None) -> str:
+        name = name or content_hash(tensors)
+        path = self._tensor_path(name)
+        if not path.exists():
+            write_tensors(path, tensors)
+        return name
+
+    def _get(self, name: str) -> Tensors:
+        tensors = read_tensors(self._tensor_path(name))
+        if content_hash(tensors) != name:
+            raise ValueError(f"{name}.safetensors is damaged")
+        return tensors
+
+    def _forget_old(self) -> None:
+        numbers = self._numbers()
+        for number in numbers[:-KEPT]:
+            self._state_path(number).unlink()
+        named: set[str] = set()
+        for number in numbers[-KEPT:]:
+            named |= set(filter(None, json.loads(self._state_path(number).read_text())["tensors"].values()))
+        for path in self.folder.glob("*.safetensors"):
+            if path.stem not in named:
+                path.unlink()
+
+    def _numbers(self) -> list[int]:
+        matches = (re.fullmatch(r"state-(\d+)\.json", path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _state_path(self, number: int) -> Path:
+        return self.folder / f"state-{number}.json"
+
+    def _tensor_path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def _to_json(checkpoint: Checkpoint, groups: Mapping[str, str | None]) -> dict[str, Any]:
+    state = checkpoint.state
+    cursor = state.cursor
+    return {
+        "format": FORMAT,
+        "identity": dict(checkpoint.identity),
+        "cursor": {"task": cursor.task, "phase": cursor.phase, "round": cursor.round},
+        "tensors": dict(groups),
+        "client_states": dict(state.client_states),
+        "client_state_bytes": dict(state.client_state_bytes),
+        "holders": sorted(state.holders),
+        "short_rounds": state.short_rounds,
+        "metrics_length": checkpoint.metrics_length,
+    }

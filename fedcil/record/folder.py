@@ -1,0 +1,175 @@
+"""The run folder: everything a run leaves behind, and the one writer that may add to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from fedcil.errors import FolderBusy, InputError, NotResumable
+from fedcil.experiment import Experiment
+from fedcil.partition import save_partition
+from fedcil.record.atomic import write_atomic
+from fedcil.record.checkpoints import Checkpoint, CheckpointFolder
+from fedcil.scenario import to_toml
+from fedcil.state import RunState
+
+PACKAGES = ("fedcil", "torch", "torchvision", "numpy", "flwr", "ray", "pydantic", "safetensors")
+METRICS = "metrics.jsonl"
+
+
+class RunFolder:
+    """Writes a run folder; holds its lock from opening to ``close``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise FolderBusy(
+                "another process is writing to this run",
+                where=str(path),
+                next="wait for it to end, or give another folder with --output",
+            ) from None
+        self.checkpoints = CheckpointFolder(path / "checkpoints")
+        self._metrics = (path / METRICS).open("ab")
+        self._saved: RunState | None = None
+
+    @classmethod
+    def create(cls, root: Path, experiment: Experiment) -> Self:
+        """A new folder ``<name>-<seed>-<time>[-n]`` below ``root`` with what is known before round 0."""
+        path = _new_folder(root, f"{experiment.scenario.name}-{experiment.scenario.seed}")
+        folder = cls(path)
+        write_atomic(path / "scenario.toml", to_toml(experiment.scenario).encode())
+        write_atomic(path / "environment.json", json.dumps(_environment(experiment), indent=1).encode())
+        save_partition(path / "partition.npz", experiment.partition)
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path, experiment: Experiment) -> tuple[Self, RunState]:
+        """An existing folder and the state to continue from; metrics are cut back to that state."""
+        folder = cls(path)
+        try:
+            checkpoint = folder.checkpoints.load()
+            _refuse_changes(checkpoint.identity, identity(experiment), path)
+            folder._cut_metrics(checkpoint.metrics_length)
+        except BaseException:
+            folder.close()
+            raise
+        folder._saved = checkpoint.state
+        return folder, checkpoint.state
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """One whole line at the end of metrics.jsonl, on disk when this returns."""
+        self._metrics.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+
+    def checkpoint(self, state: RunState, experiment: Experiment) -> None:
+        """Save the state unless it is the one saved last."""
+        if state is self._saved:
+            return
+        self.checkpoints.save(Checkpoint(state, self._metrics.tell(), identity(experiment)))
+        self._saved = state
+
+    def write(self, name: str, content: str) -> None:
+        write_atomic(self.path / name, content.encode())
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._lock.release()
+
+    def _cut_metrics(self, length: int) -> None:
+        """Rounds after the checkpoint are repeated; what they had written is kept beside."""
+        path = self.path / METRICS
+        content = path.read_bytes()
+        if len(content) < length:
+            raise NotResumable("metrics.jsonl is shorter than its checkpoint says", where=str(path))
+        if len(content) > length:
+            write_atomic(self.path / f"metrics.cut-{time.time_ns()}.jsonl", content[length:])
+            self._metrics.truncate(length)
+            os.fsync(self._metrics.fileno())
+        self._metrics.seek(length)
+
+
+def identity(experiment: Experiment) -> dict[str, Any]:
+    """What must not change between a checkpoint and its resume."""
+    return {
+        "scenario": experiment.scenario.digest(),
+        "data": experiment.data.digest,
+        **experiment.numeric(),
+    }
+
+
+def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    names = [name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
+    if names:
+        changes = "; ".join(f"{name}: {saved.get(name)} then, {now.get(name)} now" for name in names)
+        raise NotResumable(
+            f"this run was made differently: {changes}",
+            where=str(path),
+            allowed="a change of engine.*, server.checkpoint_every and the data root",
+            next="resume with what it was made with (environment.json), or start a new run",
+        )
+
+
+def _new_folder(root: Path, stem: str) -> Path:
+    """Make ``root/<stem>-<time>``, with a number behind it if somebody was as fast."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1000):
+        path = root / (f"{stem}-{stamp}" + (f"-{attempt}" if attempt else ""))
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(
+                f"cannot make a run folder: {error.strerror}", where=str(path), next="give another --output"
+            ) from None
+        return path
+    raise InputError("a thousand runs started in the same second", where=str(root))
+
+
+def _environment(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "versions": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "revision": _revision(),
+        "command": sys.argv,
+        "numeric_configuration": experiment.numeric(),
+        "data": {
+            "name": experiment.data.name,
+            "digest": experiment.data.digest,
+            "notes": list(experiment.data.notes),
+        },
+        "class_order": [experiment.data.class_names[index] for index in experiment.stream.order],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """The checkout's commit, if this is a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

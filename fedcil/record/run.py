@@ -1,0 +1,97 @@
+"""A finished or unfinished run, as it can be read from its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcil.errors import InputError
+from fedcil.metrics import Matrix
+from fedcil.partition import TaskPartition, load_partition
+from fedcil.record.folder import METRICS
+from fedcil.scenario import Scenario, load_scenario
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read only.
+
+    ``summary`` holds the field's metrics (empty until the run is finished); ``lines`` everything that was
+    recorded, in order: kinds ``round``, ``task`` and ``boundary``.
+    """
+
+    path: Path
+
+    @cached_property
+    def scenario(self) -> Scenario:
+        return load_scenario(self.path / "scenario.toml")
+
+    @cached_property
+    def lines(self) -> tuple[dict[str, Any], ...]:
+        """Whole lines only: a run that is being written to, or was killed, may end in half a line."""
+        text = (self.path / METRICS).read_text(encoding="utf-8")
+        return tuple(json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.summary)
+
+    @cached_property
+    def partition(self) -> tuple[TaskPartition, ...]:
+        return load_partition(self.path / "partition.npz")
+
+    def kind(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["kind"] == kind]
+
+    @cached_property
+    def accuracy_matrix(self) -> Matrix:
+        """a[t][j], NaN for tasks that had not come yet."""
+        return ragged([line["accuracy"] for line in self.kind("task")])
+
+    @cached_property
+    def test_counts(self) -> list[int]:
+        return list(self.kind("task")[-1]["test_images"])
+
+    @cached_property
+    def trace(self) -> tuple[Matrix, list[int]]:
+        """(accuracy of each task at each evaluation, index of the last evaluation of each task)."""
+        rows, ends = [], []
+        for line in self.lines:
+            if line["kind"] == "round" and line.get("accuracy"):
+                rows.append(line["accuracy"])
+            elif line["kind"] == "task":
+                rows.append(line["accuracy"])
+                ends.append(len(rows) - 1)
+        return ragged(rows), ends
+
+
+def ragged(rows: list[list[float]]) -> NDArray[np.float64]:
+    """Rows of growing length as one matrix, NaN where there is nothing."""
+    width = max(map(len, rows), default=0)
+    matrix = np.full((len(rows), width), np.nan)
+    for place, row in enumerate(rows):
+        matrix[place, : len(row)] = row
+    return matrix
+
+
+def open_run(path: Path) -> Run:
+    """The run in a folder. InputError if the folder is none."""
+    if not (path / "scenario.toml").is_file() or not (path / METRICS).is_file():
+        raise InputError(
+            "not a run folder",
+            where=str(path),
+            allowed="a folder with scenario.toml and metrics.jsonl, as `fedcil run` makes it",
+            next="`fedcil list runs` shows the runs below ./runs",
+        )
+    return Run(path)

@@ -1,0 +1,73 @@
+"""A run's metrics in one small table: summary.json, summary.csv and accuracy_matrix.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from fedcil import metrics
+from fedcil.metrics import Matrix
+from fedcil.record.run import Run
+
+WINDOW = 10  # evaluations, for windowed forgetting and plasticity
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """Every scalar of a finished run; accuracies are fractions, None where a metric is not defined."""
+    a, n = run.accuracy_matrix, run.test_counts
+    trace, ends = run.trace
+    return {
+        "run_dir": str(run.path),
+        "name": run.scenario.name,
+        "method": run.scenario.method.name,
+        "seed": run.scenario.seed,
+        "engine": run.scenario.engine.name,
+        "average_incremental_accuracy": metrics.average_incremental_accuracy(a, n),
+        "final_accuracy": metrics.final_accuracy(a, n),
+        "forgetting": metrics.forgetting(a),
+        "forgetting_authors": metrics.forgetting_authors(a),
+        "backward_transfer": metrics.backward_transfer(a),
+        "learning_accuracy": metrics.learning_accuracy(a),
+        "final_task_aware_accuracy": _weighted(run.kind("task")[-1]["task_aware"], n),
+        "min_accuracy": metrics.min_accuracy(trace, ends),
+        "worst_case_accuracy": metrics.worst_case_accuracy(trace, ends),
+        "windowed_forgetting": metrics.windowed_forgetting(trace, WINDOW),
+        "windowed_plasticity": metrics.windowed_plasticity(trace, WINDOW),
+        **_costs(run),
+    }
+
+
+def _weighted(values: list[float], counts: list[int]) -> float:
+    pairs = zip(values, counts, strict=True)
+    return sum(value * count for value, count in pairs) / sum(counts)
+
+
+def _costs(run: Run) -> dict[str, float]:
+    rounds = run.kind("round")
+    return {
+        "seconds": sum(line["cost"]["seconds"] for line in run.lines),
+        "cpu_seconds": sum(line["cost"].get("cpu_seconds", 0.0) for line in run.lines),
+        "bytes_up": sum(line["bytes"]["model_up"] for line in rounds),
+        "bytes_down": sum(line["bytes"]["model_down"] + line["bytes"]["payload_down"] for line in rounds),
+        "client_state_bytes": max((line["client_state_bytes"] for line in rounds), default=0),
+        "peak_memory_mb": max((line["cost"]["peak_memory_mb"] for line in rounds), default=0.0),
+    }
+
+
+def summary_csv(summary: dict[str, Any]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(summary)
+    writer.writerow(["" if value is None else value for value in summary.values()])
+    return out.getvalue()
+
+
+def matrix_csv(matrix: Matrix) -> str:
+    """One row per task that ended, one column per task that was tested; empty where it had not come yet."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["after_task", *(f"task_{j + 1}" for j in range(matrix.shape[1]))])
+    for t, row in enumerate(matrix):
+        writer.writerow([t + 1, *("" if value != value else value for value in row)])  # noqa: PLR0124
+    return out.getvalue()

@@ -1,0 +1,423 @@
+"""The scenario: everything that decides a run's result, as one frozen value.
+
+A TOML file is parsed, presets and overrides are laid over it (default < preset < file < ``--set``), and what
+comes out is checked before any work starts. Unknown keys, wrong types, numbers out of range and combinations
+that cannot work are errors that name the file, the key, what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from fedcil.errors import ScenarioError
+from fedcil.methods import METHODS
+from fedcil.section import (
+    Above0,
+    Count,
+    Ints,
+    MethodSettings,
+    NonNegative,
+    Positive,
+    Section,
+    Share,
+)
+
+SHIPPED = Path(__file__).resolve().parent.parent / "scenarios"
+
+DATASETS = (
+    "digits",
+    "mnist",
+    "fashion_mnist",
+    "cifar10",
+    "cifar100",
+    "cifar100_coarse",
+    "tiny_imagenet",
+    "super_imagenet",
+    "folder",
+    "synthetic",
+)
+PARTITIONS = ("dirichlet_equal", "dirichlet", "iid", "shards", "classes", "quantity")
+MODELS = ("cnn", "resnet8", "resnet18")
+
+
+def _one_of_or_dotted(names: Sequence[str]) -> BeforeValidator:
+    """A shipped name, or ``package.module:function`` for a user's own."""
+
+    def check(value: object) -> object:
+        if isinstance(value, str) and value not in names and ":" not in value:
+            raise ValueError(f"allowed: {', '.join(names)}, or your own as package.module:function")
+        return value
+
+    return BeforeValidator(check)
+
+
+class DataSection(Section):
+    """``[data]``: which images, how many, how large, and how the real ones are augmented."""
+
+    name: Annotated[str, _one_of_or_dotted(DATASETS)] = Field(
+        "digits", description="a shipped data set or package.module:function"
+    )
+    root: str | None = Field(None, description="folder that holds the data sets")
+    classes: Positive | None = Field(None, description="use the first n classes only")
+    samples_per_class: Positive | None = Field(
+        None, description="use n training images of each class, drawn by the seed"
+    )
+    image_size: Annotated[int, Field(ge=4)] | None = Field(
+        None, description="height = width in pixels; default: the set's own"
+    )
+    augment: Literal["none", "flip", "crop_flip", "rotate_flip"] = "none"
+    validation: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="hold out this share of the training images and measure on it instead of the test set"
+    )
+    version: Literal["s", "m", "l"] = Field("s", description="super_imagenet: which grouping")
+    mapping: str | None = Field(None, description="super_imagenet: YAML or JSON file of super-classes")
+    separation: Above0 = Field(2.0, description="synthetic: distance of class centres in noise deviations")
+    test_per_class: Positive = Field(20, description="synthetic: test images of each class")
+
+
+class StreamSection(Section):
+    """``[stream]``: how classes arrive."""
+
+    tasks: Positive = 5
+    class_order: Literal["natural", "seeded"] | Ints = "natural"
+    sizes: Ints | None = Field(None, description="classes of each task; default: equal")
+
+    @field_validator("sizes")
+    @classmethod
+    def _at_least_one(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and min(value, default=0) < 1:
+            raise ValueError("each task needs at least 1 class")
+        return value
+
+
+class PartitionSection(Section):
+    """``[partition]``: how one task's samples are shared among the clients (methods: fedcil/partition.py)."""
+
+    name: Annotated[str, _one_of_or_dotted(PARTITIONS)] = "dirichlet_equal"
+    alpha: Above0 = Field(1.0, description="dirichlet_equal, dirichlet: concentration")
+    remainder: Literal["refuse", "spread"] = Field(
+        "refuse", description="dirichlet_equal: what to do when samples do not divide by clients"
+    )
+    min_size: Count = Field(1, description="dirichlet, quantity: redraw until each client has as many")
+    shards_per_client: Positive = 2
+    classes_per_client: Positive = 2
+    sigma: Above0 = Field(1.0, description="quantity: deviation of the log-normal client sizes")
+    allow_empty: bool = Field(False, description="let clients be without samples in a task")
+
+
+class ClientsSection(Section):
+    """``[clients]``: how many data owners there are and how many are asked in a round."""
+
+    count: Positive = 20
+    per_round: Positive = 5
+
+
+class AvailabilitySection(Section):
+    """``[availability]``: who can be reached in a round (fedcil/availability.py)."""
+
+    name: Literal["always", "bernoulli", "recorded"] = "always"
+    probability: Share = Field(1.0, description="bernoulli: chance of being there in a round")
+    file: str | None = Field(None, description="recorded: a metrics.jsonl to replay")
+
+    @model_validator(mode="after")
+    def _file_given(self) -> Self:
+        if (self.name == "recorded") != (self.file is not None):
+            raise ValueError("file belongs to name = 'recorded', which needs it")
+        return self
+
+
+class ModelSection(Section):
+    """``[model]``: the classifier."""
+
+    name: Annotated[str, _one_of_or_dotted(MODELS)] = "cnn"
+    width: Positive | None = Field(None, description="channels of the first stage; default: the model's own")
+    stem: Literal["3x3", "3x3_stride2", "7x7"] = Field("3x3", description="resnets: first layer")
+
+
+class TrainingSection(Section):
+    """``[training]``: local training and its schedule, the same in every task."""
+
+    rounds: Positive = Field(10, description="per task")
+    epochs: Count = Field(5, description="local epochs of each client and round")
+    batch_size: Annotated[int, Field(ge=2)] = 32
+    batches: Literal["even", "ragged", "drop_last"] = Field(
+        "ragged", description="how an epoch that is no multiple of the batch size is cut"
+    )
+    lr: Above0 = 0.1
+    lr_end: Above0 = Field(0.01, description="reached exponentially over a task's rounds; equal to lr: constant")
+    weight_decay: NonNegative = 1e-5
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
+    threads: Positive = Field(1, description="intra-operator threads of one client")
+
+
+class ServerSection(Section):
+    """``[server]``: averaging, evaluation, checkpoints, and when a round counts."""
+
+    weighting: Literal["samples", "uniform"] = "samples"
+    evaluate_every: Count = Field(1, description="rounds; 0: at the end of each task only")
+    checkpoint_every: Positive = Field(1, description="rounds")
+    deadline_s: Above0 | None = Field(None, description="seconds a round may take; none: no limit")
+    quorum: Share = Field(0.0, description="share of the asked clients that must answer")
+    patience: Positive = Field(10, description="rounds without quorum in a row before the run ends")
+    threads: Positive = Field(1, description="intra-operator threads of boundary and evaluation")
+
+
+class EngineSection(Section):
+    """``[engine]``: where clients run. Changes the cost of a run, never its result."""
+
+    name: Literal["inline", "ray", "flower"] = "inline"
+    workers: Positive | None = Field(None, description="default: one per core, at most one per asked client")
+    address: str | None = Field(None, description="ray: an existing cluster")
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+def _load_method(value: object) -> object:
+    """Lay the preset under the given options and let the named method's settings class check them."""
+    if isinstance(value, MethodSettings):
+        return value
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ValueError(f"needs a name; allowed: {', '.join(METHODS)}")
+    settings = method_settings(value["name"])
+    preset = value.get("preset")
+    if preset is None:
+        return settings.model_validate(dict(value))
+    if preset not in settings.presets:
+        allowed = ", ".join(settings.presets) or "this method has no presets"
+        raise ValueError(f"unknown preset {preset!r}; allowed: {allowed}")
+    return settings.model_validate({**settings.presets[preset], **value})
+
+
+def method_settings(name: str) -> type[MethodSettings]:
+    """The settings class of a method, by its name in the table or as ``package.module:Class``."""
+    target = METHODS.get(name, name)
+    if ":" not in target:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"unknown method {name!r}{hint} allowed: {', '.join(METHODS)}, or your own as package.module:Class"
+        )
+    loaded = load_dotted(target)
+    if not (isinstance(loaded, type) and issubclass(loaded, MethodSettings)):
+        raise ValueError(f"{target} is not a class of method settings (fedcil.section.MethodSettings)")
+    return loaded
+
+
+def load_dotted(target: str) -> Any:
+    """The object behind ``package.module:name``; ValueError says which half was not found."""
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise ValueError(f"{target}: module {module!r} cannot be imported ({error})") from None
+    except AttributeError:
+        raise ValueError(f"{target}: module {module!r} has no {attribute!r}") from None
+
+
+class Scenario(Section):
+    """A whole run as a value. Two equal scenarios on the same data give the same ``metrics.jsonl``."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    seed: Count = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: DataSection = DataSection()
+    stream: StreamSection = StreamSection()
+    partition: PartitionSection = PartitionSection()
+    clients: ClientsSection = ClientsSection()
+    availability: AvailabilitySection = AvailabilitySection()
+    model: ModelSection = ModelSection()
+    method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(_load_method)]
+    training: TrainingSection = TrainingSection()
+    server: ServerSection = ServerSection()
+    engine: EngineSection = EngineSection()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.clients.per_round > self.clients.count:
+            raise ValueError(
+                f"clients.per_round = {self.clients.per_round} is more than clients.count = {self.clients.count}"
+            )
+        if self.engine.gpus_per_worker > 0 and self.device == "cpu":
+            raise ValueError("engine.gpus_per_worker needs device = 'cuda' or 'auto'")
+        if self.data.name == "super_imagenet" and self.data.mapping is None:
+            raise ValueError("data.mapping is needed for super_imagenet: a file of super-classes (docs/data.md)")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without those that are not set (TOML has no null)."""
+        return _without_none(self.model_dump(mode="json"))
+
+    def digest(self) -> str:
+        """Hash of what decides the result: everything but engine, data root, and how often state is saved."""
+        plain = self.to_dict()
+        plain.pop("engine")
+        plain["data"].pop("root", None)
+        plain["server"].pop("checkpoint_every")
+        return blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def shipped_scenarios() -> list[str]:
+    """Names of the scenarios that come with the package."""
+    return sorted(str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.rglob("*.toml"))
+
+
+def load_scenario(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Scenario:
+    """Read a scenario from a path, a shipped name or a mapping and lay ``key=value`` overrides over it."""
+    if isinstance(source, Mapping):
+        return parse_scenario(dict(source), overrides, where="scenario")
+    path = find_scenario(source)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ScenarioError(
+            f"not a TOML file: {error}", where=str(path), next="mend the line that is named"
+        ) from None
+    except OSError as error:
+        raise ScenarioError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    return parse_scenario(table, overrides, where=str(path))
+
+
+def find_scenario(source: str | Path) -> Path:
+    """A path as it is, or the file of a shipped name."""
+    given = Path(source)
+    if given.is_file():
+        return given
+    shipped = SHIPPED / f"{given}.toml"
+    if not given.is_absolute() and ".." not in given.parts and shipped.is_file():
+        return shipped
+    near = difflib.get_close_matches(str(source), shipped_scenarios(), n=1)
+    raise ScenarioError(
+        f"no scenario {str(source)!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+        where=str(source),
+        allowed="a path to a TOML file, or one of: " + ", ".join(shipped_scenarios()),
+        next="`fedcil list scenarios` shows what is shipped",
+    )
+
+
+def parse_scenario(table: dict[str, Any], overrides: Sequence[str] = (), *, where: str) -> Scenario:
+    """Check a parsed table with its overrides; every problem found is in the one error raised."""
+    for override in overrides:
+        _override(table, override)
+    try:
+        return Scenario.model_validate(table)
+    except ValidationError as error:
+        problems = [_explain(problem, table) for problem in error.errors()]
+        raise ScenarioError(
+            "\n".join(text for text, _ in problems),
+            where=where,
+            allowed="; ".join(dict.fromkeys(allowed for _, allowed in problems if allowed)),
+            next="`fedcil schema` prints every key with its type and range",
+        ) from None
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    """Lay ``a.b=value`` over ``table``. The value is TOML; a bare word is a string."""
+    path, equals, raw = text.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
+        raise ScenarioError(
+            f"--set {text!r} is not key=value", where="--set", allowed="for example training.rounds=20"
+        )
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ScenarioError(f"--set {text!r}: {key} is a value, not a table", where="--set")
+    table[keys[-1]] = _toml_value(raw.strip())
+
+
+def _toml_value(raw: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def _explain(problem: Any, table: Mapping[str, Any]) -> tuple[str, str]:
+    """One pydantic problem as (what was wrong, what is allowed), with the nearest valid key."""
+    keys = [str(part) for part in problem["loc"] if not _is_type_tag(str(part))]
+    place = ".".join(keys) or "scenario"
+    given = problem["input"]
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        valid = _fields(keys[:-1], table)
+        near = difflib.get_close_matches(keys[-1], valid, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown key {place}{hint}", f"keys of {'.'.join(keys[:-1]) or 'a scenario'}: {', '.join(valid)}"
+    if kind == "missing":
+        return f"{place} is missing", ""
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(given, Mapping | Section) else f" = {given!r}"
+    near = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", message), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near and near[0] != given else ""
+    return f"{place}{shown}: {message}{hint}", ""
+
+
+def _is_type_tag(part: str) -> bool:
+    """Pydantic puts the branch of a union into the place; it is no key of the file."""
+    return "[" in part or part.startswith(("literal", "tuple"))
+
+
+def _fields(keys: Sequence[str], table: Mapping[str, Any]) -> list[str]:
+    """The valid keys of a table of the scenario."""
+    if list(keys) == ["method"]:
+        return list(method_settings(table["method"]["name"]).model_fields)
+    section: type[Section] = Scenario
+    for key in keys:
+        section = section.model_fields[key].annotation  # type: ignore[assignment]
+    return list(section.model_fields)
+
+
+def scenario_schema() -> dict[str, Any]:
+    """JSON schema of a scenario file; ``[method]`` is the union of all methods in the table."""
+    schema = Scenario.model_json_schema()
+    methods = []
+    for name in METHODS:
+        part = method_settings(name).model_json_schema()
+        part["properties"]["name"] = {"const": name, "type": "string"}
+        part["properties"]["preset"] = {"enum": [*method_settings(name).presets, None]}
+        schema["$defs"].update(part.pop("$defs", {}))
+        methods.append(part)
+    schema["properties"]["method"] = {"oneOf": methods}
+    return schema
+
+
+def to_toml(scenario: Scenario) -> str:
+    """The scenario as a TOML file that gives the same scenario again (without the data root)."""
+    plain = scenario.to_dict()
+    plain["data"].pop("root", None)
+    heads = [f"{key} = {_toml(value)}" for key, value in plain.items() if not isinstance(value, dict)]
+    tables = [_toml_table(key, value) for key, value in plain.items() if isinstance(value, dict)]
+    return "\n".join([*heads, "", *tables])
+
+
+def _toml_table(name: str, values: Mapping[str, Any]) -> str:
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
+    return "\n".join([f"[{name}]", *lines, ""])
+
+
+def _toml(value: Any) -> str:
+    """Strings, numbers, booleans and flat lists: JSON writes these as TOML does."""
+    return json.dumps(value)

@@ -1,0 +1,43 @@
+"""What every part of a scenario is: a frozen value that refuses unknown keys, wrong types and non-finite numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+if TYPE_CHECKING:
+    from fedcil.methods.base import Method
+
+
+class Section(BaseModel):
+    """One table of the scenario file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+# TOML has arrays only; strict mode would refuse them where a tuple is wanted.
+Ints = Annotated[tuple[int, ...], Strict(False)]
+Words = Annotated[tuple[str, ...], Strict(False)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Above0 = Annotated[float, Field(gt=0.0)]
+
+
+class MethodSettings(Section):
+    """The ``[method]`` table: a method's name, its preset and its own options.
+
+    A subclass adds its options as fields, may list presets (a name -> values for those fields), and says
+    in ``build`` which functions make up the method. That is all there is to a method.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    name: str
+    preset: str | None = None
+
+    def build(self) -> Method:
+        """The frozen value of functions that this method is (fedcil/methods/base.py)."""
+        raise TypeError(f"{type(self).__name__} has no build()")

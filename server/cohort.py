@@ -1,0 +1,23 @@
+"""Who is asked in a round."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcil.keys import Key
+from fedcil.methods.base import Phase
+
+
+def eligible(present: Collection[int], counts: NDArray[np.int64]) -> list[int]:
+    """Clients that are there and have samples in this task, sorted."""
+    return sorted(client for client in present if counts[client] > 0)
+
+
+def choose(candidates: list[int], phase: Phase, per_round: int, key: Key) -> tuple[int, ...]:
+    """A uniform draw without replacement, or everyone if the phase asks everyone; sorted by id."""
+    if phase.who == "all" or len(candidates) <= per_round:
+        return tuple(candidates)
+    return tuple(sorted(key.numpy().choice(candidates, per_round, replace=False).tolist()))

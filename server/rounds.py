@@ -1,0 +1,252 @@
+"""The round loop: tasks outside, phases and rounds inside, a boundary after each task. The same for every engine.
+
+It asks through a port, folds what comes back into the state, records it, and saves. How a client trains,
+where it runs and what a method does at a boundary is not its business.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from fedcil.availability import make_availability
+from fedcil.errors import Stopped, TooFewClients
+from fedcil.experiment import Experiment
+from fedcil.messages import Broadcast, Job, Outcome, Request, count_bytes
+from fedcil.methods.base import Phase
+from fedcil.port import Port, StopSignal
+from fedcil.record.folder import RunFolder
+from fedcil.state import Cursor, RunState
+from fedcil.stream import Task
+from server import boundary
+from server.cohort import choose, eligible
+from server.evaluation import Evaluator
+
+
+class Watcher(Protocol):
+    """Somebody who looks on: a progress display, or nobody."""
+
+    def recorded(self, line: Mapping[str, Any]) -> None: ...
+
+    def client_done(self, client: int) -> None: ...
+
+    def boundary_step(self, step: int, steps: int, terms: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What the loop works with; none of it is part of a run's result."""
+
+    experiment: Experiment
+    port: Port
+    folder: RunFolder
+    watcher: Watcher
+    stop: StopSignal
+    evaluator: Evaluator
+
+    def save(self, state: RunState) -> None:
+        self.folder.checkpoint(state, self.experiment)
+
+    def record(self, line: dict[str, Any], clock: Clock) -> None:
+        """Append one line; everything that depends on the machine goes under ``cost``."""
+        line["cost"] = line.get("cost", {}) | clock.read()
+        self.folder.append(line)
+        self.watcher.recorded(line)
+
+    def progress(self, step: int, steps: int, terms: Mapping[str, float]) -> None:
+        self.stop.check()
+        self.watcher.boundary_step(step, steps, terms)
+
+
+class Clock:
+    """Seconds, CPU seconds of this process, and its peak memory, since it was made."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {
+            "seconds": time.perf_counter() - self.wall,
+            "cpu_seconds": time.process_time() - self.cpu,
+            "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10),
+        }
+
+
+def run_tasks(session: Session, state: RunState) -> RunState:
+    """From ``state`` to the end of the stream. Stopped and TooFewClients leave a checkpoint behind."""
+    experiment = session.experiment
+    torch.set_num_threads(experiment.scenario.server.threads)
+    try:
+        for task in experiment.stream.tasks[state.cursor.task :]:
+            phases = experiment.method.phases(task, experiment.scenario.training.rounds)
+            while state.cursor.phase < len(phases):
+                state = one_round(session, state, task, phases[state.cursor.phase])
+            state = end_task(session, state, task)
+    except (Stopped, TooFewClients):
+        session.save(state)
+        raise
+    return state
+
+
+def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> RunState:
+    """Choose a cohort, ask it, reduce what came back, evaluate when due, record, save when due."""
+    experiment, cursor, clock = session.experiment, state.cursor, Clock()
+    scenario = experiment.scenario
+    cohort = choose_cohort(session, cursor, task, phase)
+    request = make_request(state, cohort)
+    outcome = session.port.run(request, scenario.server.deadline_s, session.watcher.client_done)
+    torch.set_num_threads(scenario.server.threads)  # the inline engine trains in this thread
+    session.stop.check()
+    status = round_status(outcome, len(cohort), scenario.server.quorum)
+    server = state.server
+    if status == "ok":
+        server = experiment.method.reduce(server, phase, outcome.total)
+    trained = clock.read()["seconds"]
+    line = round_line(state, task, phase, request, outcome, status)
+    if evaluation_due(cursor, phase, scenario.server.evaluate_every):
+        line["accuracy"] = session.evaluator.evaluate(server, task).accuracy
+    after = advance(state, cohort, outcome, phase, status)
+    after = replace(after, server=server)
+    line["client_state_bytes"] = sum(after.client_state_bytes.values())
+    line["cost"] = {"clients_seconds": trained, "wire_bytes": outcome.wire_bytes}
+    session.record(line, clock)
+    if after.short_rounds >= scenario.server.patience:
+        session.save(after)
+        raise too_few(after.short_rounds, task, scenario.server.quorum)
+    if (cursor.round + 1) % scenario.server.checkpoint_every == 0 or after.cursor.round == 0:
+        session.save(after)
+    return after
+
+
+def choose_cohort(session: Session, cursor: Cursor, task: Task, phase: Phase) -> tuple[int, ...]:
+    experiment = session.experiment
+    scenario = experiment.scenario
+    here = make_availability(scenario.availability, scenario.clients.count, experiment.key)
+    present = here(cursor.task, cursor.phase, cursor.round) & session.port.reachable()
+    candidates = eligible(present, experiment.counts(task))
+    place = ("task", cursor.task, "phase", cursor.phase, "round", cursor.round, "cohort")
+    return choose(candidates, phase, scenario.clients.per_round, experiment.key.at(*place))
+
+
+def make_request(state: RunState, cohort: tuple[int, ...]) -> Request:
+    cursor, server = state.cursor, state.server
+    broadcast = Broadcast(
+        task=cursor.task,
+        phase=cursor.phase,
+        round=cursor.round,
+        tensors=server.model,
+        payload=server.payload,
+    )
+    states = state.client_states
+    jobs = (Job(client, place, states.get(client)) for place, client in enumerate(cohort))
+    return Request(broadcast, tuple(jobs), len(cohort))
+
+
+def round_status(outcome: Outcome, asked: int, quorum: float) -> str:
+    """ok, empty (nobody was asked), or no_quorum (too few of the asked answered, or none at all)."""
+    if asked == 0:
+        return "empty"
+    answered = len(outcome.reports)
+    return "ok" if answered and answered >= quorum * asked else "no_quorum"
+
+
+def evaluation_due(cursor: Cursor, phase: Phase, every: int) -> bool:
+    """Every n rounds of a phase, but not after its last: the end of the task is evaluated anyway."""
+    return every > 0 and (cursor.round + 1) % every == 0 and cursor.round + 1 < phase.rounds
+
+
+def advance(
+    state: RunState, cohort: tuple[int, ...], outcome: Outcome, phase: Phase, status: str
+) -> RunState:
+    """Everything of the state but the model: cursor, who holds what, rounds without quorum."""
+    cursor = Cursor(state.cursor.task, state.cursor.phase, state.cursor.round + 1)
+    if cursor.round == phase.rounds:
+        cursor = Cursor(cursor.task, cursor.phase + 1, 0)
+    kept = {r.client: r for r in outcome.reports if phase.work == "remember" and r.state}
+    return replace(
+        state,
+        cursor=cursor,
+        client_states={**state.client_states, **{c: str(r.state) for c, r in kept.items()}},
+        client_state_bytes={**state.client_state_bytes, **{c: r.state_bytes for c, r in kept.items()}},
+        holders=state.holders | set(cohort) if state.server.payload else state.holders,
+        short_rounds=0 if status == "ok" else state.short_rounds + 1,
+    )
+
+
+def round_line(
+    state: RunState, task: Task, phase: Phase, request: Request, outcome: Outcome, status: str
+) -> dict[str, Any]:
+    """What the record says of a round. Bytes are logical tensors, the same on every engine."""
+    cohort = [job.client for job in request.jobs]
+    payload = state.server.payload
+    newcomers = set(cohort) - state.holders
+    return {
+        "kind": "round",
+        "task": task.index,
+        "phase": state.cursor.phase,
+        "phase_name": phase.name,
+        "round": state.cursor.round,
+        "status": status,
+        "cohort": cohort,
+        "answered": [report.client for report in outcome.reports],
+        "failures": [
+            {"client": failure.client, "stage": failure.stage, "reason": failure.reason}
+            for failure in outcome.failures
+        ],
+        "samples": sum(report.samples for report in outcome.reports),
+        "loss": mean_loss(outcome),
+        "bytes": {
+            "model_down": len(cohort) * count_bytes(state.server.model),
+            "payload_down": len(newcomers) * count_bytes(payload.tensors) if payload else 0,
+            "model_up": sum(report.bytes_up for report in outcome.reports),
+        },
+    }
+
+
+def mean_loss(outcome: Outcome) -> float | None:
+    """Mean over the clients that trained, in the order of their ids."""
+    losses = [report.metrics["loss"] for report in outcome.reports if "loss" in report.metrics]
+    return math.fsum(losses) / len(losses) if losses else None
+
+
+def end_task(session: Session, state: RunState, task: Task) -> RunState:
+    """Evaluate, then cross the boundary unless it was the last task. One step: a kill in between repeats it."""
+    experiment, clock = session.experiment, Clock()
+    evaluation = session.evaluator.evaluate(state.server, task)
+    line = {
+        "kind": "task",
+        "task": task.index,
+        "classes": list(experiment.stream.order[task.old : task.seen]),
+        "accuracy": evaluation.accuracy,
+        "task_aware": evaluation.task_aware,
+        "confusion": evaluation.confusion,
+        "test_images": evaluation.test_images,
+    }
+    session.record(line, clock)
+    server = state.server
+    if not experiment.stream.last(task):
+        clock = Clock()
+        made = boundary.cross(server, task, experiment, session.progress)
+        server = made.state
+        line = {"kind": "boundary", "task": task.index, "warnings": list(made.warnings), **made.log}
+        session.record(line, clock)
+    after = replace(state, server=server, cursor=Cursor(task.index + 1), holders=frozenset())
+    session.save(after)
+    return after
+
+
+def too_few(rounds: int, task: Task, quorum: float) -> TooFewClients:
+    return TooFewClients(
+        f"{rounds} rounds in a row without enough clients",
+        where=f"task {task.index + 1}",
+        allowed=f"at least one answer and server.quorum = {quorum:g} of the asked clients",
+        next="bring clients back and `fedcil resume` the run, or raise server.patience",
+    )
