@@ -98,20 +98,27 @@ def handle(request: Request, worker: Worker) -> Reply:
     reports: list[Report] = []
     failures: list[Failure] = []
     for job in request.jobs:
-        try:
-            contribution, report = _work(request.broadcast, job, worker)
-        except Stopped:
-            raise
-        except Exception as error:
-            failures.append(_failure(job, error))
-            fold.absent(job.position)
-            continue
-        reports.append(report)
+        result, contribution = do_job(request.broadcast, job, worker)
+        if isinstance(result, Failure):
+            failures.append(result)
+        else:
+            reports.append(result)
         if contribution is None:
             fold.absent(job.position)
         else:
             fold.add(job.position, contribution)
     return Reply(fold, tuple(reports), tuple(failures))
+
+
+def do_job(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Report | Failure, Contribution | None]:
+    """One client's answer. The contribution's tensors are the worker's memory until its next job."""
+    try:
+        contribution, report = _work(broadcast, job, worker)
+    except Stopped:
+        raise
+    except Exception as error:
+        return _failure(job, error), None
+    return report, contribution
 
 
 class ClientProblem(FedcilError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,30 +10,15 @@ from fedcil.compute import apply_precision
 from fedcil.engines import Setting, serve
 from fedcil.errors import FedcilError, NotResumable
 from fedcil.experiment import Experiment, open_experiment
-from fedcil.models.network import initialise, snapshot
 from fedcil.port import Port, StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.record.run import Run, open_run
-from fedcil.record.summary import matrix_csv, summarise, summary_csv
+from fedcil.record.summary import finish
 from fedcil.scenario import Scenario, load_scenario
-from fedcil.state import RunState, ServerState
-from server.evaluation import Evaluator
-from server.rounds import Session, Watcher, run_tasks
+from fedcil.state import RunState
+from server.rounds import Watcher, open_session, run_tasks
 
 DEFAULT_OUTPUT = Path("runs")
-
-
-class Nobody:
-    """The watcher of a run that nobody looks at."""
-
-    def recorded(self, line: Mapping[str, Any]) -> None:
-        pass
-
-    def client_done(self, client: int) -> None:
-        pass
-
-    def boundary_step(self, step: int, steps: int, terms: Mapping[str, float]) -> None:
-        pass
 
 
 def run(
@@ -58,8 +42,7 @@ def run(
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)
     folder = RunFolder.create(Path(output), experiment)
-    state = RunState(server=ServerState(model=first_model(experiment)))
-    return _carry_on(experiment, folder, state, root, figures, watcher, stop)
+    return _carry_on(experiment, folder, experiment.first_state(), root, figures, watcher, stop)
 
 
 def resume(
@@ -91,14 +74,6 @@ def load(path: str | Path) -> Run:
     return open_run(Path(path))
 
 
-def first_model(experiment: Experiment) -> dict[str, Any]:
-    """The model before round 0, with a head for the first task; drawn on the CPU whatever the device."""
-    compute = experiment.compute
-    network = compute.architecture.build(experiment.stream.tasks[0].seen)
-    initialise(network, experiment.key.at("model").torch())
-    return {name: tensor.to(compute.device) for name, tensor in snapshot(network).items()}
-
-
 def _carry_on(
     experiment: Experiment,
     folder: RunFolder,
@@ -112,16 +87,13 @@ def _carry_on(
     stop = stop or StopSignal()
     apply_precision(experiment.compute.precision)
     setting = Setting(experiment, data_root, folder.path / "client_states", stop)
-    evaluator = Evaluator(experiment)
 
-    def loop(port: Port) -> RunState:
-        return run_tasks(Session(experiment, port, folder, watcher or Nobody(), stop, evaluator), state)
+    def loop(port: Port) -> None:
+        run_tasks(open_session(experiment, folder, port, watcher, stop), state)
 
     try:
-        folder.checkpoint(state, experiment)
         serve(setting, loop)
-        finished = Run(folder.path)
-        write_results(folder, finished)
+        finished = finish(folder)
         if figures:
             from fedcil.record.figures import draw_figures
 
@@ -130,15 +102,7 @@ def _carry_on(
         raise _in_folder(error, folder.path) from None
     finally:
         folder.close()
-    return Run(folder.path)
-
-
-def write_results(folder: RunFolder, finished: Run) -> None:
-    """The tables of a finished run; summary.json last, since it says that the run is finished."""
-    summary = summarise(finished)
-    folder.write("accuracy_matrix.csv", matrix_csv(finished.accuracy_matrix))
-    folder.write("summary.csv", summary_csv(summary))
-    folder.write("summary.json", json.dumps(summary, indent=1))
+    return finished
 
 
 def _in_folder(error: FedcilError, path: Path) -> FedcilError:

@@ -14,8 +14,10 @@ from fedcil.data import Dataset, load_dataset
 from fedcil.keys import Key
 from fedcil.methods.base import Method
 from fedcil.models import make_architecture
+from fedcil.models.network import initialise, snapshot
 from fedcil.partition import TaskPartition, make_partition
 from fedcil.scenario import Scenario
+from fedcil.state import RunState, ServerState
 from fedcil.stream import Stream, Task, make_stream
 
 
@@ -43,6 +45,13 @@ class Experiment:
         """Where a client's samples of this task stand in the training set."""
         parts = [self.partition[t].of(client) for t in self.tasks_of_data(task)]
         return np.concatenate(parts).astype(np.int64)
+
+    def first_state(self) -> RunState:
+        """Before round 0: a model with a head for the first task, drawn on the CPU whatever the device."""
+        network = self.compute.architecture.build(self.stream.tasks[0].seen)
+        initialise(network, self.key.at("model").torch())
+        model = {name: tensor.to(self.compute.device) for name, tensor in snapshot(network).items()}
+        return RunState(server=ServerState(model=model))
 
     def numeric(self) -> dict[str, str | int]:
         """The numeric configuration (fedcil/compute.py)."""

@@ -115,7 +115,7 @@ class PartitionSection(Section):
     remainder: Literal["refuse", "spread"] = Field(
         "refuse", description="dirichlet_equal: what to do when samples do not divide by clients"
     )
-    min_size: Count = Field(1, description="dirichlet, quantity: redraw until each client has as many")
+    min_size: Count = Field(1, description="dirichlet, quantity: samples that each client has at least")
     shards_per_client: Positive = 2
     classes_per_client: Positive = 2
     sigma: Above0 = Field(1.0, description="quantity: deviation of the log-normal client sizes")

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fedcil.availability import make_availability
+from fedcil.availability import Availability, make_availability
 from fedcil.errors import Stopped, TooFewClients
 from fedcil.experiment import Experiment
 from fedcil.messages import Broadcast, Job, Outcome, Request, count_bytes
@@ -40,6 +40,19 @@ class Watcher(Protocol):
     def boundary_step(self, step: int, steps: int, terms: Mapping[str, float]) -> None: ...
 
 
+class Nobody:
+    """The watcher of a run that nobody looks at."""
+
+    def recorded(self, line: Mapping[str, Any]) -> None:
+        pass
+
+    def client_done(self, client: int) -> None:
+        pass
+
+    def boundary_step(self, step: int, steps: int, terms: Mapping[str, float]) -> None:
+        pass
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """What the loop works with; none of it is part of a run's result."""
@@ -50,6 +63,7 @@ class Session:
     watcher: Watcher
     stop: StopSignal
     evaluator: Evaluator
+    availability: Availability
 
     def save(self, state: RunState) -> None:
         self.folder.checkpoint(state, self.experiment)
@@ -63,6 +77,26 @@ class Session:
     def progress(self, step: int, steps: int, terms: Mapping[str, float]) -> None:
         self.stop.check()
         self.watcher.boundary_step(step, steps, terms)
+
+
+def open_session(
+    experiment: Experiment,
+    folder: RunFolder,
+    port: Port,
+    watcher: Watcher | None = None,
+    stop: StopSignal | None = None,
+) -> Session:
+    """A session over an engine's port, with the test images and the availability model loaded."""
+    scenario = experiment.scenario
+    return Session(
+        experiment=experiment,
+        port=port,
+        folder=folder,
+        watcher=watcher or Nobody(),
+        stop=stop or StopSignal(),
+        evaluator=Evaluator(experiment),
+        availability=make_availability(scenario.availability, scenario.clients.count, experiment.key),
+    )
 
 
 class Clock:
@@ -84,6 +118,7 @@ def run_tasks(session: Session, state: RunState) -> RunState:
     """From ``state`` to the end of the stream. Stopped and TooFewClients leave a checkpoint behind."""
     experiment = session.experiment
     torch.set_num_threads(experiment.scenario.server.threads)
+    session.save(state)
     try:
         for task in experiment.stream.tasks[state.cursor.task :]:
             phases = experiment.method.phases(task, experiment.scenario.training.rounds)
@@ -129,8 +164,8 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
 def choose_cohort(session: Session, cursor: Cursor, task: Task, phase: Phase) -> tuple[int, ...]:
     experiment = session.experiment
     scenario = experiment.scenario
-    here = make_availability(scenario.availability, scenario.clients.count, experiment.key)
-    present = here(cursor.task, cursor.phase, cursor.round) & session.port.reachable()
+    here = session.availability(cursor.task, cursor.phase, cursor.round)
+    present = here & session.port.reachable()
     candidates = eligible(present, experiment.counts(task))
     place = ("task", cursor.task, "phase", cursor.phase, "round", cursor.round, "cohort")
     return choose(candidates, phase, scenario.clients.per_round, experiment.key.at(*place))

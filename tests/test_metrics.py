@@ -111,6 +111,11 @@ def test_the_worst_accuracy_counts_only_after_a_task_was_learned() -> None:
     assert metrics.worst_case_accuracy(trace, [1, 3, 5]) == pytest.approx(1.4 / 3)
 
 
+def test_a_task_that_only_rises_after_its_end() -> None:
+    """Its end itself (0.2) is not "after it was learned": the worst of 0.5 and 0.6 is 0.5."""
+    assert metrics.min_accuracy(matrix([0.2, NAN], [0.5, 0.1], [0.6, 0.7]), [0, 2]) == pytest.approx(0.5)
+
+
 def test_windowed_forgetting_and_plasticity() -> None:
     """Task 0: 0.9, 0.6, 0.3, 0.7; task 1, after two evaluations without it: 0.2, 0.8.
 

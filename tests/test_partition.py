@@ -358,6 +358,13 @@ def test_classes_are_covered_without_luck() -> None:
         assert (counts.max(axis=1) == 4).all()
 
 
+def test_the_odd_sample_of_a_class_goes_to_any_owner() -> None:
+    """Two clients own a class of three: each has two of them in about half of 40 draws (never: 2**-39)."""
+    labels = np.zeros(3, dtype=np.int64)
+    sizes = [share(2, labels, seed, name="classes", classes_per_client=1).counts() for seed in range(40)]
+    assert {tuple(size) for size in sizes} == {(1, 2), (2, 1)}
+
+
 def test_classes_that_cannot_be_owned() -> None:
     error = failure(2, balanced(10, 4), name="classes", classes_per_client=3)
     assert "2 clients with 3 classes each cannot own the 10 classes" in error["what"]

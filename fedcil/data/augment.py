@@ -46,22 +46,23 @@ def make_batch(  # noqa: PLR0917
 
 
 def _flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    flips = _draw_flips(len(images), generator).to(images.device)
-    return torch.where(flips.view(-1, 1, 1, 1), images.flip(2), images)
+    count, height, width, _ = images.shape
+    flips = _draw_flips(count, generator).to(images.device)
+    rows = torch.arange(height, device=images.device)
+    return _gather(images, 0, rows[:, None], _mirrored(width, flips)[:, None, :])
 
 
 def _crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     count, height, width, _ = images.shape
     corners = torch.randint(0, 2 * PAD + 1, (2, count, 1), generator=generator).to(images.device)
     flips = _draw_flips(count, generator).to(images.device)
-    column = torch.arange(width, device=images.device)
     rows = corners[0] + torch.arange(height, device=images.device)
-    columns = corners[1] + torch.where(flips, width - 1 - column, column)
+    columns = corners[1] + _mirrored(width, flips)
     return _gather(images, PAD, rows[:, :, None], columns[:, None, :])
 
 
 def _rotate_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Counter-clockwise by the drawn angle, about the centre, in coordinates whose origin is the centre."""
+    """Counter-clockwise by the drawn angle, in coordinates whose origin is the centre of the image."""
     count, height, width, _ = images.shape
     angles = (torch.rand(count, 1, 1, generator=generator) * 2 - 1) * torch.pi * DEGREES / 180
     flips = _draw_flips(count, generator).to(images.device)
@@ -69,8 +70,8 @@ def _rotate_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     y = _centred(height, images.device)[:, None]
     x = _centred(width, images.device)
     x = torch.where(flips, -x, x)[:, None, :]
-    rows = _nearest(sine * x + cosine * y, height)
-    columns = _nearest(cosine * x - sine * y, width)
+    rows = _nearest(sine * x, cosine * y, height)
+    columns = _nearest(cosine * x, -sine * y, width)
     return _gather(images, 1, rows, columns)
 
 
@@ -79,14 +80,24 @@ def _draw_flips(count: int, generator: torch.Generator) -> Tensor:
     return torch.rand(count, 1, generator=generator) < 0.5
 
 
+def _mirrored(width: int, flips: Tensor) -> Tensor:
+    """(n, width): the column that each output column shows."""
+    column = torch.arange(width, device=flips.device)
+    return torch.where(flips, width - 1 - column, column)
+
+
 def _centred(side: int, device: torch.device) -> Tensor:
     """Pixel centres along a side, 0 in the middle."""
     return torch.arange(side, device=device, dtype=torch.float32) - (side - 1) / 2
 
 
-def _nearest(place: Tensor, side: int) -> Tensor:
-    """Centred coordinates to pixel numbers of an image with a border of 1, where all outside ends up."""
-    return (place + (side - 1) / 2).round_().clamp_(-1, side).long() + 1
+def _nearest(across: Tensor, down: Tensor, side: int) -> Tensor:
+    """Pixels nearest to ``across + down``, (n, h, w), in an image with a border of 1; all outside ends there.
+
+    ``across`` (n, 1, w) and ``down`` (n, h, 1) are centred coordinates.
+    """
+    shifted = down + (side + 1) / 2
+    return (across + shifted).round_().clamp_(0, side + 1).long()
 
 
 def _gather(images: Tensor, border: int, rows: Tensor, columns: Tensor) -> Tensor:

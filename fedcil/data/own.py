@@ -65,14 +65,17 @@ def _problems(given: object) -> Iterator[str]:
     classes = len(given.class_names)
     for name, split in (("train", given.train), ("test", given.test)):
         yield from _split_problems(name, split, classes)
-    shapes = [np.shape(split.images)[1:] for split in (given.train, given.test)]
+    shapes = [np.shape(getattr(split, "images", ()))[1:] for split in (given.train, given.test)]
     if shapes[0] != shapes[1]:
         yield f"images are {shapes[0]} in train and {shapes[1]} in test"
     channels = shapes[0][-1] if shapes[0] else 0
     yield from _scale_problems(given, channels)
 
 
-def _split_problems(name: str, split: Split, classes: int) -> Iterator[str]:
+def _split_problems(name: str, split: object, classes: int) -> Iterator[str]:
+    if not isinstance(split, Split):
+        yield f"{name} is a {type(split).__name__}, not a Split"
+        return
     images, labels = split.images, split.labels
     if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4):
         yield f"{name} images are {_described(images)}, not uint8 (n, height, width, channels)"

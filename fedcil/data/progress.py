@@ -12,7 +12,7 @@ SECONDS_BETWEEN = 2.0
 
 
 def counted(blocks: Iterable[Bytes], total: int, label: str | None) -> Iterator[Bytes]:
-    """``blocks`` as they are; says under ``label`` how many of ``total`` images are decoded (None: silent)."""
+    """``blocks`` as they are; tells under ``label`` how many of ``total`` are decoded (None: silent)."""
     done, said = 0, time.monotonic()
     for block in blocks:
         yield block

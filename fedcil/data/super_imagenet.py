@@ -127,7 +127,8 @@ def _entry(path: Path, key: object, value: object) -> SuperClass:
         name and isinstance(name[0], str) and tables and all(isinstance(table, dict) for table in tables)
     ):
         raise _bad_mapping(path, f"entry {key} is not [name, {{wnid: class name}}]")
-    return SuperClass(int(str(key)), name[0], tuple(sorted(str(wnid) for table in tables for wnid in table)))
+    wnids = sorted(str(wnid) for table in tables for wnid in table)
+    return SuperClass(int(str(key)), name[0], tuple(wnids))
 
 
 def _bad_mapping(path: Path, reason: str) -> InputError:

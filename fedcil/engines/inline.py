@@ -6,7 +6,6 @@ depend on how many there are.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from typing import TypeVar
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.engines import Setting
-from fedcil.engines.gather import Gathered, one_job_each
+from fedcil.engines.workers import worker_count
+from fedcil.gather import Gathered, one_job_each
 from fedcil.messages import Outcome, Reply, Request
 from fedcil.port import ClientDone, Port, remaining
 
@@ -32,11 +32,6 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
         port.close()
 
 
-def default_workers(per_round: int) -> int:
-    """One per core this process may use, and no more than clients in a round."""
-    return max(1, min(len(os.sched_getaffinity(0)), per_round))
-
-
 class InlinePort:
     """The port over threads of this process."""
 
@@ -46,7 +41,7 @@ class InlinePort:
         self._shared = Shared(setting.experiment, StateStore(setting.states))
         self._abandoned = threading.Event()
         self._stop = setting.stop
-        self._workers = scenario.engine.workers or default_workers(scenario.clients.per_round)
+        self._workers = worker_count(scenario)
         self._local = threading.local()
         self._threads: ThreadPoolExecutor | None = None
         if self._workers > 1:

@@ -51,13 +51,14 @@ class AFCL(MethodSettings):
         self, network: Network, samples: Samples, task: Task, images: Callable[[Tensor], Tensor]
     ) -> Contribution:
         """Upper triangle of G, and Q (d + 1, seen): float64, since float32 sums lose definiteness."""
-        gram, cross = 0.0, 0.0
-        for stack, labels in zip(samples.images.split(BATCH), samples.labels.split(BATCH), strict=True):
-            features = self._features(network, images(stack))
-            targets = F.one_hot(labels, task.seen).to(features)
-            gram = gram + features.T @ features
-            cross = cross + features.T @ targets
-        assert isinstance(gram, Tensor) and isinstance(cross, Tensor)
+        width = (self.expansion or network.backbone.width) + 1
+        gram = torch.zeros(width, width, dtype=torch.float64, device=samples.labels.device)
+        cross = gram.new_zeros(width, task.seen)
+        for start in range(0, len(samples.labels), BATCH):
+            stack = slice(start, start + BATCH)
+            features = self._features(network, images(samples.images[stack]))
+            gram += features.T @ features
+            cross += features.T @ F.one_hot(samples.labels[stack], task.seen).to(features)
         return Contribution({"gram": upper(gram), "cross": cross}, weight=1.0)
 
     def _reduce(self, state: ServerState, phase: Phase, total: Total | None) -> ServerState:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from typing import Any
 
 from fedcil import metrics
 from fedcil.metrics import Matrix
+from fedcil.record.folder import RunFolder
 from fedcil.record.run import Run
 
 WINDOW = 10  # evaluations, for windowed forgetting and plasticity
+
+
+def finish(folder: RunFolder) -> Run:
+    """Write the tables of a run that came to its end; summary.json last, since it says so."""
+    run = Run(folder.path)
+    summary = summarise(run)
+    folder.write("accuracy_matrix.csv", matrix_csv(run.accuracy_matrix))
+    folder.write("summary.csv", summary_csv(summary))
+    folder.write("summary.json", json.dumps(summary, indent=1))
+    return Run(folder.path)
 
 
 def summarise(run: Run) -> dict[str, Any]:

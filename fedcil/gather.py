@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedcil.fold import Fold
-from fedcil.messages import Failure, Job, Outcome, Reply, Report, Request
+from fedcil.messages import Contribution, Failure, Job, Outcome, Reply, Report, Request
 from fedcil.port import ClientDone
 
 
@@ -30,6 +30,16 @@ class Gathered:
         for answer in (*reply.reports, *reply.failures):
             self._jobs.pop(answer.client)
             self._done(answer.client)
+
+    def answer(self, report: Report, contribution: Contribution | None) -> None:
+        """Take in one client's report and what it gives, if anything."""
+        job = self._jobs.pop(report.client)
+        if contribution is None:
+            self._fold.absent(job.position)
+        else:
+            self._fold.add(job.position, contribution)
+        self._reports.append(report)
+        self._done(report.client)
 
     @property
     def open_clients(self) -> list[int]:

@@ -1,0 +1,86 @@
+"""The client side as a Flower ClientApp. Nothing is kept in this process that could not be lost: Flower may
+start a fresh one for every message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.handle import Shared, Worker, do_job
+from client.states import StateStore
+from fedcil.experiment import open_experiment
+from fedcil.messages import Broadcast, Job, Payload
+from fedcil.record.atomic import write_atomic
+from fedcil.scenario import load_scenario
+from fedcil.wire import Answer, pack_answer, place_of, unpack_broadcast, unpack_payload
+
+LIMIT = 2**31  # bytes of one packet from the server
+HOME = "FEDCIL_CLIENT_HOME"  # folder for payloads and client states
+DATA_ROOT = "FEDCIL_DATA_ROOT"
+
+app = ClientApp()
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Which share of the clients this node serves."""
+    config = context.node_config
+    answer = {"partition": int(config["partition-id"]), "partitions": int(config["num-partitions"])}
+    return Message(RecordDict({"hello": ConfigRecord(answer)}), reply_to=message)
+
+
+@app.train()
+def work(message: Message, context: Context) -> Message:
+    """All jobs of one message, an answer each; or the hash of the payload that this node lacks."""
+    home = Path(str(context.node_config.get("home") or os.environ[HOME]))
+    config = message.content["work"]
+    header, tensors = unpack_broadcast(read_packet(message, "broadcast"), limit=LIMIT)
+    payload = None
+    if header["payload"] is not None:
+        payload = find_payload(message, header["payload"], home)
+        if payload is None:
+            return Message(RecordDict({"missing": ConfigRecord({"payload": header["payload"]})}), reply_to=message)
+    task, phase, round_ = header["place"]
+    broadcast = Broadcast(task=task, phase=phase, round=round_, tensors=tensors, payload=payload)
+    worker = open_worker(str(config["scenario"]), os.environ.get(DATA_ROOT), home)
+    records = {}
+    for client, position, state in json.loads(str(config["jobs"])):
+        result, contribution = do_job(broadcast, Job(client, position, state), worker)
+        packet = pack_answer(Answer(result, contribution), header["run"], place_of(broadcast))
+        records[f"client-{client}"] = packet_record(packet)
+    return Message(RecordDict(records), reply_to=message)
+
+
+@lru_cache(maxsize=1)
+def open_worker(scenario: str, data_root: str | None, home: Path) -> Worker:
+    """The worker of this process, kept for as long as the process and the scenario last."""
+    experiment = open_experiment(load_scenario(json.loads(scenario)), Path(data_root) if data_root else None)
+    return Worker(Shared(experiment, StateStore(home / "client_states")), lambda: None)
+
+
+def find_payload(message: Message, name: str, home: Path) -> Payload | None:
+    """The payload from the message, which is then kept on disk, or from disk; None if it is nowhere."""
+    path = home / "payloads" / f"{name}.packet"
+    if "payload" in message.content:
+        packet = read_packet(message, "payload")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, packet)
+        return unpack_payload(packet, limit=LIMIT)
+    return unpack_payload(path.read_bytes(), limit=LIMIT) if path.exists() else None
+
+
+def packet_record(packet: bytes) -> ArrayRecord:
+    return ArrayRecord([np.frombuffer(packet, dtype=np.uint8)])
+
+
+def read_packet(message: Message, name: str) -> bytes:
+    (array,) = message.content[name].to_numpy_ndarrays()
+    content: bytes = array.tobytes()
+    return content

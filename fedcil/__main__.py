@@ -1,0 +1,5 @@
+"""``python -m fedcil``."""
+
+from fedcil.cli import main
+
+main()

@@ -1,0 +1,89 @@
+"""Live progress with rich on a terminal, plain lines elsewhere, nothing but warnings with --json. Always stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+CLIENT = "client"
+BOUNDARY = "generator"
+
+
+class Display:
+    """A watcher that prints a line for every round, task and boundary, and a bar for what is under way."""
+
+    def __init__(self, console: Console, bars: Progress, quiet: bool) -> None:
+        self.console, self.bars, self.quiet = console, bars, quiet
+        self.bar: tuple[str, TaskID] | None = None
+
+    def client_done(self, client: int) -> None:
+        self._advance(CLIENT, "clients", None, f"client {client} answered")
+
+    def boundary_step(self, step: int, steps: int, terms: Mapping[str, float]) -> None:
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
+        self._advance(BOUNDARY, "boundary", steps, shown)
+
+    def recorded(self, line: Mapping[str, Any]) -> None:
+        self._drop_bar()
+        for warning in line.get("warnings", ()):
+            self.console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+        if not self.quiet:
+            self.console.print(describe(line), markup=False, highlight=False)
+
+    def _advance(self, kind: str, title: str, total: int | None, note: str) -> None:
+        if self.quiet or self.bars.disable:
+            return
+        if self.bar is None or self.bar[0] != kind:
+            self._drop_bar()
+            self.bar = (kind, self.bars.add_task(title, total=total, note=""))
+        self.bars.advance(self.bar[1])
+        if note:
+            self.bars.update(self.bar[1], note=note)
+
+    def _drop_bar(self) -> None:
+        if self.bar is not None:
+            self.bars.remove_task(self.bar[1])
+            self.bar = None
+
+
+def describe(line: Mapping[str, Any]) -> str:
+    """One recorded line in words; tasks and rounds count from 1 for people."""
+    seconds = f"{line['cost']['seconds']:.1f} s"
+    task = f"task {line['task'] + 1}"
+    if line["kind"] == "boundary":
+        return f"{task} boundary  {seconds}"
+    if line["kind"] == "task":
+        row = line["accuracy"]
+        pooled = np.average(row, weights=line["test_images"])
+        each = " ".join(f"{100 * value:.0f}" for value in row)
+        return f"{task} done      accuracy {100 * pooled:.1f} %  (tasks: {each})"
+    parts = [f"{task} {line['phase_name']} round {line['round'] + 1}", f"{len(line['answered'])} clients"]
+    if line["loss"] is not None:
+        parts.append(f"loss {line['loss']:.3f}")
+    if line["failures"]:
+        parts.append(f"{len(line['failures'])} failed ({line['failures'][0]['reason']})")
+    if line["status"] != "ok":
+        parts.append(line["status"])
+    return "  ".join([*parts, seconds])
+
+
+@contextmanager
+def display(*, quiet: bool) -> Iterator[Display]:
+    console = Console(stderr=True)
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+    with bars:
+        yield Display(console, bars, quiet)

@@ -1,0 +1,96 @@
+"""``fedcil plan``: what a run would do, from the scenario and the data alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedcil.experiment import Experiment
+from fedcil.keys import Key
+from fedcil.messages import count_bytes
+from fedcil.models.network import count_parameters, grow_head
+
+ACTIVATIONS = 24  # copies of a batch's input that a network's activations take, roughly, per channel of width
+
+
+def forecast(experiment: Experiment) -> dict[str, Any]:
+    """Counts that are exact, and a prediction of memory that is not."""
+    scenario = experiment.scenario
+    rounds = scenario.training.rounds
+    model = experiment.first_state().server.model
+    tasks = []
+    for task in experiment.stream.tasks:
+        model = grow_head(model, task.seen, Key(0).torch()) if task.old else model
+        counts = experiment.counts(task)
+        phases = experiment.method.phases(task, rounds)
+        cohorts = sum(_asked(experiment, phase.who, counts) * phase.rounds for phase in phases)
+        tasks.append(
+            {
+                "task": task.index,
+                "classes": list(experiment.stream.order[task.old : task.seen]),
+                "rounds": sum(phase.rounds for phase in phases),
+                "client_trainings": cohorts,
+                "clients_with_samples": int((counts > 0).sum()),
+                "samples_per_client": [int(counts.min()), int(counts.max())],
+                "model_bytes_down": cohorts * count_bytes(model),
+            }
+        )
+    network = experiment.compute.architecture.build(experiment.stream.tasks[-1].seen)
+    return {
+        "name": scenario.name,
+        "method": scenario.method.name,
+        "engine": scenario.engine.name,
+        "numeric_configuration": experiment.numeric(),
+        "parameters": count_parameters(network),
+        "model_bytes": count_bytes(model),
+        "train_images": len(experiment.data.train.labels),
+        "test_images": len(experiment.data.test.labels),
+        "tasks": tasks,
+        "predicted_memory_mb": predicted_memory(experiment, count_bytes(model)),
+        "notes": list(experiment.data.notes),
+    }
+
+
+def _asked(experiment: Experiment, who: str, counts: Any) -> int:
+    with_samples = int((counts > 0).sum())
+    return with_samples if who == "all" else min(experiment.scenario.clients.per_round, with_samples)
+
+
+def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
+    """MB of one process: torch itself, images, and per worker five copies of the model and a batch's activations."""
+    scenario = experiment.scenario
+    workers = scenario.engine.workers or scenario.clients.per_round
+    images = experiment.data.train.images.nbytes + experiment.data.test.images.nbytes
+    channels, height, width = experiment.compute.architecture.image
+    network = experiment.compute.architecture.build(1)
+    batch = scenario.training.batch_size * height * width * network.backbone.width * 4 * ACTIVATIONS
+    return int(700 + (images + workers * (5 * model_bytes + batch // 8)) / 2**20)
+
+
+def print_forecast(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    numeric = facts["numeric_configuration"]
+    table = Table(title=f"{facts['name']}: {facts['method']} on {numeric['device']} ({numeric['precision']})")
+    for name in ("task", "classes", "rounds", "client trainings", "clients", "samples each", "MB down"):
+        table.add_column(name, justify="right")
+    for row in facts["tasks"]:
+        low, high = row["samples_per_client"]
+        table.add_row(
+            str(row["task"] + 1),
+            " ".join(map(str, row["classes"])),
+            str(row["rounds"]),
+            str(row["client_trainings"]),
+            str(row["clients_with_samples"]),
+            f"{low}" if low == high else f"{low} to {high}",
+            f"{row['model_bytes_down'] / 1e6:.1f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{facts['parameters']:,} parameters, {facts['model_bytes'] / 1e6:.1f} MB a model; "
+        f"{facts['train_images']:,} training and {facts['test_images']:,} test images; "
+        f"about {facts['predicted_memory_mb']:,} MB of memory; engine {facts['engine']}"
+    )
+    for note in facts["notes"]:
+        console.print(f"note: {note}", markup=False)

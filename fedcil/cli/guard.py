@@ -1,0 +1,71 @@
+"""Errors become messages and exit codes; signals become a checkpoint. Bad input never ends in a traceback."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec
+
+from fedcil.errors import FedcilError, Stopped
+
+if TYPE_CHECKING:
+    from fedcil.port import StopSignal
+
+P = ParamSpec("P")
+OUT_OF_TIME = 5  # exit code of a run that --max-seconds ended
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """End with the error's exit code, saying on stderr (or as JSON on stdout) what happened."""
+
+    @wraps(command)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except FedcilError as error:
+            show_error(error, as_json=bool(kwargs.get("json")))
+            sys.exit(error.exit_code)
+        except BrokenPipeError:
+            sys.exit(0)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return inner
+
+
+def show_error(error: FedcilError, *, as_json: bool) -> None:
+    if as_json:
+        print(jsonlib.dumps({"error": error.as_dict()}))
+    name = "stopped" if isinstance(error, Stopped) else "error"
+    print(f"{name}: {error}", file=sys.stderr)
+
+
+@contextmanager
+def stoppable(max_seconds: float | None) -> Iterator[StopSignal]:
+    """Ctrl-C, SIGTERM and a time limit set the signal that a run looks at; a second Ctrl-C ends at once."""
+    from fedcil.port import StopSignal
+
+    stop = StopSignal()
+
+    def on_signal(number: int, frame: object) -> None:
+        if stop.event.is_set():
+            raise KeyboardInterrupt
+        print("\nstopping after this step, with a checkpoint (again to end at once)", file=sys.stderr)
+        stop.set(128 + number)
+
+    old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    timer = threading.Timer(max_seconds or 0.0, stop.set, (OUT_OF_TIME,))
+    timer.daemon = True
+    if max_seconds is not None:
+        timer.start()
+    try:
+        yield stop
+    finally:
+        timer.cancel()
+        for number, handler in old.items():
+            signal.signal(number, handler)

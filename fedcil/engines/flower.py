@@ -1,0 +1,63 @@
+"""Flower's stock simulation in this process: Flower nodes on Ray, messages in memory.
+
+For interoperability: the same ServerApp loop and the same ClientApp as in a real deployment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import flwr.simulation
+from flwr.serverapp import Grid
+
+from client import app as client_app
+from fedcil.engines import Setting
+from fedcil.engines.workers import worker_count
+from fedcil.port import Port
+from server.app import server_app
+from server.grid import GridPort
+
+T = TypeVar("T")
+MOST_NODES = 100  # more clients than this share nodes
+
+
+def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
+    scenario = setting.experiment.scenario
+    nodes = min(scenario.clients.count, MOST_NODES)
+    results: list[T] = []
+    problems: list[BaseException] = []
+
+    def inside(port: Port) -> None:
+        """Flower would wrap what is raised here."""
+        try:
+            results.append(loop(port))
+        except BaseException as problem:
+            problems.append(problem)
+
+    def port(grid: Grid) -> Port:
+        return GridPort(grid, setting.experiment, setting.states.parent.name, setting.stop)
+
+    os.environ[client_app.HOME] = str(setting.states.parent.absolute())
+    if setting.data_root is not None:
+        os.environ[client_app.DATA_ROOT] = str(setting.data_root.absolute())
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    flwr.simulation.run_simulation(
+        server_app(inside, port),
+        client_app.app,
+        num_supernodes=nodes,
+        backend_config=backend(worker_count(scenario), scenario.engine.gpus_per_worker),
+    )
+    if problems:
+        raise problems[0]
+    return results[0]
+
+
+def backend(workers: int, gpus_per_worker: float) -> dict[str, dict[str, object]]:
+    """As many actors as workers, one CPU each as Ray counts them."""
+    return {
+        "init_args": {"num_cpus": workers, "log_to_driver": False, "logging_level": "ERROR"},
+        "client_resources": {"num_cpus": 1, "num_gpus": gpus_per_worker},
+    }

@@ -1,0 +1,382 @@
+"""The pictures of a run and of a comparison: matplotlib's object API, no pyplot, nothing global."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from PIL import Image
+
+from fedcil import metrics
+from fedcil.errors import InputError
+from fedcil.metrics import Matrix
+from fedcil.record.compare import Group, by_seed
+from fedcil.record.run import Run
+
+DPI = 150
+INK, GREY, FAINT = "#222222", "#777777", "#dddddd"
+# Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":", "-.")
+NAMED_TASKS = 12  # more task names than that would overlap
+ANNOTATED_TASKS = 20  # larger matrices have no room for numbers
+SINGLE_CLIENTS = 60  # more clients are sorted by their main class, so that a pattern can be seen
+LONGEST_NAME = 14
+
+
+def draw_figures(run: Run) -> list[Path]:
+    """Draw what the run has records for into ``figures/`` of its folder."""
+    paths = []
+    for name, figure in run_figures(run).items():
+        paths.append(run.path / "figures" / f"{name}.png")
+        save_png(figure, paths[-1])
+    return paths
+
+
+def run_figures(run: Run) -> dict[str, Figure]:
+    """The pictures of a run by name; those without records are left out."""
+    drawn = {name: draw(run) for name, draw in DRAWINGS.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure; folders above it are made. Raises InputError if that is not possible."""
+    if path.suffix.lower() != ".png":
+        raise InputError("pictures are PNG files", where=str(path), allowed="a name that ends in .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png_bytes(figure))
+    except OSError as error:
+        raise InputError(
+            f"cannot write a picture: {error.strerror}", where=str(path), next="give a path you may write to"
+        ) from None
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """A figure as a PNG at 150 dots per inch.
+
+    256 colours are enough for it and make a third of the bytes; no date, so equal figures are equal files.
+    """
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
+    buffer = io.BytesIO()
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+        buffer, "PNG", optimize=True, dpi=(DPI, DPI)
+    )
+    return buffer.getvalue()
+
+
+def accuracy_figure(run: Run) -> Figure | None:
+    """Accuracy over rounds: on all classes seen so far, and on each task's own."""
+    trace, _ = run.trace
+    if not len(trace):
+        return None
+    places, ends = _places(run)
+    figure = Figure(figsize=(8.5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    pooled = 100 * np.array([_pooled(row, _test_counts(run)) for row in trace])
+    style = {"color": INK, "linewidth": 2.4, "marker": _marker(places), "markersize": 4}
+    axes.plot(places, pooled, label="all classes seen", zorder=3, **style)
+    _draw_tasks(axes, places, trace)
+    _draw_borders(axes, ends, places[-1])
+    axes.set(xlabel="round, counted over all tasks", ylabel="test accuracy (%)", ylim=(-2, 102))
+    _clean(axes, grid="y")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    _title(axes, run, pad=22)
+    return figure
+
+
+def matrix_figure(run: Run) -> Figure | None:
+    """The accuracy matrix: a row for each task that ended, a column for each task that was tested."""
+    matrix = 100 * run.accuracy_matrix
+    tasks = len(matrix)
+    if not tasks:
+        return None
+    side = min(max(0.62 * tasks, 2.6), 9.0)
+    figure = Figure(figsize=(side + 2.0, side + 1.0), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(matrix, vmin=0, vmax=100, cmap="cividis")
+    if tasks <= ANNOTATED_TASKS:
+        _write_cells(axes, matrix)
+    _number(axes.xaxis, tasks)
+    _number(axes.yaxis, tasks)
+    axes.set(xlabel="tested on the classes of task", ylabel="after task")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="test accuracy (%)", shrink=0.85).outline.set_visible(False)
+    _title(axes, run)
+    return figure
+
+
+def samples_figure(run: Run) -> Figure | None:
+    """How many training samples each client has in each task: a dot for a client, a box for all of them."""
+    if not (run.path / "partition.npz").is_file():
+        return None
+    counts = [part.counts() for part in run.partition]
+    places = np.arange(1, len(counts) + 1)
+    figure = Figure(figsize=(min(max(0.8 * len(counts) + 2.0, 5.0), 12.0), 4.0), layout="constrained")
+    axes = figure.subplots()
+    _draw_boxes(axes, counts, places)
+    for place, sizes in zip(places, counts, strict=True):
+        dots = {"s": 12, "color": PALETTE[0], "alpha": _alpha(len(sizes)), "linewidth": 0}
+        axes.scatter(place + _spread(len(sizes)), sizes, zorder=4, **dots)
+    _number(axes.xaxis, len(counts), first=1, notes=[_empty(sizes) for sizes in counts])
+    top = 1.08 * max(max(sizes) for sizes in counts)
+    axes.set(xlabel="task", ylabel="training samples of a client", ylim=(-0.02 * top, top))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _clean(axes, grid="y")
+    _title(axes, run, f"{len(counts[0])} clients (box: middle half, orange: median)")
+    return figure
+
+
+def partition_figure(run: Run) -> Figure | None:
+    """How many samples of each class each client has, one strip per task."""
+    counts = label_counts(run)
+    if counts is None:
+        return None
+    tasks, clients, _ = counts.shape
+    present = [np.flatnonzero(task.sum(axis=0)) for task in counts]
+    heights = [min(max(0.2 * len(classes), 0.5), 1.6) for classes in present]
+    figure = Figure(figsize=(9.0, sum(heights) + 0.12 * tasks + 1.1), layout="constrained")
+    strips = figure.subplots(tasks, 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    style = {"vmin": 0, "vmax": max(counts.max(), 1), "cmap": "Blues", "aspect": "auto"}
+    for task, (axes, classes) in enumerate(zip(strips, present, strict=True)):
+        image = axes.imshow(_by_class(counts[task], classes), **style)
+        axes.set_ylabel(f"task {task + 1}", rotation=0, ha="right", va="center", labelpad=4)
+        _name_classes(axes, [class_names(run)[label] for label in classes])
+        _outline(axes)
+    sorted_ = ", in each task sorted by their main class" if clients > SINGLE_CLIENTS else ""
+    strips[-1].set_xlabel(f"clients{sorted_}")
+    strips[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=list(strips), label="training samples", aspect=40).outline.set_visible(False)
+    _title(strips[0], run, f"{clients} clients")
+    return figure
+
+
+def compare_figure(groups: Sequence[Group]) -> Figure:
+    """Accuracy after each task, a line per group, and the field's three numbers as bars."""
+    figure = Figure(figsize=(11.0, 4.6 + 0.1 * len(groups)), layout="constrained")
+    lines, bars = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
+    for place, group in enumerate(groups):
+        _draw_curve(lines, group, place)
+        _draw_bars(bars, group, place, len(groups))
+    longest = max(len(group.runs[0].accuracy_matrix) for group in groups)
+    lines.set(xlabel="after task", ylabel="accuracy on all classes seen so far (%)", ylim=(-2, 102))
+    lines.set_xlim(0.7, longest + 0.3)
+    lines.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bars.set_xticks(range(3), ["average\nincremental\naccuracy", "final\naccuracy", "forgetting"])
+    bars.set_ylabel("percent")
+    bars.tick_params(axis="x", length=0)
+    bars.axhline(0, color=INK, linewidth=0.8)
+    _clean(lines, grid="y")
+    _clean(bars, grid="y")
+    wide = max(len(group.label) for group in groups) > 30
+    figure.legend(
+        *lines.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=1 if wide else 3
+    )
+    if any(group.std for group in groups):
+        bars.set_title("bands and whiskers: sample deviation over seeds", fontsize=9, color=GREY, loc="right")
+    return figure
+
+
+def label_counts(run: Run) -> NDArray[np.int32] | None:
+    """Samples by (task, client, class in the order of the stream), if the run has kept them."""
+    path = run.path / "label_counts.npy"
+    return np.load(path, allow_pickle=False) if path.is_file() else None
+
+
+def class_names(run: Run) -> list[str]:
+    """Names of the classes in the order of the stream; their numbers where the run knows no names."""
+    path = run.path / "environment.json"
+    names = json.loads(path.read_text(encoding="utf-8")).get("class_order") if path.is_file() else None
+    counts = label_counts(run)
+    return [str(name) for name in names or range(0 if counts is None else counts.shape[2])]
+
+
+def _places(run: Run) -> tuple[list[int], list[int]]:
+    """(rounds done at each row of ``Run.trace``, rounds done at the end of each task)."""
+    done, places, ends = 0, [], []
+    for line in run.lines:
+        done += line["kind"] == "round"
+        if line["kind"] == "task":
+            ends.append(done)
+        if line["kind"] == "task" or (line["kind"] == "round" and line.get("accuracy")):
+            places.append(done)
+    return places, ends
+
+
+def _test_counts(run: Run) -> list[int]:
+    return run.test_counts if run.kind("task") else []
+
+
+def _pooled(row: NDArray[np.float64], counts: Sequence[int]) -> float:
+    """Accuracy on all classes seen; NaN while the size of the newest test set is not recorded yet."""
+    seen = row[~np.isnan(row)]
+    if len(seen) == 1:
+        return float(seen[0])
+    return float(np.average(seen, weights=counts[: len(seen)])) if len(seen) <= len(counts) else float("nan")
+
+
+def _draw_tasks(axes: Any, places: Sequence[int], trace: Matrix) -> None:
+    tasks = trace.shape[1]
+    colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.9, tasks))
+    step = -(-tasks // NAMED_TASKS)
+    for task in range(tasks):
+        label = f"classes of task {task + 1}" if task % step == 0 or task == tasks - 1 else None
+        axes.plot(
+            places, 100 * trace[:, task], color=colours[task], linewidth=1.2, label=label,
+            marker=_marker(places), markersize=3,
+        )  # fmt: skip
+
+
+def _draw_borders(axes: Any, ends: Sequence[int], last: int) -> None:
+    """A line where a task ends and the next one begins, and the tasks' names above."""
+    edges = [0, *ends] if not ends or ends[-1] == last else [0, *ends, last]
+    step = -(-(len(edges) - 1) // NAMED_TASKS)
+    for task, (left, right) in enumerate(pairwise(edges)):
+        if task:
+            axes.axvline(left + 0.5, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+        if task % step == 0:
+            axes.annotate(
+                f"task {task + 1}", ((left + right + 1) / 2, 1.01), xycoords=("data", "axes fraction"),
+                ha="center", va="bottom", fontsize=9, color=GREY,
+            )  # fmt: skip
+    axes.set_xlim(0.5, last + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _marker(places: Sequence[int]) -> str | None:
+    """Few evaluations are shown as points, many would run together."""
+    return "o" if len(places) <= 30 else None
+
+
+def _write_cells(axes: Any, matrix: Matrix) -> None:
+    size = 10 if len(matrix) <= 12 else 7
+    for (row, column), value in np.ndenumerate(matrix):
+        if not np.isnan(value):
+            colour = "white" if value < 55 else "black"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=size)
+
+
+def _number(axis: Any, count: int, first: int = 0, notes: Sequence[str] = ()) -> None:
+    """Ticks 1, 2, ... at first, first + 1, ...; not all of them where there are many."""
+    step = -(-count // 20)
+    shown = range(0, count, step)
+    axis.set_ticks([first + i for i in shown], [f"{i + 1}{notes[i] if notes else ''}" for i in shown])
+
+
+def _draw_boxes(axes: Any, counts: Sequence[NDArray[np.int64]], places: NDArray[np.int64]) -> None:
+    line = {"color": GREY, "linewidth": 1.2}
+    median = {"color": PALETTE[1], "linewidth": 2.0}
+    lines = {"boxprops": line, "whiskerprops": line, "capprops": line, "medianprops": median}
+    axes.boxplot(counts, positions=places, widths=0.6, showfliers=False, manage_ticks=False, **lines)
+
+
+def _empty(sizes: NDArray[np.int64]) -> str:
+    nobody = int((sizes == 0).sum())
+    return f"\n{nobody} without" if nobody else ""
+
+
+def _spread(count: int) -> NDArray[np.float64]:
+    """Sideways shifts (count,) that look random and are not: multiples of the golden ratio."""
+    return 0.4 * ((np.arange(count, dtype=np.float64) * 0.6180339887) % 1.0 - 0.5)
+
+
+def _alpha(count: int) -> float:
+    return float(np.clip(30 / count, 0.15, 0.7))
+
+
+def _by_class(counts: NDArray[np.int32], classes: NDArray[np.int64]) -> NDArray[np.int32]:
+    """(classes, clients) of one task; many clients are put in the order of their main class."""
+    own = counts[:, classes]
+    if len(own) > SINGLE_CLIENTS:
+        own = own[np.lexsort((-own.max(axis=1), own.argmax(axis=1)))]
+    return own.T
+
+
+def _name_classes(axes: Any, names: Sequence[str]) -> None:
+    """All names where there is room for them, else the first and the last."""
+    shown = range(len(names)) if len(names) <= 8 else (0, len(names) - 1)
+    short = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in names]
+    axes.set_yticks(list(shown), [_plain(short[i]) for i in shown], fontsize=7)
+
+
+def _draw_curve(axes: Any, group: Group, place: int) -> None:
+    seeds = by_seed(group.runs).values()
+    curves = 100 * np.array([np.mean([_curve(run) for run in runs], axis=0) for runs in seeds])
+    tasks = np.arange(1, curves.shape[1] + 1)
+    colour, mean = PALETTE[place % len(PALETTE)], curves.mean(axis=0)
+    axes.plot(
+        tasks, mean, color=colour, linestyle=_dash(place), linewidth=2.0, marker="o", markersize=5,
+        label=_plain(group.label),
+    )  # fmt: skip
+    if len(curves) > 1:
+        std = curves.std(axis=0, ddof=1)
+        axes.fill_between(tasks, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+
+
+def _curve(run: Run) -> list[float]:
+    a, n = run.accuracy_matrix, run.test_counts
+    return [metrics.accuracy_after(a, n, t) for t in range(len(a))]
+
+
+def _draw_bars(axes: Any, group: Group, place: int, groups: int) -> None:
+    width = 0.8 / groups
+    for bar, name in enumerate(("average_incremental_accuracy", "final_accuracy", "forgetting")):
+        mean = group.mean[name]
+        if mean is None:
+            continue
+        std = (group.std[name] if group.std else None) or 0.0
+        centre = bar + (place - (groups - 1) / 2) * width
+        axes.bar(centre, 100 * mean, 0.92 * width, color=PALETTE[place % len(PALETTE)])
+        if std:
+            axes.errorbar(centre, 100 * mean, 100 * std, color=INK, linewidth=1.2, capsize=3)
+        if groups <= 4:
+            top = 100 * (max(mean, 0.0) + std)
+            axes.text(centre, top + 1, f"{100 * mean:.1f}", ha="center", va="bottom", fontsize=8)
+
+
+def _dash(place: int) -> str:
+    """Colours begin again after the seventh group, then with another kind of line."""
+    return DASHES[place // len(PALETTE) % len(DASHES)]
+
+
+def _clean(axes: Any, grid: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _outline(axes: Any) -> None:
+    axes.spines[:].set_color(FAINT)
+    axes.tick_params(length=2)
+
+
+def _title(axes: Any, run: Run, note: str = "", pad: float = 8) -> None:
+    parts = [run.scenario.name, f"seed {run.scenario.seed}", *([note] if note else [])]
+    axes.set_title(", ".join(parts), loc="left", fontsize=11, pad=pad)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib shall not read as a formula."""
+    return text.replace("$", r"\$")
+
+
+DRAWINGS: dict[str, Callable[[Run], Figure | None]] = {
+    "accuracy": accuracy_figure,
+    "matrix": matrix_figure,
+    "samples_per_task": samples_figure,
+    "partition": partition_figure,
+}

@@ -1,0 +1,218 @@
+"""Bytes <-> values, for messages that leave the process; and the one border that what comes back must pass.
+
+A packet is a JSON header and safetensors, with a digest over both: the formats themselves accept flipped bits
+silently. Whatever is wrong with a packet, one error comes out: MessageRefused. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from fedcil.errors import MessageRefused
+from fedcil.messages import Broadcast, Contribution, Failure, Job, Payload, Report, Tensors
+from fedcil.record.atomic import tensor_bytes
+
+MAGIC = b"fedcil01"
+DIGEST_BYTES = 16
+PREFIX = struct.Struct("<8sI")  # magic, length of the header
+
+Spec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""What a contribution must look like: name -> (shape, dtype)."""
+
+
+def spec_of(tensors: Tensors) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def pack(header: Mapping[str, Any], tensors: Tensors) -> bytes:
+    head = json.dumps(header, allow_nan=False).encode()
+    body = PREFIX.pack(MAGIC, len(head)) + head + tensor_bytes(tensors)
+    return body + _digest(body)
+
+
+def unpack(packet: bytes, *, limit: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Size, magic, digest, header, tensors, in this order."""
+    if len(packet) > limit:
+        raise MessageRefused(f"{len(packet)} bytes are more than the limit", allowed=f"{limit} bytes")
+    if len(packet) < PREFIX.size + DIGEST_BYTES:
+        raise MessageRefused(f"{len(packet)} bytes are no packet")
+    body, digest = packet[:-DIGEST_BYTES], packet[-DIGEST_BYTES:]
+    magic, length = PREFIX.unpack_from(body)
+    if magic != MAGIC:
+        raise MessageRefused("not a fedcil packet")
+    if _digest(body) != digest:
+        raise MessageRefused("the digest does not fit the content")
+    try:
+        header = json.loads(body[PREFIX.size : PREFIX.size + length])
+        tensors = load(body[PREFIX.size + length :])
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise MessageRefused(f"cannot be parsed: {error}") from None
+    if not isinstance(header, dict):
+        raise MessageRefused("the header is no table")
+    return header, tensors
+
+
+def _digest(body: bytes) -> bytes:
+    return blake2b(body, digest_size=DIGEST_BYTES).digest()
+
+
+def pack_broadcast(broadcast: Broadcast, run: str, cohort: int) -> bytes:
+    """The part of a request that all nodes of a round share; the payload goes apart, by its hash."""
+    header = {
+        "run": run,
+        "place": place_of(broadcast),
+        "cohort": cohort,
+        "payload": broadcast.payload.hash if broadcast.payload else None,
+    }
+    return pack(header, broadcast.tensors)
+
+
+def unpack_broadcast(packet: bytes, *, limit: int) -> tuple[dict[str, Any], Tensors]:
+    """(header with run, place, cohort and payload, global tensors)."""
+    header, tensors = unpack(packet, limit=limit)
+    if header.keys() != {"run", "place", "cohort", "payload"}:
+        raise MessageRefused(f"a broadcast with the keys {sorted(header)}")
+    return header, tensors
+
+
+def pack_payload(payload: Payload) -> bytes:
+    return pack({"payload": payload.hash}, payload.tensors)
+
+
+def unpack_payload(packet: bytes, *, limit: int) -> Payload:
+    """The payload, if its content is what its hash says."""
+    header, tensors = unpack(packet, limit=limit)
+    payload = Payload.of(tensors)
+    if payload.hash != header.get("payload"):
+        raise MessageRefused("a payload that is not the one it says it is")
+    return payload
+
+
+def place_of(broadcast: Broadcast) -> list[int]:
+    return [broadcast.task, broadcast.phase, broadcast.round]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One client's answer: a report, with or without a contribution, or a failure."""
+
+    result: Report | Failure
+    contribution: Contribution | None = None
+
+
+def pack_answer(answer: Answer, run: str, place: Sequence[int]) -> bytes:
+    """One answer as a packet."""
+    result = answer.result
+    header: dict[str, Any] = {"run": run, "place": list(place), "client": result.client}
+    if isinstance(result, Failure):
+        header |= {"failure": {"stage": result.stage, "reason": result.reason}}
+        return pack(header, {})
+    header["report"] = {
+        "samples": result.samples,
+        "metrics": dict(result.metrics),
+        "state": result.state,
+        "state_bytes": result.state_bytes,
+        "seconds": result.seconds,
+    }
+    if answer.contribution is None:
+        return pack(header, {})
+    header["weight"] = answer.contribution.weight
+    return pack(header, answer.contribution.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the border lets through: answers to this round, of these jobs, of this form."""
+
+    run: str
+    place: list[int]
+    jobs: Mapping[int, Job]  # by client
+    samples: Mapping[int, int]  # by client: what the server knows that it has
+    spec: Spec | None  # None: this phase sends no tensors
+    limit: int
+
+
+def admit(packet: bytes, expected: Expected) -> Answer:
+    """The border. MessageRefused, naming client and reason, for anything that does not belong here."""
+    header, tensors = unpack(packet, limit=expected.limit)
+    client = header.get("client")
+    where = f"client {client}"
+    if header.get("run") != expected.run or header.get("place") != expected.place:
+        raise MessageRefused("an answer to another round", where=where)
+    if not isinstance(client, int) or isinstance(client, bool) or client not in expected.jobs:
+        raise MessageRefused("an answer that nobody asked for", where=where)
+    if "failure" in header:
+        return Answer(_failure(client, header["failure"]))
+    report = _report(client, header.get("report"), tensors, expected)
+    if expected.spec is None:
+        if tensors:
+            raise MessageRefused("tensors where none belong", where=where)
+        return Answer(report)
+    _check_tensors(tensors, expected.spec, where)
+    return Answer(report, Contribution(tensors, _weight(header.get("weight"), where)))
+
+
+def _failure(client: int, value: Any) -> Failure:
+    if not isinstance(value, dict):
+        raise MessageRefused("a failure that is no table", where=f"client {client}")
+    return Failure(client, str(value.get("stage"))[:100], str(value.get("reason"))[:500])
+
+
+def _report(client: int, value: Any, tensors: Tensors, expected: Expected) -> Report:
+    where = f"client {client}"
+    if not isinstance(value, dict):
+        raise MessageRefused("no report", where=where)
+    samples, metrics, state = value.get("samples"), value.get("metrics"), value.get("state")
+    if samples != expected.samples[client]:
+        raise MessageRefused(f"{samples} samples reported, {expected.samples[client]} known", where=where)
+    if not isinstance(metrics, dict) or not all(_is_finite(number) for number in metrics.values()):
+        raise MessageRefused("metrics that are not finite numbers", where=where)
+    if not (state is None or isinstance(state, str)):
+        raise MessageRefused("a client state that is no hash", where=where)
+    state_bytes, seconds = value.get("state_bytes"), value.get("seconds")
+    if not _is_finite(state_bytes) or not _is_finite(seconds):
+        raise MessageRefused("costs that are not finite numbers", where=where)
+    return Report(
+        client=client,
+        samples=samples,
+        metrics={str(name): number for name, number in metrics.items()},
+        state=state,
+        state_bytes=int(state_bytes),
+        bytes_up=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        seconds=float(seconds),
+    )
+
+
+def _weight(value: Any, where: str) -> float:
+    if not _is_finite(value) or value <= 0:
+        raise MessageRefused(f"a weight of {value}", where=where, allowed="a finite number above 0")
+    return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_tensors(tensors: Tensors, spec: Spec, where: str) -> None:
+    if tensors.keys() != spec.keys():
+        differing = sorted(tensors.keys() ^ spec.keys())[:5]
+        raise MessageRefused(f"tensors missing or too many: {differing}", where=where)
+    for name, (shape, dtype) in spec.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise MessageRefused(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}", where=where, allowed=f"{shape} {dtype}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise MessageRefused(f"{name} is not finite", where=where)
