@@ -87,7 +87,7 @@ def accuracy_figure(run: Run) -> Figure | None:
     figure = Figure(figsize=(8.5, 4.4), layout="constrained")
     axes = figure.subplots()
     pooled = 100 * np.array([_pooled(row, _test_counts(run)) for row in trace])
-    style = {"color": INK, "linewidth": 2.4, "marker": _marker(places), "markersize": 4}
+    style: dict[str, Any] = {"color": INK, "linewidth": 2.4, "marker": _marker(places), "markersize": 4}
     axes.plot(places, pooled, label="all classes seen", zorder=3, **style)
     _draw_tasks(axes, places, trace)
     _draw_borders(axes, ends, places[-1])
@@ -130,7 +130,7 @@ def samples_figure(run: Run) -> Figure | None:
     axes = figure.subplots()
     _draw_boxes(axes, counts, places)
     for place, sizes in zip(places, counts, strict=True):
-        dots = {"s": 12, "color": PALETTE[0], "alpha": _alpha(len(sizes)), "linewidth": 0}
+        dots: dict[str, Any] = {"s": 12, "color": PALETTE[0], "alpha": _alpha(len(sizes)), "linewidth": 0}
         axes.scatter(place + _spread(len(sizes)), sizes, zorder=4, **dots)
     _number(axes.xaxis, len(counts), first=1, notes=[_empty(sizes) for sizes in counts])
     top = 1.08 * max(max(sizes) for sizes in counts)
