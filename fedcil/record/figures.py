@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -31,7 +32,8 @@ DASHES = ("-", "--", ":", "-.")
 NAMED_TASKS = 12  # more task names than that would overlap
 ANNOTATED_TASKS = 20  # larger matrices have no room for numbers
 SINGLE_CLIENTS = 60  # more clients are sorted by their main class, so that a pattern can be seen
-LONGEST_NAME = 14
+MOST_COLUMNS = 250  # of a panel with that many clients
+LONGEST_NAME = 16
 
 
 def draw_figures(run: Run) -> list[Path]:
@@ -104,7 +106,7 @@ def matrix_figure(run: Run) -> Figure | None:
     tasks = len(matrix)
     if not tasks:
         return None
-    side = min(max(0.62 * tasks, 2.6), 9.0)
+    side = min(max(0.62 * tasks, 2.6), 7.5)
     figure = Figure(figsize=(side + 2.0, side + 1.0), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(matrix, vmin=0, vmax=100, cmap="cividis")
@@ -126,7 +128,7 @@ def samples_figure(run: Run) -> Figure | None:
         return None
     counts = [part.counts() for part in run.partition]
     places = np.arange(1, len(counts) + 1)
-    figure = Figure(figsize=(min(max(0.8 * len(counts) + 2.0, 5.0), 12.0), 4.0), layout="constrained")
+    figure = Figure(figsize=(min(max(0.8 * len(counts) + 2.0, 7.0), 12.0), 4.0), layout="constrained")
     axes = figure.subplots()
     _draw_boxes(axes, counts, places)
     for place, sizes in zip(places, counts, strict=True):
@@ -135,33 +137,39 @@ def samples_figure(run: Run) -> Figure | None:
     _number(axes.xaxis, len(counts), first=1, notes=[_empty(sizes) for sizes in counts])
     top = 1.08 * max(max(sizes) for sizes in counts)
     axes.set(xlabel="task", ylabel="training samples of a client", ylim=(-0.02 * top, top))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _clean(axes, grid="y")
     _title(axes, run, f"{len(counts[0])} clients (box: middle half, orange: median)")
     return figure
 
 
 def partition_figure(run: Run) -> Figure | None:
-    """How many samples of each class each client has, one strip per task."""
+    """How many samples of each class each client has, one panel per task."""
     counts = label_counts(run)
     if counts is None:
         return None
     tasks, clients, _ = counts.shape
+    names = class_names(run)
     present = [np.flatnonzero(task.sum(axis=0)) for task in counts]
-    heights = [min(max(0.2 * len(classes), 0.5), 1.6) for classes in present]
-    figure = Figure(figsize=(9.0, sum(heights) + 0.12 * tasks + 1.1), layout="constrained")
-    strips = figure.subplots(tasks, 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    style = {"vmin": 0, "vmax": max(counts.max(), 1), "cmap": "Blues", "aspect": "auto"}
-    for task, (axes, classes) in enumerate(zip(strips, present, strict=True)):
-        image = axes.imshow(_by_class(counts[task], classes), **style)
-        axes.set_ylabel(f"task {task + 1}", rotation=0, ha="right", va="center", labelpad=4)
-        _name_classes(axes, [class_names(run)[label] for label in classes])
+    figure, panels = _panels(tasks, max(map(len, present)))
+    scale = PowerNorm(0.5, vmin=0, vmax=max(counts.max(), 1))  # so that one sample differs from none
+    for task, (axes, classes) in enumerate(zip(panels, present, strict=True)):
+        shown = _by_class(counts[task][:, classes])
+        image = axes.imshow(
+            shown,
+            norm=scale,
+            cmap="Blues",
+            aspect="auto",
+            extent=(-0.5, clients - 0.5, len(classes) - 0.5, -0.5),
+        )
+        axes.set_title(f"task {task + 1}", loc="left", fontsize=9, pad=2)
+        _name_classes(axes, [names[label] for label in classes])
         _outline(axes)
-    sorted_ = ", in each task sorted by their main class" if clients > SINGLE_CLIENTS else ""
-    strips[-1].set_xlabel(f"clients{sorted_}")
-    strips[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=list(strips), label="training samples", aspect=40).outline.set_visible(False)
-    _title(strips[0], run, f"{clients} clients")
+    bar = figure.colorbar(image, ax=list(panels), location="bottom", shrink=0.5, aspect=40)
+    bar.set_label("training samples of a client")
+    bar.outline.set_visible(False)
+    order = ", in each task sorted by their main class" if clients > SINGLE_CLIENTS else ""
+    figure.suptitle(_heading(run, f"{clients} clients from left to right{order}"), fontsize=11)
     return figure
 
 
@@ -175,7 +183,7 @@ def compare_figure(groups: Sequence[Group]) -> Figure:
     longest = max(len(group.runs[0].accuracy_matrix) for group in groups)
     lines.set(xlabel="after task", ylabel="accuracy on all classes seen so far (%)", ylim=(-2, 102))
     lines.set_xlim(0.7, longest + 0.3)
-    lines.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lines.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     bars.set_xticks(range(3), ["average\nincremental\naccuracy", "final\naccuracy", "forgetting"])
     bars.set_ylabel("percent")
     bars.tick_params(axis="x", length=0)
@@ -230,15 +238,19 @@ def _pooled(row: NDArray[np.float64], counts: Sequence[int]) -> float:
 
 
 def _draw_tasks(axes: Any, places: Sequence[int], trace: Matrix) -> None:
+    """A line per task; of many tasks as many as have room in the legend."""
     tasks = trace.shape[1]
     colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.9, tasks))
-    step = -(-tasks // NAMED_TASKS)
-    for task in range(tasks):
-        label = f"classes of task {task + 1}" if task % step == 0 or task == tasks - 1 else None
+    for task in range(0, tasks, -(-tasks // NAMED_TASKS)):
         axes.plot(
-            places, 100 * trace[:, task], color=colours[task], linewidth=1.2, label=label,
-            marker=_marker(places), markersize=3,
-        )  # fmt: skip
+            places,
+            100 * trace[:, task],
+            color=colours[task],
+            linewidth=1.2,
+            marker=_marker(places),
+            markersize=3,
+            label=f"classes of task {task + 1}",
+        )
 
 
 def _draw_borders(axes: Any, ends: Sequence[int], last: int) -> None:
@@ -250,11 +262,16 @@ def _draw_borders(axes: Any, ends: Sequence[int], last: int) -> None:
             axes.axvline(left + 0.5, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
         if task % step == 0:
             axes.annotate(
-                f"task {task + 1}", ((left + right + 1) / 2, 1.01), xycoords=("data", "axes fraction"),
-                ha="center", va="bottom", fontsize=9, color=GREY,
-            )  # fmt: skip
+                f"task {task + 1}",
+                ((left + right + 1) / 2, 1.01),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=9,
+                color=GREY,
+            )
     axes.set_xlim(0.5, last + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _marker(places: Sequence[int]) -> str | None:
@@ -286,7 +303,7 @@ def _draw_boxes(axes: Any, counts: Sequence[NDArray[np.int64]], places: NDArray[
 
 def _empty(sizes: NDArray[np.int64]) -> str:
     nobody = int((sizes == 0).sum())
-    return f"\n{nobody} without" if nobody else ""
+    return f"\n{nobody} empty" if nobody else ""
 
 
 def _spread(count: int) -> NDArray[np.float64]:
@@ -298,19 +315,43 @@ def _alpha(count: int) -> float:
     return float(np.clip(30 / count, 0.15, 0.7))
 
 
-def _by_class(counts: NDArray[np.int32], classes: NDArray[np.int64]) -> NDArray[np.int32]:
-    """(classes, clients) of one task; many clients are put in the order of their main class."""
-    own = counts[:, classes]
-    if len(own) > SINGLE_CLIENTS:
-        own = own[np.lexsort((-own.max(axis=1), own.argmax(axis=1)))]
-    return own.T
+def _panels(tasks: int, classes: int) -> tuple[Figure, list[Any]]:
+    """A figure with one flat panel per task; many tasks take more columns."""
+    columns = 1 if tasks <= 6 else 2 if tasks <= 24 else 3
+    rows = -(-tasks // columns)
+    height = min(max(0.2 * classes, 0.4), 1.2) + 0.3
+    figure = Figure(figsize=(9.0, rows * height + 1.4), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+    for axes in panels[tasks:]:
+        axes.set_visible(False)
+    return figure, list(panels[:tasks])
+
+
+def _by_class(counts: NDArray[np.int32]) -> NDArray[Any]:
+    """(classes, clients) of one task; many clients stand in the order of their main class.
+
+    More than there are pixels for become the means of neighbours, those without samples come last.
+    """
+    clients = len(counts)
+    if clients <= SINGLE_CLIENTS:
+        return counts.T
+    main = np.where(counts.any(axis=1), counts.argmax(axis=1), counts.shape[1])
+    ordered = counts[np.lexsort((-counts.max(axis=1), main))]
+    starts = np.linspace(0, clients, min(clients, MOST_COLUMNS), endpoint=False).astype(np.int64)
+    sizes = np.diff(starts, append=clients)
+    return (np.add.reduceat(ordered, starts, axis=0) / sizes[:, None]).T
 
 
 def _name_classes(axes: Any, names: Sequence[str]) -> None:
     """All names where there is room for them, else the first and the last."""
-    shown = range(len(names)) if len(names) <= 8 else (0, len(names) - 1)
-    short = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in names]
-    axes.set_yticks(list(shown), [_plain(short[i]) for i in shown], fontsize=7)
+    shown = range(len(names)) if len(names) <= 6 else (0, len(names) - 1)
+    axes.set_yticks(list(shown), [_plain(_shorten(names[i])) for i in shown], fontsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _shorten(name: str) -> str:
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _draw_curve(axes: Any, group: Group, place: int) -> None:
@@ -319,9 +360,15 @@ def _draw_curve(axes: Any, group: Group, place: int) -> None:
     tasks = np.arange(1, curves.shape[1] + 1)
     colour, mean = PALETTE[place % len(PALETTE)], curves.mean(axis=0)
     axes.plot(
-        tasks, mean, color=colour, linestyle=_dash(place), linewidth=2.0, marker="o", markersize=5,
+        tasks,
+        mean,
+        color=colour,
+        linestyle=_dash(place),
+        linewidth=2.0,
+        marker="o",
+        markersize=5,
         label=_plain(group.label),
-    )  # fmt: skip
+    )
     if len(curves) > 1:
         std = curves.std(axis=0, ddof=1)
         axes.fill_between(tasks, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
@@ -365,8 +412,12 @@ def _outline(axes: Any) -> None:
 
 
 def _title(axes: Any, run: Run, note: str = "", pad: float = 8) -> None:
+    axes.set_title(_heading(run, note), loc="left", fontsize=11, pad=pad)
+
+
+def _heading(run: Run, note: str = "") -> str:
     parts = [run.scenario.name, f"seed {run.scenario.seed}", *([note] if note else [])]
-    axes.set_title(", ".join(parts), loc="left", fontsize=11, pad=pad)
+    return ", ".join(parts)
 
 
 def _plain(text: str) -> str:
