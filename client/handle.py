@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from client.states import StateStore
-from client.training import local_sgd, learning_rate
+from client.training import learning_rate, local_sgd
 from fedcil.data.augment import make_batch
 from fedcil.errors import FedcilError, Stopped
 from fedcil.experiment import Experiment
@@ -225,6 +225,4 @@ def _augmented(shared: Shared, images: Tensor, index: Tensor, generator: torch.G
 
 def client_key(key: Key, broadcast: Broadcast, client: int) -> Key:
     """The place of one client's work in the run."""
-    return key.at(
-        "task", broadcast.task, "phase", broadcast.phase, "round", broadcast.round, "client", client
-    )
+    return key.at("task", broadcast.task, "phase", broadcast.phase, "round", broadcast.round, "client", client)

@@ -88,7 +88,7 @@ def local_sgd(
             draws = method.draw(prepared, len(index), task, place.at("draw", step))
             loss = method.loss(model, prepared, Batch(images, labels, task, anchor), draws)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             losses.append(loss.detach())
     mean = torch.stack(losses).double().mean().item() if losses else float("nan")

@@ -35,7 +35,7 @@ class Compute:
     def network(self, classes: int) -> Network:
         """A network with uninitialised memory, channels last."""
         network = self.architecture.build(classes, self.autocast).to(self.device)
-        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        return network.to(memory_format=torch.channels_last)
 
     def frozen(self, tensors: Tensors) -> Network:
         """A network with these tensors, in eval mode, whose parameters need no gradient."""
@@ -50,7 +50,10 @@ def resolve_device(wanted: str) -> torch.device:
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise ScenarioError(
-            "device = 'cuda' but torch sees no GPU", where="device", allowed="auto, cpu", next="use device = 'auto'"
+            "device = 'cuda' but torch sees no GPU",
+            where="device",
+            allowed="auto, cpu",
+            next="use device = 'auto'",
         )
     return torch.device("cuda" if available and wanted != "cpu" else "cpu")
 
@@ -71,8 +74,8 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
 
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def apply_precision(precision: Precision) -> None:

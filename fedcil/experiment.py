@@ -39,7 +39,19 @@ class Experiment:
 
     def counts(self, task: Task) -> NDArray[np.int64]:
         """Samples of each client in this task, (clients,)."""
-        return np.sum([self.partition[t].counts() for t in self.tasks_of_data(task)], axis=0)
+        counts = [self.partition[t].counts() for t in self.tasks_of_data(task)]
+        total: NDArray[np.int64] = np.stack(counts).sum(axis=0)
+        return total
+
+    def label_counts(self) -> NDArray[np.int32]:
+        """Training samples by task, client and label: (tasks, clients, classes)."""
+        labels = self.stream.relabel(self.data.train.labels)
+        shape = (self.scenario.clients.count, len(self.stream.order))
+        tables = np.zeros((len(self.partition), *shape), dtype=np.int32)
+        for table, part in zip(tables, self.partition, strict=True):
+            owners = np.repeat(np.arange(shape[0]), part.counts())
+            np.add.at(table, (owners, labels[part.indices]), 1)
+        return tables
 
     def indices(self, client: int, task: Task) -> NDArray[np.int64]:
         """Where a client's samples of this task stand in the training set."""
@@ -59,9 +71,7 @@ class Experiment:
         return numeric_configuration(self.compute, scenario.training.threads, scenario.server.threads)
 
 
-def open_experiment(
-    scenario: Scenario, data_root: Path | None = None, *, show_progress: bool = False
-) -> Experiment:
+def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_progress: bool = False) -> Experiment:
     """Load the data and derive stream, partition and method. Raises ScenarioError or DataMissing."""
     key = Key(scenario.seed)
     device = resolve_device(scenario.device)

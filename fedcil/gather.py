@@ -27,9 +27,9 @@ class Gathered:
         self._fold.merge(reply.fold)
         self._reports += reply.reports
         self._failures += reply.failures
-        for answer in (*reply.reports, *reply.failures):
-            self._jobs.pop(answer.client)
-            self._done(answer.client)
+        for client in [a.client for a in reply.reports] + [a.client for a in reply.failures]:
+            self._jobs.pop(client)
+            self._done(client)
 
     def answer(self, report: Report, contribution: Contribution | None) -> None:
         """Take in one client's report and what it gives, if anything."""

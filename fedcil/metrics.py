@@ -39,7 +39,7 @@ def forgetting(a: Matrix) -> float | None:
 
 
 def forgetting_authors(a: Matrix) -> float:
-    """The MFCL authors' form with its unit slip mended: mean over all T tasks of a[j][j] - a[T][j]."""
+    """The MFCL authors' form, unit slip mended: mean over all T tasks of a[j][j] - a[T][j]."""
     return float(np.mean(np.diag(a) - a[-1]))
 
 
@@ -75,7 +75,7 @@ def worst_case_accuracy(trace: Matrix, ends: Sequence[int]) -> float | None:
 
 
 def windowed_forgetting(trace: Matrix, window: int) -> float:
-    """WF (arXiv 2205.13452): mean over tasks of the largest drop between two evaluations at most ``window`` apart."""
+    """WF (arXiv 2205.13452): mean over tasks of the largest drop within ``window`` evaluations."""
     return float(np.mean([_largest_drop(trace[:, j], window) for j in range(trace.shape[1])]))
 
 

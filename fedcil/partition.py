@@ -61,9 +61,7 @@ def make_partition(
     ``labels`` (n,) are the stream labels of all training samples; -1 is not in the stream. Raises
     ScenarioError if the rule cannot serve that many clients, or leaves one without samples that may not be.
     """
-    return tuple(
-        _share_task(section, clients, task, labels, key.at("partition", task.index)) for task in stream.tasks
-    )
+    return tuple(_share_task(section, clients, task, labels, key.at("partition", task.index)) for task in stream.tasks)
 
 
 def save_partition(path: str | Path, parts: Sequence[TaskPartition]) -> None:
@@ -263,8 +261,7 @@ def _dirichlet(labels: Ints, clients: int, section: PartitionSection, rng: Rng) 
         f"{TRIES} draws never gave each of {clients} clients at least {least} of {len(labels)} samples",
         where="partition.alpha",
         allowed=f"an alpha well above {section.alpha}, fewer clients, or partition.allow_empty = true",
-        next="raise partition.alpha, lower clients.count or partition.min_size,"
-        " or set partition.allow_empty = true",
+        next="raise partition.alpha, lower clients.count or partition.min_size, or set partition.allow_empty = true",
     )
 
 

@@ -84,7 +84,8 @@ class DataSection(Section):
     )
     augment: Literal["none", "flip", "crop_flip", "rotate_flip"] = "none"
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="hold out this share of the training images and measure on it instead of the test set"
+        0.0,
+        description="hold out this share of the training images and measure on it instead of the test set",
     )
     version: Literal["s", "m", "l"] = Field("s", description="super_imagenet: which grouping")
     mapping: str | None = Field(None, description="super_imagenet: YAML or JSON file of super-classes")
@@ -262,7 +263,8 @@ class Scenario(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those that are not set (TOML has no null)."""
-        return _without_none(self.model_dump(mode="json"))
+        plain: dict[str, Any] = _without_none(self.model_dump(mode="json"))
+        return plain
 
     def digest(self) -> str:
         """Hash of what decides the result: everything but engine, data root, and how often state is saved."""
@@ -292,9 +294,7 @@ def load_scenario(source: str | Path | Mapping[str, Any], overrides: Sequence[st
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ScenarioError(
-            f"not a TOML file: {error}", where=str(path), next="mend the line that is named"
-        ) from None
+        raise ScenarioError(f"not a TOML file: {error}", where=str(path), next="mend the line that is named") from None
     except OSError as error:
         raise ScenarioError(f"cannot be read: {error.strerror}", where=str(path)) from None
     return parse_scenario(table, overrides, where=str(path))
@@ -338,9 +338,7 @@ def _override(table: dict[str, Any], text: str) -> None:
     path, equals, raw = text.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or not all(keys):
-        raise ScenarioError(
-            f"--set {text!r} is not key=value", where="--set", allowed="for example training.rounds=20"
-        )
+        raise ScenarioError(f"--set {text!r} is not key=value", where="--set", allowed="for example training.rounds=20")
     for key in keys[:-1]:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
@@ -365,7 +363,10 @@ def _explain(problem: Any, table: Mapping[str, Any]) -> tuple[str, str]:
         valid = _fields(keys[:-1], table)
         near = difflib.get_close_matches(keys[-1], valid, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {place}{hint}", f"keys of {'.'.join(keys[:-1]) or 'a scenario'}: {', '.join(valid)}"
+        return (
+            f"unknown key {place}{hint}",
+            f"keys of {'.'.join(keys[:-1]) or 'a scenario'}: {', '.join(valid)}",
+        )
     if kind == "missing":
         return f"{place} is missing", ""
     message = problem["msg"].removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""What every part of a scenario is: a frozen value that refuses unknown keys, wrong types and non-finite numbers."""
+"""A part of a scenario: a frozen value that refuses unknown keys, wrong types and non-finite numbers."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def _report(client: int, value: Any, tensors: Tensors, expected: Expected) -> Re
     if not (state is None or isinstance(state, str)):
         raise MessageRefused("a client state that is no hash", where=where)
     state_bytes, seconds = value.get("state_bytes"), value.get("seconds")
-    if not _is_finite(state_bytes) or not _is_finite(seconds):
+    if state_bytes is None or seconds is None or not (_is_finite(state_bytes) and _is_finite(seconds)):
         raise MessageRefused("costs that are not finite numbers", where=where)
     return Report(
         client=client,

@@ -46,7 +46,7 @@ def server_app(loop: Callable[[Port], None], port: Callable[[Grid], Port]) -> Se
     inside = ServerApp()
 
     @inside.main()
-    def run(grid: Grid, context: Context) -> None:
+    def run(grid: Grid, _: Context) -> None:
         loop(port(grid))
 
     return inside

@@ -88,7 +88,8 @@ class GridPort:
         for reply in self._pull_all(ids, wait_s):
             node = node_of_message[reply.metadata.reply_to_message_id]
             share = reply.content["hello"]
-            clients |= dict.fromkeys(range(int(share["partition"]), count, int(share["partitions"])), node)
+            served = range(int(share["partition"]), count, int(share["partitions"]))
+            clients.update((client, node) for client in served)
         return clients
 
     def _pull_all(self, ids: list[str], wait_s: float) -> list[Message]:
@@ -102,9 +103,7 @@ class GridPort:
             time.sleep(POLL_S)
         return replies
 
-    def _send(
-        self, request: Request, lacking: set[int], gathered: Gathered
-    ) -> dict[str, tuple[int, tuple[Job, ...]]]:
+    def _send(self, request: Request, lacking: set[int], gathered: Gathered) -> dict[str, tuple[int, tuple[Job, ...]]]:
         """One message to each node, with all its jobs; returns message id -> (node, jobs)."""
         by_node: dict[int, list[Job]] = {}
         for job in request.jobs:

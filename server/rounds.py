@@ -1,4 +1,4 @@
-"""The round loop: tasks outside, phases and rounds inside, a boundary after each task. The same for every engine.
+"""The round loop: tasks, phases and rounds, a boundary after each task. The same for every engine.
 
 It asks through a port, folds what comes back into the state, records it, and saves. How a client trains,
 where it runs and what a method does at a boundary is not its business.
@@ -198,9 +198,7 @@ def evaluation_due(cursor: Cursor, phase: Phase, every: int) -> bool:
     return every > 0 and (cursor.round + 1) % every == 0 and cursor.round + 1 < phase.rounds
 
 
-def advance(
-    state: RunState, cohort: tuple[int, ...], outcome: Outcome, phase: Phase, status: str
-) -> RunState:
+def advance(state: RunState, cohort: tuple[int, ...], outcome: Outcome, phase: Phase, status: str) -> RunState:
     """Everything of the state but the model: cursor, who holds what, rounds without quorum."""
     cursor = Cursor(state.cursor.task, state.cursor.phase, state.cursor.round + 1)
     if cursor.round == phase.rounds:
@@ -233,8 +231,7 @@ def round_line(
         "cohort": cohort,
         "answered": [report.client for report in outcome.reports],
         "failures": [
-            {"client": failure.client, "stage": failure.stage, "reason": failure.reason}
-            for failure in outcome.failures
+            {"client": failure.client, "stage": failure.stage, "reason": failure.reason} for failure in outcome.failures
         ],
         "samples": sum(report.samples for report in outcome.reports),
         "loss": mean_loss(outcome),
@@ -253,7 +250,7 @@ def mean_loss(outcome: Outcome) -> float | None:
 
 
 def end_task(session: Session, state: RunState, task: Task) -> RunState:
-    """Evaluate, then cross the boundary unless it was the last task. One step: a kill in between repeats it."""
+    """Evaluate, then cross the boundary unless it was the last. One step: a kill in between repeats it."""
     experiment, clock = session.experiment, Clock()
     evaluation = session.evaluator.evaluate(state.server, task)
     line = {

@@ -369,9 +369,7 @@ def tiny(tmp_path: Path) -> Path:
     for label, wnid in enumerate(wnids):
         for number in range(2):
             save_image(folder / "train" / wnid / "images" / f"{wnid}_{number}.JPEG", 40 * label + number)
-        save_image(
-            folder / "val" / "images" / f"val_{label}.JPEG", 40 * label + 10, mode="L" if label else "RGB"
-        )
+        save_image(folder / "val" / "images" / f"val_{label}.JPEG", 40 * label + 10, mode="L" if label else "RGB")
     (folder / "wnids.txt").write_text("\n".join(wnids) + "\n")
     lines = [f"val_{label}.JPEG\t{wnid}\t0\t0\t1\t1" for label, wnid in enumerate(wnids)]
     (folder / "val" / "val_annotations.txt").write_text("\n".join(lines))
@@ -600,9 +598,7 @@ def write_mnist(root: Path, suffix: str = "") -> np.ndarray:
     images = Key(0).at("mnist").numpy().integers(0, 256, (20, 28, 28)).astype(np.uint8)
     for prefix, part in (("train", slice(0, 15)), ("t10k", slice(15, 20))):
         write_idx(root / f"MNIST/raw/{prefix}-images-idx3-ubyte{suffix}", images[part])
-        write_idx(
-            root / f"MNIST/raw/{prefix}-labels-idx1-ubyte{suffix}", np.arange(20, dtype=np.uint8)[part] % 10
-        )
+        write_idx(root / f"MNIST/raw/{prefix}-labels-idx1-ubyte{suffix}", np.arange(20, dtype=np.uint8)[part] % 10)
     return images
 
 
@@ -685,9 +681,7 @@ def test_pickles_that_name_anything_else_are_refused(
     assert not (tmp_path / "harm").exists()
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"garbage", pickle.dumps([1, 2], protocol=2), pickle.dumps({"a": 1})[:-2]]
-)
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps([1, 2], protocol=2), pickle.dumps({"a": 1})[:-2]])
 def test_damaged_pickles(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "train").write_bytes(content)
     with pytest.raises(InputError, match="cannot be read as a CIFAR file"):
@@ -798,9 +792,7 @@ def swap_type(entry: Path) -> None:
     np.save(entry / "train-images.npy", np.zeros((5, 4, 4, 3)))
 
 
-@pytest.mark.parametrize(
-    "damage", [cut_short, flip_a_bit, lose_labels, lose_meta, break_meta, empty_meta, swap_type]
-)
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit, lose_labels, lose_meta, break_meta, empty_meta, swap_type])
 def test_damaged_entries_are_built_again(cache: Path, damage: Any) -> None:
     first = cached("made", "x", recipe)
     images = first.train.images.copy()
@@ -932,9 +924,7 @@ def test_real_cifar100_coarse() -> None:
     np.testing.assert_array_equal(fine.test.images, coarse.test.images)
     assert len(coarse.class_names) == 20
     assert np.bincount(coarse.train.labels).tolist() == [2500] * 20
-    parents = {
-        (int(one), int(other)) for one, other in zip(fine.train.labels, coarse.train.labels, strict=True)
-    }
+    parents = {(int(one), int(other)) for one, other in zip(fine.train.labels, coarse.train.labels, strict=True)}
     assert len(parents) == 100  # each fine class has one coarse class
     beaver = fine.class_names.index("beaver")
     assert coarse.class_names[dict(parents)[beaver]] == "aquatic_mammals"

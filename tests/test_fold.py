@@ -43,9 +43,7 @@ def bits(total: Total | None) -> tuple[str, float] | None:
     loss=st.sampled_from([0.0, 0.2, 0.9]),
     seed=st.integers(0, 10**6),
 )
-def test_order_grouping_merging_and_losses_change_no_bit(
-    leaves: int, workers: int, loss: float, seed: int
-) -> None:
+def test_order_grouping_merging_and_losses_change_no_bit(leaves: int, workers: int, loss: float, seed: int) -> None:
     """Each leaf goes to a random worker in random order; a lost one is named absent, or never mentioned."""
     rng = random.Random(seed)
     present = {position for position in range(leaves) if rng.random() >= loss}

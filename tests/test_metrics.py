@@ -104,9 +104,7 @@ def test_the_worst_accuracy_counts_only_after_a_task_was_learned() -> None:
 
     min-ACC (0.3 + 0.5) / 2 = 0.4; WC-ACC 0.6 / 3 + 0.4 * 2 / 3 = 1.4 / 3.
     """
-    trace = matrix(
-        [0.1, NAN, NAN], [0.9, NAN, NAN], [0.3, 0.2, NAN], [0.6, 0.8, NAN], [0.4, 0.5, 0.3], [0.5, 0.7, 0.6]
-    )
+    trace = matrix([0.1, NAN, NAN], [0.9, NAN, NAN], [0.3, 0.2, NAN], [0.6, 0.8, NAN], [0.4, 0.5, 0.3], [0.5, 0.7, 0.6])
     assert metrics.min_accuracy(trace, [1, 3, 5]) == pytest.approx(0.4)
     assert metrics.worst_case_accuracy(trace, [1, 3, 5]) == pytest.approx(1.4 / 3)
 

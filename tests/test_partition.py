@@ -165,9 +165,7 @@ def test_ten_thousand_clients_take_seconds(name: str) -> None:
 def label_statistics(alpha: float) -> tuple[float, float, float]:
     """Mean over 10 seeds x 50 clients: entropy / ln 10, classes, largest share; 10 classes x 500 images."""
     labels = balanced(10, 500)
-    counts = np.concatenate(
-        [class_counts(share(50, labels, seed, alpha=alpha), labels) for seed in range(10)]
-    )
+    counts = np.concatenate([class_counts(share(50, labels, seed, alpha=alpha), labels) for seed in range(10)])
     shares = counts / 100
     entropy = -(shares * np.log(np.where(shares > 0, shares, 1))).sum(axis=1) / np.log(10)
     return entropy.mean(), (shares > 0).sum(axis=1).mean(), shares.max(axis=1).mean()
@@ -183,9 +181,7 @@ def label_statistics(alpha: float) -> tuple[float, float, float]:
         (100.0, 0.967, 9.83, 0.162),
     ],
 )
-def test_mixes_are_those_of_the_authors_code(
-    alpha: float, entropy: float, classes: float, largest: float
-) -> None:
+def test_mixes_are_those_of_the_authors_code(alpha: float, entropy: float, classes: float, largest: float) -> None:
     """Values measured with the MFCL authors' draw, one sample after another.
 
     One of our draws deviates by at most 0.024 / 0.25 / 0.029, the mean of ten by a third of that. A plain
@@ -259,9 +255,7 @@ def test_dirichlet_cuts_each_class_by_its_own_draw() -> None:
     500 draws: the mean deviates by 0.013. The two classes are independent: correlation 0 +- 0.045.
     """
     labels = balanced(2, 1000)
-    shares = np.array(
-        [class_counts(share(2, labels, seed, name="dirichlet"), labels)[0] / 1000 for seed in range(500)]
-    )
+    shares = np.array([class_counts(share(2, labels, seed, name="dirichlet"), labels)[0] / 1000 for seed in range(500)])
     assert shares.mean() == pytest.approx(0.5, abs=0.04)
     assert shares.std() == pytest.approx(0.289, abs=0.03)
     assert abs(np.corrcoef(shares.T)[0, 1]) < 0.15
@@ -330,12 +324,8 @@ def test_more_shards_than_samples_leave_somebody_empty() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    classes=st.integers(1, 8), each=st.integers(1, 8), clients=st.integers(1, 12), seed=st.integers(0, 999)
-)
-def test_each_client_has_its_classes_and_each_class_an_owner(
-    classes: int, each: int, clients: int, seed: int
-) -> None:
+@given(classes=st.integers(1, 8), each=st.integers(1, 8), clients=st.integers(1, 12), seed=st.integers(0, 999))
+def test_each_client_has_its_classes_and_each_class_an_owner(classes: int, each: int, clients: int, seed: int) -> None:
     """24 samples of a class are at least one for each of up to 12 owners, in sizes that differ by one."""
     labels = balanced(classes, 24)
     options = {"name": "classes", "classes_per_client": each}
@@ -418,9 +408,7 @@ def test_an_own_rule_is_used(own: Callable[[Any], str]) -> None:
     """Client c gets label 2 + c; positions count within the task, indices in the training set."""
     seen: list[Any] = []
 
-    def by_label(
-        labels: Ints, clients: int, section: PartitionSection, rng: np.random.Generator
-    ) -> list[Ints]:
+    def by_label(labels: Ints, clients: int, section: PartitionSection, rng: np.random.Generator) -> list[Ints]:
         seen.append((labels.tolist(), clients, section.alpha, type(rng)))
         return [np.flatnonzero(labels == 2 + c) for c in range(clients)]
 

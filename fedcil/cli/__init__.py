@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs: ``--help`` loads neither torch nor flwr nor ray."""
+"""The command line. A command imports what it needs when it runs: ``--help`` loads neither torch nor flwr nor ray."""
 
 from __future__ import annotations
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedcil.cli.guard import stoppable
 from fedcil.errors import FedcilError, InputError, ScenarioError
 
 if TYPE_CHECKING:
+    from fedcil.port import StopSignal
     from fedcil.record.run import Run
     from fedcil.scenario import Scenario
 
@@ -43,11 +45,17 @@ def run(
 ) -> None:
     overrides = [*overrides, *_engine_override(engine)]
     wanted = _expand(scenarios, overrides, seeds)  # every scenario is checked before the first one runs
+    sweep = len(wanted) > 1 or seeds is not None
     done: list[Run] = []
     with stoppable(max_seconds) as stop:
         for scenario in wanted:
-            found = _finished_already(scenario, output) if len(wanted) > 1 else None
-            done.append(found or _run_one(scenario, output, data_root, figures, stop, json))
+            earlier = _earlier_run(scenario, output) if sweep else None
+            if earlier and earlier.finished:
+                print(f"finished already: {earlier.path}", file=sys.stderr)
+                done.append(earlier)
+                continue
+            options = Options(data_root, figures, stop, json)
+            done.append(_continue(earlier, options) if earlier else _run_one(scenario, output, options))
     _print_runs(done, json=json)
 
 
@@ -61,18 +69,11 @@ def resume(
     max_seconds: float | None,
     json: bool,
 ) -> None:
-    from fedcil import api
-    from fedcil.cli.display import display
+    from fedcil.record.run import open_run
 
-    with stoppable(max_seconds) as stop, display(quiet=json) as watcher:
-        finished = api.resume(
-            path,
-            overrides=[*overrides, *_engine_override(engine)],
-            data_root=data_root,
-            figures=figures,
-            watcher=watcher,
-            stop=stop,
-        )
+    with stoppable(max_seconds) as stop:
+        options = Options(data_root, figures, stop, json, (*overrides, *_engine_override(engine)))
+        finished = _continue(open_run(path), options)
     _print_runs([finished], json=json)
 
 
@@ -173,30 +174,58 @@ def _seeds(text: str | None) -> list[list[str]]:
     return [[f"seed={part}"] for part in parts]
 
 
-def _finished_already(scenario: Scenario, output: Path) -> Run | None:
-    """A finished run of exactly this scenario below ``output``, so that a sweep can be started again."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a run is made; nothing here changes its result."""
+
+    data_root: Path | None
+    figures: bool
+    stop: StopSignal
+    quiet: bool
+    overrides: tuple[str, ...] = ()
+
+
+def _earlier_run(scenario: Scenario, output: Path) -> Run | None:
+    """A run of exactly this scenario below ``output``, so that a sweep that was cut short can be started again."""
     from fedcil.record.run import Run
 
     for path in sorted(output.glob(f"{scenario.name}-{scenario.seed}-*")):
         found = Run(path)
         try:
-            if found.finished and found.scenario.digest() == scenario.digest():
-                print(f"finished already: {path}", file=sys.stderr)
+            if found.scenario.digest() == scenario.digest():
                 return found
         except (FedcilError, OSError):
             continue
     return None
 
 
-def _run_one(
-    scenario: Scenario, output: Path, data_root: Path | None, figures: bool, stop: Any, quiet: bool
-) -> Run:
+def _run_one(scenario: Scenario, output: Path, options: Options) -> Run:
     from fedcil import api
     from fedcil.cli.display import display
 
-    with display(quiet=quiet) as watcher:
+    with display(quiet=options.quiet) as watcher:
         return api.run(
-            scenario, output=output, data_root=data_root, figures=figures, watcher=watcher, stop=stop
+            scenario,
+            output=output,
+            data_root=options.data_root,
+            figures=options.figures,
+            watcher=watcher,
+            stop=options.stop,
+        )
+
+
+def _continue(unfinished: Run, options: Options) -> Run:
+    from fedcil import api
+    from fedcil.cli.display import display
+
+    with display(quiet=options.quiet) as watcher:
+        return api.resume(
+            unfinished.path,
+            overrides=options.overrides,
+            data_root=options.data_root,
+            figures=options.figures,
+            watcher=watcher,
+            stop=options.stop,
         )
 
 

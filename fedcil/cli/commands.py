@@ -20,7 +20,8 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.rounds=20.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.rounds=20."),
 ]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds the data sets. [env: FEDCIL_DATA_ROOT]")]
 Engine = Annotated[str | None, typer.Option(help="inline, ray or flower.")]

@@ -25,15 +25,16 @@ class Display:
         self._advance(CLIENT, "clients", None, f"client {client} answered")
 
     def boundary_step(self, step: int, steps: int, terms: Mapping[str, float]) -> None:
+        del step  # the bar counts by itself
         shown = "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
         self._advance(BOUNDARY, "boundary", steps, shown)
 
     def recorded(self, line: Mapping[str, Any]) -> None:
         self._drop_bar()
         for warning in line.get("warnings", ()):
-            self.console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+            self.console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
         if not self.quiet:
-            self.console.print(describe(line), markup=False, highlight=False)
+            self.console.print(describe(line), markup=False, highlight=False, soft_wrap=True)
 
     def _advance(self, kind: str, title: str, total: int | None, note: str) -> None:
         if self.quiet or self.bars.disable:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from fedcil.engines.workers import worker_count
 from fedcil.experiment import Experiment
 from fedcil.keys import Key
 from fedcil.messages import count_bytes
 from fedcil.models.network import count_parameters, grow_head
 
-ACTIVATIONS = 24  # copies of a batch's input that a network's activations take, roughly, per channel of width
+TORCH_MB = 700  # resident after the first step of a small network
+COPIES = 5
 
 
 def forecast(experiment: Experiment) -> dict[str, Any]:
@@ -56,14 +60,26 @@ def _asked(experiment: Experiment, who: str, counts: Any) -> int:
 
 
 def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
-    """MB of one process: torch itself, images, and per worker five copies of the model and a batch's activations."""
+    """MB of one process: torch itself, the images, and for each worker five copies of the model (parameters,
+    gradients, anchor, contribution, partial sum) and the activations of a batch with their gradients.
+    """
     scenario = experiment.scenario
-    workers = scenario.engine.workers or scenario.clients.per_round
     images = experiment.data.train.images.nbytes + experiment.data.test.images.nbytes
-    channels, height, width = experiment.compute.architecture.image
+    activations = 2 * scenario.training.batch_size * activation_bytes(experiment)
+    workers = worker_count(scenario)
+    return int(TORCH_MB + (images + workers * (COPIES * model_bytes + activations)) / 2**20)
+
+
+@torch.no_grad()
+def activation_bytes(experiment: Experiment) -> int:
+    """What the layers of the classifier put out for one image."""
     network = experiment.compute.architecture.build(1)
-    batch = scenario.training.batch_size * height * width * network.backbone.width * 4 * ACTIVATIONS
-    return int(700 + (images + workers * (5 * model_bytes + batch // 8)) / 2**20)
+    sizes: list[int] = []
+    for layer in network.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(lambda _, __, output: sizes.append(output.numel() * output.element_size()))
+    network.eval()(torch.zeros(1, *experiment.compute.architecture.image))
+    return sum(sizes)
 
 
 def print_forecast(facts: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ def stoppable(max_seconds: float | None) -> Iterator[StopSignal]:
 
     stop = StopSignal()
 
-    def on_signal(number: int, frame: object) -> None:
+    def on_signal(number: int, _: object) -> None:
         if stop.event.is_set():
             raise KeyboardInterrupt
         print("\nstopping after this step, with a checkpoint (again to end at once)", file=sys.stderr)

@@ -34,9 +34,7 @@ LOADERS = {
 }
 
 
-def load_dataset(
-    section: DataSection, seed: int, *, root: Path | None = None, show_progress: bool = False
-) -> Dataset:
+def load_dataset(section: DataSection, seed: int, *, root: Path | None = None, show_progress: bool = False) -> Dataset:
     """The data set that ``[data]`` describes.
 
     ``seed`` decides ``samples_per_class`` and nothing else: the classes, the hold-out and the images of a

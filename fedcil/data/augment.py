@@ -16,9 +16,7 @@ PAD = 4  # pixels around the image that a random crop may reach
 DEGREES = 20.0  # a rotation is drawn uniformly from -DEGREES .. DEGREES
 
 
-def make_batch(  # noqa: PLR0917
-    bank: Tensor, index: Tensor, mode: str, generator: torch.Generator, mean: Tensor, std: Tensor
-) -> Tensor:
+def make_batch(bank: Tensor, index: Tensor, mode: str, generator: torch.Generator, mean: Tensor, std: Tensor) -> Tensor:
     """Images ``index`` of ``bank``, augmented and normalised.
 
     ``bank`` (N, height, width, channels) uint8, on any device; ``index`` (n,) int64; ``generator`` on the

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from fedcil.scenario import DataSection
 
 PREFIXES = {"train": "train", "test": "t10k"}
-FILES = tuple(
-    f"{prefix}-{part}-ubyte" for prefix in PREFIXES.values() for part in ("images-idx3", "labels-idx1")
-)
+FILES = tuple(f"{prefix}-{part}-ubyte" for prefix in PREFIXES.values() for part in ("images-idx3", "labels-idx1"))
 
 
 @dataclass(frozen=True, slots=True)

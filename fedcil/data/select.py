@@ -13,9 +13,7 @@ from fedcil.keys import Key
 Index = Labels  # row numbers, increasing
 
 
-def select(
-    data: Dataset, *, classes: int | None, validation: float, per_class: int | None, seed: int
-) -> Dataset:
+def select(data: Dataset, *, classes: int | None, validation: float, per_class: int | None, seed: int) -> Dataset:
     """``data`` reduced to what is asked for; where nothing is, the same arrays without a copy.
 
     1. ``classes``: the first n by the set's own numbering.

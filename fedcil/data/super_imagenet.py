@@ -123,9 +123,7 @@ def _entry(path: Path, key: object, value: object) -> SuperClass:
         raise _bad_mapping(path, f"{key!r} is not an index")
     parts: list[Any] = value if isinstance(value, list) else []
     name, tables = parts[:1], parts[1:]
-    if not (
-        name and isinstance(name[0], str) and tables and all(isinstance(table, dict) for table in tables)
-    ):
+    if not (name and isinstance(name[0], str) and tables and all(isinstance(table, dict) for table in tables)):
         raise _bad_mapping(path, f"entry {key} is not [name, {{wnid: class name}}]")
     wnids = sorted(str(wnid) for table in tables for wnid in table)
     return SuperClass(int(str(key)), name[0], tuple(wnids))
@@ -142,9 +140,7 @@ def _of_version(kinds: tuple[SuperClass, ...], version: Version, path: Path) -> 
     return chosen
 
 
-def _recipe(
-    folder: Path, chosen: tuple[SuperClass, ...], version: Version, size: int, label: str | None
-) -> Recipe:
+def _recipe(folder: Path, chosen: tuple[SuperClass, ...], version: Version, size: int, label: str | None) -> Recipe:
     train = [_images(folder / "train", kind, version.train) for kind in chosen]
     test = [_images(folder / "val", kind, version.test) for kind in chosen]
     short = _shortfalls("train", chosen, train, version.train)
@@ -172,9 +168,7 @@ def _images(folder: Path, kind: SuperClass, count: int) -> list[Path]:
     return [paths[place] for place in order[:count]]
 
 
-def _shortfalls(
-    split: str, chosen: tuple[SuperClass, ...], images: list[list[Path]], wanted: int
-) -> tuple[str, ...]:
+def _shortfalls(split: str, chosen: tuple[SuperClass, ...], images: list[list[Path]], wanted: int) -> tuple[str, ...]:
     return tuple(
         f"{split}: super-class {kind.name!r} has {len(paths)} of {wanted} images"
         for kind, paths in zip(chosen, images, strict=True)

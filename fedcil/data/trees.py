@@ -43,9 +43,7 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
-def decoded(
-    rows: Sequence[tuple[Path, int]], sides: tuple[int, int], frame: Frame | None, label: str | None
-) -> Blocks:
+def decoded(rows: Sequence[tuple[Path, int]], sides: tuple[int, int], frame: Frame | None, label: str | None) -> Blocks:
     """The images of a split, decoded a few hundred at a time when they are written to the cache.
 
     ``rows`` are files with their class; ``sides`` (height, width) is what each image has after ``frame``;

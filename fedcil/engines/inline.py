@@ -67,9 +67,7 @@ class InlinePort:
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _in_threads(
-        self, request: Request, deadline_s: float | None, gathered: Gathered, started: float
-    ) -> None:
+    def _in_threads(self, request: Request, deadline_s: float | None, gathered: Gathered, started: float) -> None:
         """As they come; what is late is not waited for, and its thread gives up at its next step."""
         assert self._threads is not None
         self._abandoned = threading.Event()

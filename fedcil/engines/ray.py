@@ -101,7 +101,10 @@ class RayPort:
         self._stop = setting.stop
         self._payload: tuple[str, list[Any]] | None = None
         actor = ray.remote(
-            num_cpus=1, num_gpus=experiment.scenario.engine.gpus_per_worker, max_restarts=-1, max_task_retries=0
+            num_cpus=1,
+            num_gpus=experiment.scenario.engine.gpus_per_worker,
+            max_restarts=-1,
+            max_task_retries=0,
         )(ClientWorker)
         root = setting.data_root.absolute() if setting.data_root else None
         made = (actor.remote(experiment.scenario, root, setting.states.absolute()) for _ in range(workers))
@@ -168,9 +171,7 @@ class RayPort:
         for worker in self._workers:
             there = ray.get(worker.numeric.remote())
             if there != here:
-                raise RunFailed(
-                    f"a Ray worker computes differently: {there}", where="engine", allowed=str(here)
-                )
+                raise RunFailed(f"a Ray worker computes differently: {there}", where="engine", allowed=str(here))
 
 
 def cut(jobs: tuple[Job, ...], pieces: int) -> list[Piece]:

@@ -7,6 +7,7 @@ solution on all data ever seen, for any partition, order, or number of clients a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -41,15 +42,13 @@ class AFCL(MethodSettings):
         return (statistics,)
 
     def _features(self, network: Network, images: Tensor) -> Tensor:
-        """(n, c, h, w) -> float64 (n, d + 1): features, expanded if asked for, and a constant 1 for the bias."""
+        """(n, c, h, w) -> float64 (n, d + 1): features, expanded if asked for, and a 1 for the bias."""
         features = network.features(images).double()
         if self.expansion:
             features = F.relu(features @ projection(features.shape[1], self.expansion).to(features))
         return F.pad(features, (0, 1), value=1.0)
 
-    def _fit(
-        self, network: Network, samples: Samples, task: Task, images: Callable[[Tensor], Tensor]
-    ) -> Contribution:
+    def _fit(self, network: Network, samples: Samples, task: Task, images: Callable[[Tensor], Tensor]) -> Contribution:
         """Upper triangle of G, and Q (d + 1, seen): float64, since float32 sums lose definiteness."""
         width = (self.expansion or network.backbone.width) + 1
         gram = torch.zeros(width, width, dtype=torch.float64, device=samples.labels.device)
@@ -92,7 +91,7 @@ class AFCL(MethodSettings):
 def projection(inputs: int, outputs: int) -> Tensor:
     """The fixed random layer, the same on every machine: N(0, 1 / inputs), float64 (inputs, outputs)."""
     generator = Key(0).at("afcl projection", inputs, outputs).torch()
-    return torch.randn(inputs, outputs, generator=generator, dtype=torch.float64) / inputs**0.5
+    return torch.randn(inputs, outputs, generator=generator, dtype=torch.float64) / math.sqrt(inputs)
 
 
 def upper(matrix: Tensor) -> Tensor:

@@ -110,9 +110,7 @@ def replace_model(state: ServerState, phase: Phase, total: Total | None) -> Serv
     return ServerState(model=total.mean(), memory=state.memory, payload=state.payload)
 
 
-def no_boundary(
-    state: ServerState, task: Task, key: Key, compute: Compute, progress: Progress
-) -> Boundary:
+def no_boundary(state: ServerState, task: Task, key: Key, compute: Compute, progress: Progress) -> Boundary:
     return Boundary(state)
 
 

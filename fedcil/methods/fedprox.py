@@ -1,6 +1,6 @@
 """FedProx (Li et al., arXiv 1812.06127, equation 2): FedAvg with a pull towards the round's start.
 
-loss = CE + (mu / 2) ||w - w_global||^2, the norm squared as in the paper (some published code forgets the square).
+loss = CE + (mu / 2) ||w - w_global||^2, the norm squared as in the paper (some published code is not).
 """
 
 from __future__ import annotations

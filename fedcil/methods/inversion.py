@@ -7,7 +7,7 @@ image prior. The classifier is in eval mode throughout; nothing in it changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +74,7 @@ def entropy_loss(logits: Tensor, *, normalised: bool = True) -> Tensor:
     Not normalised: sum_k p_k ln p_k, the negative entropy of the paper's formula. 0 for one class.
     """
     classes = logits.shape[1]
-    negative_entropy = -torch.special.entr(F.softmax(logits, dim=1).mean(0)).sum()
+    negative_entropy: Tensor = -torch.special.entr(F.softmax(logits, dim=1).mean(0)).sum()
     if not normalised:
         return negative_entropy
     return 1 + negative_entropy / math.log(classes) if classes > 1 else negative_entropy * 0
@@ -87,7 +87,7 @@ def norm_loss(statistics: list[NormStatistics]) -> Tensor:
 
 def _normal_kl(s: NormStatistics) -> Tensor:
     running, batch = s.running_var + NORM_EPS, s.var + NORM_EPS
-    spread = (batch / running).log() / 2
+    spread: Tensor = (batch / running).log() / 2
     return spread - 0.5 * (1 - (running + (s.running_mean - s.mean).square()) / batch)
 
 
@@ -111,8 +111,8 @@ def generator_loss(classifier: Network, images: Tensor, weights: Weights) -> tup
     with watch_norms(classifier) as statistics:
         features = classifier.features(images)
     logits = classifier.head(features)
-    zero = images.new_zeros(())
-    terms = {
+    zero = torch.zeros((), dtype=images.dtype, device=images.device)
+    terms: dict[str, tuple[float, Callable[[], Tensor]]] = {
         "label": (weights.label, lambda: label_loss(logits, weights.temperature)),
         "entropy": (weights.entropy, lambda: entropy_loss(logits, normalised=weights.normalised_entropy)),
         "norm": (weights.norm, lambda: norm_loss(statistics)),

@@ -15,6 +15,7 @@ with one student pass and one teacher pass over X.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -126,7 +127,7 @@ class MFCL(MethodSettings):
                 precision=compute.autocast,
             )
         generator = generator.to_empty(device=compute.device)
-        return generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        return generator.to(memory_format=torch.channels_last)
 
     def _prepare(self, compute: Compute, task: Task, payload: Payload | None, key: Key) -> Prepared:
         if payload is None:
@@ -155,16 +156,14 @@ class MFCL(MethodSettings):
         real = len(batch.images)
         labels = torch.cat([batch.labels, past[real:].argmax(1)])
         features = model.features(both)
-        terms = (
+        terms: tuple[tuple[float, Callable[[], Tensor]], ...] = (
             (self.w_ce, lambda: new_class_loss(model, features[:real], batch.labels, batch.task)),
             (self.w_ft, lambda: F.cross_entropy(model.head(features.detach()), labels)),
             (self.w_kd, lambda: F.mse_loss(replay.teacher.head(features), past)),
         )
-        return sum((w * term() for w, term in terms if w > 0), start=features.new_zeros(()))
+        return sum((w * term() for w, term in terms if w > 0), start=torch.zeros_like(features[0, 0]))
 
-    def _boundary(
-        self, state: ServerState, task: Task, key: Key, compute: Compute, progress: Progress
-    ) -> Boundary:
+    def _boundary(self, state: ServerState, task: Task, key: Key, compute: Compute, progress: Progress) -> Boundary:
         classifier = compute.frozen(state.model)
         generator = self.make_generator(compute)
         if self.continue_generator and state.payload is not None:
@@ -269,7 +268,7 @@ def coverage(generator: Generator, classifier: Network, key: Key) -> list[int]:
 
 
 def vanished_classes(histogram: list[int]) -> tuple[str, ...]:
-    """A warning for classes with less than a fifth of their share: tasks whose classes vanish are forgotten."""
+    """A warning for classes with less than a fifth of their share: they will be forgotten."""
     floor = sum(histogram) / (5 * len(histogram))
     missing = [label for label, count in enumerate(histogram) if count < floor]
     if not missing:
@@ -278,4 +277,3 @@ def vanished_classes(histogram: list[int]) -> tuple[str, ...]:
         f"the generator hardly makes classes {missing} (less than 1/5 of their share): raise method.w_ie, "
         "then training.rounds or method.steps; their accuracy will suffer from the next task on",
     )
-

@@ -1,4 +1,4 @@
-"""A frozen teacher for distillation: the global model at the end of the last task, sent once per client and task."""
+"""A frozen teacher for distillation: the global model at the end of the last task."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ def teacher_from(compute: Compute, task: Task, payload: Payload | None, key: Key
     return None if payload is None else compute.frozen(payload.tensors)
 
 
-def teacher_becomes_payload(
-    state: ServerState, task: Task, key: Key, compute: Compute, progress: Progress
-) -> Boundary:
+def teacher_becomes_payload(state: ServerState, task: Task, key: Key, compute: Compute, progress: Progress) -> Boundary:
     """The model as it is now, before its head grows, is what later clients distil from."""
     return Boundary(ServerState(model=state.model, memory=state.memory, payload=Payload.of(state.model)))

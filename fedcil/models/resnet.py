@@ -24,9 +24,7 @@ class Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(width)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
@@ -35,8 +33,6 @@ class Block(nn.Module):
 
 class ResNet(Backbone):
     """Stages of blocks with doubling width; each but the first halves the resolution."""
-
-    he_convolutions = True
 
     def __init__(self, channels: int, width: int, blocks: Sequence[int], stem: Stem) -> None:
         super().__init__(width << (len(blocks) - 1))
@@ -70,10 +66,12 @@ def _stem(channels: int, width: int, stem: Stem) -> nn.Sequential:
 
 
 def resnet8(channels: int, width: int, stem: Stem) -> ResNet:
-    """Three stages of one block: the narrow network for CPU work."""
+    """Three stages of one block, PyTorch's default initialisation: the narrow network for CPU work."""
     return ResNet(channels, width, (1, 1, 1), stem)
 
 
 def resnet18(channels: int, width: int, stem: Stem) -> ResNet:
-    """Four stages of two blocks; with width 64 the networks of the MFCL paper."""
-    return ResNet(channels, width, (2, 2, 2, 2), stem)
+    """Four stages of two blocks; with width 64 the networks of the MFCL paper, initialised as there."""
+    network = ResNet(channels, width, (2, 2, 2, 2), stem)
+    network.he_convolutions = True
+    return network

@@ -74,9 +74,7 @@ def png_bytes(figure: Figure) -> bytes:
     canvas.draw()
     image = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
     buffer = io.BytesIO()
-    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-        buffer, "PNG", optimize=True, dpi=(DPI, DPI)
-    )
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True, dpi=(DPI, DPI))
     return buffer.getvalue()
 
 
@@ -148,24 +146,19 @@ def partition_figure(run: Run) -> Figure | None:
     counts = label_counts(run)
     if counts is None:
         return None
-    tasks, clients, _ = counts.shape
-    names = class_names(run)
+    tasks, clients, classes_seen = counts.shape
+    names = class_names(run, classes_seen)
     present = [np.flatnonzero(task.sum(axis=0)) for task in counts]
     figure, panels = _panels(tasks, max(map(len, present)))
     scale = PowerNorm(0.5, vmin=0, vmax=max(counts.max(), 1))  # so that one sample differs from none
+    style: dict[str, Any] = {"norm": scale, "cmap": "Blues", "aspect": "auto", "interpolation": "nearest"}
     for task, (axes, classes) in enumerate(zip(panels, present, strict=True)):
         shown = _by_class(counts[task][:, classes])
-        image = axes.imshow(
-            shown,
-            norm=scale,
-            cmap="Blues",
-            aspect="auto",
-            extent=(-0.5, clients - 0.5, len(classes) - 0.5, -0.5),
-        )
+        image = axes.imshow(shown, extent=(-0.5, clients - 0.5, len(classes) - 0.5, -0.5), **style)
         axes.set_title(f"task {task + 1}", loc="left", fontsize=9, pad=2)
         _name_classes(axes, [names[label] for label in classes])
         _outline(axes)
-    bar = figure.colorbar(image, ax=list(panels), location="bottom", shrink=0.5, aspect=40)
+    bar = figure.colorbar(image, ax=list(panels), location="bottom", shrink=0.5, aspect=40, pad=0.02)
     bar.set_label("training samples of a client")
     bar.outline.set_visible(False)
     order = ", in each task sorted by their main class" if clients > SINGLE_CLIENTS else ""
@@ -191,9 +184,7 @@ def compare_figure(groups: Sequence[Group]) -> Figure:
     _clean(lines, grid="y")
     _clean(bars, grid="y")
     wide = max(len(group.label) for group in groups) > 30
-    figure.legend(
-        *lines.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=1 if wide else 3
-    )
+    figure.legend(*lines.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=1 if wide else 3)
     if any(group.std for group in groups):
         bars.set_title("bands and whiskers: sample deviation over seeds", fontsize=9, color=GREY, loc="right")
     return figure
@@ -205,12 +196,11 @@ def label_counts(run: Run) -> NDArray[np.int32] | None:
     return np.load(path, allow_pickle=False) if path.is_file() else None
 
 
-def class_names(run: Run) -> list[str]:
-    """Names of the classes in the order of the stream; their numbers where the run knows no names."""
+def class_names(run: Run, count: int) -> list[str]:
+    """Names of the first classes of the stream; their numbers where the run knows no names."""
     path = run.path / "environment.json"
-    names = json.loads(path.read_text(encoding="utf-8")).get("class_order") if path.is_file() else None
-    counts = label_counts(run)
-    return [str(name) for name in names or range(0 if counts is None else counts.shape[2])]
+    names = json.loads(path.read_text(encoding="utf-8")).get("class_order", []) if path.is_file() else []
+    return [str(name) for name in (names if len(names) >= count else range(count))[:count]]
 
 
 def _places(run: Run) -> tuple[list[int], list[int]]:

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from fedcil.errors import FolderBusy, InputError, NotResumable
@@ -53,6 +54,7 @@ class RunFolder:
         write_atomic(path / "scenario.toml", to_toml(experiment.scenario).encode())
         write_atomic(path / "environment.json", json.dumps(_environment(experiment), indent=1).encode())
         save_partition(path / "partition.npz", experiment.partition)
+        np.save(path / "label_counts.npy", experiment.label_counts(), allow_pickle=False)
         return folder
 
     @classmethod

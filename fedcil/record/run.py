@@ -55,6 +55,12 @@ class Run:
         return [line for line in self.lines if line["kind"] == kind]
 
     @cached_property
+    def label_counts(self) -> NDArray[np.int32] | None:
+        """Training samples by task, client and label, where the run recorded them."""
+        path = self.path / "label_counts.npy"
+        return np.load(path, allow_pickle=False) if path.is_file() else None
+
+    @cached_property
     def accuracy_matrix(self) -> Matrix:
         """a[t][j], NaN for tasks that had not come yet."""
         return ragged([line["accuracy"] for line in self.kind("task")])

@@ -1,0 +1,51 @@
+# Two commands do everything on a machine with Python 3.11 or 3.12: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS := 1
+
+.PHONY: help demo test test-all lint format install install-dev results clean
+
+help:           ## print the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch and torchvision in one install: a pair from two indexes does not fit together.
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/installed
+
+install: $(VENV)/installed           ## make the environment and install fedcil
+install-dev: $(VENV)/installed-dev   ## the same with the development extras
+
+demo: install    ## FedAvg, MFCL and oracle on handwritten digits: a table, run folders, pictures
+	$(BIN)/fedcil run digits_fedavg digits_mfcl digits_oracle --output runs/demo
+	$(BIN)/fedcil compare runs/demo/*/ --figure runs/demo/comparison.png
+
+lint: install-dev    ## lint, format check, strict types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install-dev  ## mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint           ## lint, format, types and the fast tests
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-all: lint       ## everything: all engines, kills, real data
+	$(BIN)/python -m pytest -n 2
+
+results: install     ## the tables of docs/results.md, resumable
+	$(BIN)/python scenarios/results.py
+
+clean:               ## remove the environment and the runs
+	rm -rf $(VENV) runs dist

@@ -1,0 +1,117 @@
+"""Small random networks, images and payloads for the tests of methods."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedcil.compute import Compute, Precision
+from fedcil.keys import Key
+from fedcil.messages import Payload
+from fedcil.methods.base import prefixed
+from fedcil.models import make_architecture
+from fedcil.models.generator import Generator
+from fedcil.models.network import Backbone, Network, freeze, initialise, state_of
+from fedcil.scenario import ModelSection
+from fedcil.stream import Task
+
+
+class Flat(Backbone):
+    """Features are the pixels: what goes into the head can be written down."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+class Small:
+    """Everything in torch's default dtype, so that the fixture ``float64`` makes all of it double."""
+
+    image: ClassVar[tuple[int, int, int]] = (3, 8, 8)
+    first: ClassVar[Task] = Task(0, 0, 3)
+    second: ClassVar[Task] = Task(1, 3, 5)
+
+    def compute(self, name: str = "cnn", precision: Precision = "fp32") -> Compute:
+        architecture = make_architecture(ModelSection(name=name, width=4), self.image)
+        return Compute(architecture, torch.device("cpu"), precision)
+
+    def network(self, classes: int, name: str = "cnn", seed: int = 0) -> Network:
+        """Random in all its tensors: no batch norm has mean 0, variance 1, scale 1 or shift 0."""
+        network = self.compute(name).network(classes)
+        generator = Key(seed).at("network").torch()
+        initialise(network, generator)
+        shake_norms(network, generator)
+        return network
+
+    def frozen(self, classes: int, name: str = "cnn", seed: int = 0) -> Network:
+        network = self.network(classes, name, seed)
+        freeze(network)
+        return network
+
+    def generator(self, latent: int = 5, width: int = 4, seed: int = 0) -> Generator:
+        made = Generator(channels=3, size=8, latent=latent, width=width)
+        draws = Key(seed).at("generator").torch()
+        initialise(made, draws)
+        shake_norms(made, draws)
+        freeze(made)
+        return made
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Network:
+        """Logits are ``weight @ pixels + bias``."""
+        network = Network(Flat(weight.shape[1]), weight.shape[0])
+        with torch.no_grad():
+            network.head.weight.copy_(weight)
+            network.head.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
+        return network
+
+    def images(self, count: int, seed: int = 0) -> Tensor:
+        return torch.randn(count, *self.image, generator=Key(seed).at("images").torch())
+
+    def labels(self, count: int, task: Task, seed: int = 0) -> Tensor:
+        return torch.randint(task.old, task.seen, (count,), generator=Key(seed).at("labels").torch())
+
+    def payload(self, teacher: Network, generator: Generator) -> Payload:
+        """What MFCL's boundary hands to clients."""
+        parts = prefixed("teacher", state_of(teacher)) | prefixed("generator", state_of(generator))
+        return Payload.of(parts)
+
+
+def shake_norms(module: nn.Module, generator: torch.Generator) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_(0.0, 0.3, generator=generator)  # type: ignore[union-attr]
+            part.running_var.uniform_(0.5, 1.5, generator=generator)  # type: ignore[union-attr]
+            if part.affine:
+                nn.init.uniform_(part.weight, 0.5, 1.5, generator=generator)
+                nn.init.normal_(part.bias, 0.0, 0.3, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def small() -> Small:
+    return Small()
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Networks, latents and images are made in double precision inside the test."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def authors_order() -> ModuleType:
+    """tests/authors_order.py; ``--import-mode=importlib`` puts no folder of tests on the import path."""
+    path = Path(__file__).with_name("authors_order.py")
+    spec = importlib.util.spec_from_file_location("authors_order", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

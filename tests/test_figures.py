@@ -1,0 +1,199 @@
+"""Pictures are there, not empty, small, and drawn without touching matplotlib's global state."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fedcil.errors import InputError
+from fedcil.partition import TaskPartition, save_partition
+from fedcil.record import figures
+from fedcil.record.compare import compare
+from fedcil.record.run import Run
+
+SUMMARY = {
+    "average_incremental_accuracy": 0.5,
+    "final_accuracy": 0.4,
+    "forgetting": 0.3,
+    "seconds": 1.0,
+    "bytes_up": 1,
+    "bytes_down": 1,
+}
+NAMES = ("accuracy", "matrix", "samples_per_task", "partition")
+
+
+def round_line(task: int, number: int, accuracy: Sequence[float] | None) -> dict[str, Any]:
+    line: dict[str, Any] = {"kind": "round", "task": task, "round": number}
+    return line | ({"accuracy": accuracy} if accuracy else {})
+
+
+def make_lines(tasks: int, rounds: int) -> list[dict[str, Any]]:
+    """Every round but a task's last is evaluated; task j has 0.9 - 0.1 per task since it was learned."""
+    lines = []
+    for task in range(tasks):
+        row = [max(0.9 - 0.1 * (task - j), 0.0) for j in range(task + 1)]
+        lines += [round_line(task, r, row if r + 1 < rounds else None) for r in range(rounds)]
+        lines.append({"kind": "task", "task": task, "accuracy": row, "test_images": [10] * (task + 1)})
+    return lines
+
+
+def make_run(folder: Path, lines: Sequence[dict[str, Any]], seed: int = 0, head: str = "") -> Run:
+    folder.mkdir(parents=True)
+    text = f'name = "trial"\nseed = {seed}\n[method]\nname = "fedavg"\n{head}'
+    (folder / "scenario.toml").write_text(text)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    return Run(folder)
+
+
+def share(folder: Path, tasks: int, clients: int, classes: int) -> None:
+    """A partition and its label counts; class names are hostile to matplotlib's formula parser."""
+    counts = np.zeros((tasks, clients, tasks * classes), dtype=np.int32)
+    rng = np.random.default_rng(0)
+    for task in range(tasks):
+        shape = (clients, classes)
+        counts[task, :, task * classes : (task + 1) * classes] = rng.poisson(2.0, shape) * (rng.random(shape) < 0.5)
+    sizes = counts.sum(axis=2)
+    parts = [TaskPartition(np.zeros(own.sum(), dtype=np.int32), np.concatenate([[0], np.cumsum(own)])) for own in sizes]
+    save_partition(folder / "partition.npz", parts)
+    np.save(folder / "label_counts.npy", counts)
+    names = [f"a $x^ class with a long name {i}" for i in range(counts.shape[2])]
+    (folder / "environment.json").write_text(json.dumps({"class_order": names}))
+
+
+def pixels(content: bytes) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("L"))
+
+
+def test_all_pictures_are_drawn_and_small(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_lines(3, 4))
+    share(run.path, 3, 20, 2)
+    paths = figures.draw_figures(run)
+    assert paths == [tmp_path / "run" / "figures" / f"{name}.png" for name in NAMES]
+    for path in paths:
+        content = path.read_bytes()
+        assert len(content) < 150_000
+        assert pixels(content).std() > 5  # not one colour
+        assert Image.open(path).info["dpi"] == pytest.approx((150, 150), abs=0.1)
+
+
+def test_many_clients_and_tasks_stay_small(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_lines(10, 20))
+    share(run.path, 10, 1000, 10)
+    drawn = figures.run_figures(run)
+    assert tuple(drawn) == NAMES
+    assert all(len(figures.png_bytes(figure)) < 150_000 for figure in drawn.values())
+
+
+def test_only_what_is_recorded_is_drawn(tmp_path: Path) -> None:
+    assert figures.draw_figures(make_run(tmp_path / "empty", [])) == []
+    assert not (tmp_path / "empty" / "figures").exists()
+    begun = make_run(tmp_path / "begun", [round_line(0, 0, [0.5]), round_line(0, 1, None)])
+    assert list(figures.run_figures(begun)) == ["accuracy"]
+    ended = make_run(tmp_path / "ended", make_lines(1, 1))
+    assert list(figures.run_figures(ended)) == ["accuracy", "matrix"]
+
+
+def test_equal_figures_are_equal_files(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_lines(2, 2))
+    first, second = (figures.png_bytes(figures.run_figures(run)["matrix"]) for _ in range(2))
+    assert first == second
+
+
+def test_accuracy_lines_stand_at_their_rounds(tmp_path: Path) -> None:
+    """Two tasks of 3 rounds; the end of a task stands for its last round. Pooled: (10 x 0.8 + 30 x 0.4) / 40 = 0.5."""
+    lines = [
+        round_line(0, 0, [0.6]), round_line(0, 1, None), round_line(0, 2, None),
+        {"kind": "task", "task": 0, "accuracy": [0.9], "test_images": [10]},
+        round_line(1, 0, [0.8, 0.4]), round_line(1, 1, None), round_line(1, 2, None),
+        {"kind": "task", "task": 1, "accuracy": [0.4, 0.8], "test_images": [10, 30]},
+    ]  # fmt: skip
+    figure = figures.accuracy_figure(make_run(tmp_path / "run", lines))
+    drawn = {line.get_label(): line for line in axes_of(figure)[0].get_lines()}
+    assert list(drawn["all classes seen"].get_xdata()) == [1, 3, 4, 6]
+    assert list(drawn["all classes seen"].get_ydata()) == pytest.approx([60, 90, 50, 70])
+    assert list(drawn["classes of task 2"].get_ydata())[2:] == pytest.approx([40, 80])
+    assert [line.get_xdata()[0] for label, line in drawn.items() if label.startswith("_")] == [3.5]
+
+
+def test_an_unfinished_task_has_no_pooled_accuracy_yet(tmp_path: Path) -> None:
+    """The number of test images of the second task is recorded when it ends."""
+    figure = figures.accuracy_figure(make_run(tmp_path / "run", [*make_lines(1, 2), round_line(1, 0, [0.5, 0.5])]))
+    pooled = axes_of(figure)[0].get_lines()[0].get_ydata()
+    assert np.isnan(pooled).tolist() == [False, False, True]
+
+
+def test_many_clients_are_sorted_by_their_main_class() -> None:
+    """100 clients, one class each in turn, some with nothing: classes from left to right, the empty ones last."""
+    counts = np.zeros((100, 2), dtype=np.int32)
+    counts[np.arange(90), np.arange(90) % 2] = 3
+    shown = figures._by_class(counts)
+    assert shown.shape == (2, 100)
+    assert shown[0, :45].tolist() == shown[1, 45:90].tolist() == [3] * 45
+    assert not shown[:, 90:].any()
+
+
+def test_neighbours_are_averaged_when_there_are_more_clients_than_pixels() -> None:
+    shown = figures._by_class(np.full((1000, 1), 7, dtype=np.int32))
+    assert shown.shape == (1, 250)
+    assert (shown == 7).all()
+
+
+def test_compared_seeds_have_a_band(tmp_path: Path) -> None:
+    """Seeds 0.8 and 0.6 after task 1: mean 0.7, sample deviation sqrt(0.02) = 0.1414."""
+    ends = [{"kind": "task", "task": 0, "accuracy": [value], "test_images": [10]} for value in (0.8, 0.6)]
+    runs = [make_run(tmp_path / f"{seed}", [end], seed) for seed, end in enumerate(ends)]
+    axes = axes_of(figures.compare_figure(compare(runs)))[0]
+    assert axes.get_lines()[0].get_ydata().tolist() == pytest.approx([70.0])
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((70 - 14.142, 70 + 14.142), abs=1e-3)
+
+
+def test_comparison_of_many_groups(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"{n}-{seed}", make_lines(4, 1), seed, head=f"[training]\nlr = 0.{n}\nlr_end = 0.01\n")
+        for n in range(1, 10)
+        for seed in (0, 1)
+    ]
+    figures.save_png(figures.compare_figure(compare(runs)), tmp_path / "new" / "all.png")
+    content = (tmp_path / "new" / "all.png").read_bytes()
+    assert len(content) < 150_000
+    assert pixels(content).std() > 5
+
+
+def test_a_single_task_has_no_forgetting_bar(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_lines(1, 1))
+    (run.path / "summary.json").write_text(json.dumps(SUMMARY | {"forgetting": None}))
+    assert len(axes_of(figures.compare_figure(compare([run])))[1].patches) == 2
+
+
+def test_a_picture_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write a picture"):
+        figures.save_png(Figure(), tmp_path / "file" / "a.png")
+    with pytest.raises(InputError, match="PNG"):
+        figures.save_png(Figure(), tmp_path / "a.pdf")
+
+
+def test_no_global_state_of_matplotlib() -> None:
+    code = (
+        "import matplotlib, sys; before = dict(matplotlib.rcParams);"
+        "import fedcil.record.figures as f; f.png_bytes(f.Figure());"
+        "assert 'matplotlib.pyplot' not in sys.modules; assert dict(matplotlib.rcParams) == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parent.parent)
+
+
+def axes_of(figure: Figure | None) -> list[Any]:
+    assert figure is not None
+    return figure.axes
