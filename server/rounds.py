@@ -133,13 +133,13 @@ def run_tasks(session: Session, state: RunState) -> RunState:
 
 def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> RunState:
     """Choose a cohort, ask it, reduce what came back, evaluate when due, record, save when due."""
+    session.stop.check()
     experiment, cursor, clock = session.experiment, state.cursor, Clock()
     scenario = experiment.scenario
     cohort = choose_cohort(session, cursor, task, phase)
     request = make_request(state, cohort)
     outcome = session.port.run(request, scenario.server.deadline_s, session.watcher.client_done)
     torch.set_num_threads(scenario.server.threads)  # the inline engine trains in this thread
-    session.stop.check()
     status = round_status(outcome, len(cohort), scenario.server.quorum)
     server = state.server
     if status == "ok":
@@ -251,6 +251,7 @@ def mean_loss(outcome: Outcome) -> float | None:
 
 def end_task(session: Session, state: RunState, task: Task) -> RunState:
     """Evaluate, then cross the boundary unless it was the last. One step: a kill in between repeats it."""
+    session.stop.check()
     experiment, clock = session.experiment, Clock()
     evaluation = session.evaluator.evaluate(state.server, task)
     line = {

@@ -55,7 +55,9 @@ class Small:
         return network
 
     def generator(self, latent: int = 5, width: int = 4, seed: int = 0) -> Generator:
-        made = Generator(channels=3, size=8, latent=latent, width=width)
+        with torch.device("meta"):
+            made = Generator(channels=3, size=8, latent=latent, width=width)
+        made = made.to_empty(device="cpu")
         draws = Key(seed).at("generator").torch()
         initialise(made, draws)
         shake_norms(made, draws)
@@ -64,7 +66,9 @@ class Small:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Network:
         """Logits are ``weight @ pixels + bias``."""
-        network = Network(Flat(weight.shape[1]), weight.shape[0])
+        with torch.device("meta"):
+            network = Network(Flat(weight.shape[1]), weight.shape[0])
+        network = network.to_empty(device="cpu")
         with torch.no_grad():
             network.head.weight.copy_(weight)
             network.head.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)

@@ -80,11 +80,10 @@ def test_all_pictures_are_drawn_and_small(tmp_path: Path) -> None:
     share(run.path, 3, 20, 2)
     paths = figures.draw_figures(run)
     assert paths == [tmp_path / "run" / "figures" / f"{name}.png" for name in NAMES]
-    for path in paths:
-        content = path.read_bytes()
+    for content in (path.read_bytes() for path in paths):
         assert len(content) < 150_000
         assert pixels(content).std() > 5  # not one colour
-        assert Image.open(path).info["dpi"] == pytest.approx((150, 150), abs=0.1)
+        assert Image.open(io.BytesIO(content)).info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
 
 def test_many_clients_and_tasks_stay_small(tmp_path: Path) -> None:
@@ -187,9 +186,9 @@ def test_a_picture_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> N
 
 def test_no_global_state_of_matplotlib() -> None:
     code = (
-        "import matplotlib, sys; before = dict(matplotlib.rcParams);"
+        "import matplotlib, sys; before = matplotlib.rcParams.copy();"
         "import fedcil.record.figures as f; f.png_bytes(f.Figure());"
-        "assert 'matplotlib.pyplot' not in sys.modules; assert dict(matplotlib.rcParams) == before"
+        "assert 'matplotlib.pyplot' not in sys.modules; assert matplotlib.rcParams.copy() == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parent.parent)
 

@@ -51,6 +51,10 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data if "style" not in self.open else ""
 
+    def words(self) -> str:
+        """The text with single spaces."""
+        return " ".join(self.text.split())
+
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
 
@@ -91,9 +95,9 @@ def make_run(folder: Path, lines: list[dict[str, Any]], *, finished: bool = True
     return Run(folder)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    run = make_run(tmp_path / "run", LINES)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = make_run(tmp_path_factory.mktemp("runs") / "run", LINES)
     part = TaskPartition(np.arange(4, dtype=np.int32), np.array([0, 1, 4]))
     save_partition(run.path / "partition.npz", [part, part])
     environment = {"python": "3.11", "class_order": [HOSTILE, "two", "three", "four"], "data": {"name": "toy"}}
@@ -101,72 +105,74 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-def test_every_section_is_there_and_linked(run: Run) -> None:
-    page = Page(render_report(run))
+@pytest.fixture(scope="module")
+def html(run: Run) -> str:
+    return render_report(run)
+
+
+@pytest.fixture
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_every_section_is_there_and_linked(page: Page) -> None:
     assert [section["id"] for section in page.all("section")] == SECTIONS
     assert [link["href"] for link in page.all("a")] == [f"#{name}" for name in SECTIONS]
     assert [name for name, _ in page.tags if name in ("script", "link", "iframe")] == []
 
 
-def test_nothing_is_fetched(run: Run) -> None:
-    text = render_report(run)
-    page = Page(text)
+def test_nothing_is_fetched(html: str, page: Page) -> None:
     links = [value for _, tag in page.tags for key, value in tag.items() if key in ("src", "href", "srcset")]
     assert links
     assert all(link and link.startswith(("data:image/png;base64,", "#")) for link in links)
-    assert "url(" not in text
-    assert "@import" not in text
-    assert "http" not in text
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "http" not in html
 
 
-def test_figures_are_inside_with_a_description(run: Run) -> None:
-    images = Page(render_report(run)).all("img")
+def test_figures_are_inside_with_a_description(page: Page) -> None:
+    images = page.all("img")
     assert len(images) == 3  # no label counts are stored in this folder
     assert all(image["alt"] and len(image["src"] or "") > 1000 for image in images)
 
 
-def test_headline_numbers_by_hand(run: Run) -> None:
+def test_headline_numbers_by_hand(page: Page) -> None:
     """A_1 = 0.75, A_2 = (10 x 0.25 + 30 x 0.5) / 40 = 0.4375; mean 0.59375; forgetting 0.75 - 0.25.
 
     Three rounds of 2000 bytes up and 2500 down; six lines of 2 s.
     """
-    text = words(run)
     for expected in (
         "average incremental accuracy 59.4 %", "final accuracy 43.8 %", "forgetting 50.0 %", "time 12.0 s",
         "sent by clients 6.0 kB", "sent to clients 7.5 kB", "failed answers 1", "backward transfer -50.0",
     ):  # fmt: skip
-        assert expected in text
+        assert expected in page.words()
 
 
-def test_hostile_text_stays_text(run: Run) -> None:
+def test_hostile_text_stays_text(html: str, page: Page) -> None:
     """In a failure's reason, a warning and a class name."""
-    text = render_report(run)
-    assert "<script" not in text
-    page = Page(text)
+    assert "<script" not in html
     assert f"client 1, train: {HOSTILE}" in page.text
     assert f"vanished {HOSTILE}" in page.text
     assert HOSTILE in page.text.split("class_order")[1]
 
 
-def test_rounds_say_who_was_asked_and_who_failed(run: Run) -> None:
-    page = Page(render_report(run))
+def test_rounds_say_who_was_asked_and_who_failed(page: Page) -> None:
     assert "Task 1: 2 rounds, 1 failed answer, 4.0 s" in page.text
     assert "no_quorum" in page.text
     _metrics, *rounds = page.all("details")
     assert ["open" in details for details in rounds] == [True, False]  # trouble is shown without a click
 
 
-def test_class_coverage_has_a_bar_per_class(run: Run) -> None:
+def test_class_coverage_has_a_bar_per_class(page: Page) -> None:
     """3 of 4 images and 1 of 4."""
-    page = Page(render_report(run))
     assert len(page.all("svg")) == 1
     assert len(page.all("rect")) == 2
     assert "3 images, 75.0 %" in page.text
     assert "two: 1 images, 25.0 %" in page.text
 
 
-def test_scenario_and_environment(run: Run) -> None:
-    text = words(run)
+def test_scenario_and_environment(run: Run, page: Page) -> None:
+    text = page.words()
     assert 'name = "trial" [stream] tasks = 2' in text
     assert "data.name toy" in text
     assert str(run.path) in text
@@ -177,7 +183,7 @@ def test_an_unfinished_run_says_so_and_how_to_go_on(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", LINES[:5], finished=False)
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "rou')
-    text = words(run)
+    text = Page(render_report(run)).words()
     assert "This run is not finished: 1 of 2 tasks have ended, 3 rounds are recorded." in text
     assert f"fedcil resume {run.path}" in text
     assert "accuracy after task 1 75.0 %" in text
@@ -192,8 +198,8 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     assert "No task has ended yet" in page.text
 
 
-def test_a_finished_run_is_not_told_to_go_on(run: Run) -> None:
-    assert "not finished" not in render_report(run)
+def test_a_finished_run_is_not_told_to_go_on(page: Page) -> None:
+    assert "not finished" not in page.text
 
 
 def test_it_is_written_into_the_run_folder_or_elsewhere(run: Run, tmp_path: Path) -> None:
@@ -218,8 +224,3 @@ def test_a_browser_shows_it(run: Run) -> None:
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert "<h2>Accuracy matrix</h2>" in shown
     assert "<script" not in shown
-
-
-def words(run: Run) -> str:
-    """The page's text with single spaces."""
-    return " ".join(Page(render_report(run)).text.split())

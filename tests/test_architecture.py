@@ -1,0 +1,167 @@
+"""The import graph: every arrow that the design allows, and no other; no circles."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("fedcil", "server", "client")
+BOTTOM = ("fedcil.errors", "fedcil.keys", "fedcil.section")
+VALUES = (*BOTTOM, "fedcil.messages", "fedcil.fold", "fedcil.state", "fedcil.stream", "fedcil.losses")
+EXPERIMENT = (
+    *VALUES,
+    "fedcil.compute",
+    "fedcil.data",
+    "fedcil.experiment",
+    "fedcil.gather",
+    "fedcil.methods",
+    "fedcil.models",
+    "fedcil.partition",
+    "fedcil.port",
+    "fedcil.scenario",
+)
+
+# room -> what it may import of the project (a name allows everything below it) and which libraries
+ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "fedcil.errors": ((), ()),
+    "fedcil.section": ((), ("pydantic",)),
+    "fedcil.keys": ((), ("numpy", "torch")),
+    "fedcil.metrics": ((), ("numpy",)),
+    "fedcil.losses": ((), ("torch",)),
+    "fedcil.messages": (("fedcil.errors",), ("torch",)),
+    "fedcil.fold": (("fedcil.messages",), ("torch",)),
+    "fedcil.state": (("fedcil.messages",), ()),
+    "fedcil.gather": (("fedcil.messages", "fedcil.fold", "fedcil.port"), ()),
+    "fedcil.wire": (("fedcil.errors", "fedcil.messages", "fedcil.record.atomic"), ("torch", "safetensors")),
+    "fedcil.port": (("fedcil.errors", "fedcil.messages"), ()),
+    "fedcil.stream": (BOTTOM, ("numpy",)),
+    "fedcil.partition": ((*BOTTOM, "fedcil.stream"), ("numpy",)),
+    "fedcil.availability": (BOTTOM, ("numpy",)),
+    "fedcil.scenario": ((*BOTTOM, "fedcil.methods"), ("pydantic",)),
+    "fedcil.data": ((*BOTTOM, "fedcil.data"), ("torch", "numpy", "PIL", "torchvision", "filelock", "rich", "yaml")),
+    "fedcil.models": (("fedcil.messages", "fedcil.scenario", "fedcil.models"), ("torch",)),
+    "fedcil.compute": (("fedcil.errors", "fedcil.messages", "fedcil.models"), ("torch",)),
+    "fedcil.methods": ((*VALUES, "fedcil.compute", "fedcil.models", "fedcil.methods"), ("torch", "pydantic")),
+    "fedcil.experiment": (EXPERIMENT, ("numpy",)),
+    "fedcil.record": (
+        (*EXPERIMENT, "fedcil.metrics", "fedcil.record"),
+        ("torch", "numpy", "safetensors", "filelock", "matplotlib", "PIL", "jinja2", "rich"),
+    ),
+    "server": (
+        (*EXPERIMENT, "fedcil.availability", "fedcil.wire", "fedcil.record", "server"),
+        ("torch", "numpy"),
+    ),
+    "server.app": (("fedcil", "server"), ("flwr",)),
+    "server.grid": (("fedcil", "server"), ("flwr", "torch", "numpy")),
+    "client": ((*EXPERIMENT, "fedcil.wire", "fedcil.record.atomic", "client"), ("torch", "numpy")),
+    "client.app": (("fedcil", "client"), ("flwr", "numpy")),
+    "fedcil.engines": (("fedcil", "server", "client"), ()),
+    "fedcil.engines.ray": (("fedcil", "server", "client"), ("ray",)),
+    "fedcil.engines.flower": (("fedcil", "server", "client"), ("flwr",)),
+    "fedcil.api": (("fedcil", "server"), ()),
+    "fedcil.cli": (("fedcil",), ("typer", "rich", "numpy", "torch")),
+    "fedcil.__main__": (("fedcil.cli",), ()),
+    "fedcil": (("fedcil.errors", "fedcil.api", "fedcil.record.run", "fedcil.scenario"), ()),
+}
+NEVER = {  # whatever the table says
+    "fedcil.models": ("fedcil.methods", "fedcil.engines"),
+    "fedcil.methods": ("fedcil.engines", "server", "client", "flwr", "ray"),
+    "fedcil.record": ("flwr", "ray", "server", "client"),
+    "server": ("client", "fedcil.engines", "fedcil.cli", "fedcil.api", "ray"),
+    "client": ("server", "fedcil.engines", "fedcil.cli", "fedcil.api", "ray"),
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules() -> dict[str, Path]:
+    return {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def only_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports(path: Path, *, late: bool = True) -> set[str]:
+    """Modules that a file imports; without ``late`` only those at the top, as an import circle needs them."""
+    found: set[str] = set()
+    open_nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while open_nodes:
+        node = open_nodes.pop()
+        if only_for_types(node) or (not late and isinstance(node, ast.FunctionDef)):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+        open_nodes.extend(ast.iter_child_nodes(node))
+    return found
+
+
+MODULES = modules()
+STANDARD = set(sys.stdlib_module_names)
+
+
+def room_of(module: str) -> str:
+    """The most special room that the module is in."""
+    return max((room for room in ALLOWED if below(module, room)), key=len)
+
+
+def below(module: str, room: str) -> bool:
+    return module == room or module.startswith(f"{room}.")
+
+
+def is_own(module: str) -> bool:
+    return module.split(".")[0] in PACKAGES
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_only_what_its_room_allows(module: str) -> None:
+    own, libraries = ALLOWED[room_of(module)]
+    for imported in imports(MODULES[module]):
+        if is_own(imported):
+            assert any(below(imported, room) for room in own), f"{module} imports {imported}"
+        elif imported.split(".")[0] not in STANDARD:
+            assert imported.split(".")[0] in libraries, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_never_imports_what_its_room_must_not_know(module: str) -> None:
+    """Flower is known to the two apps and the grid alone."""
+    if module in ("server.app", "server.grid", "client.app"):
+        return
+    never = [name for room, names in NEVER.items() if below(module, room) for name in names]
+    for imported in imports(MODULES[module]):
+        assert not any(below(imported, name) for name in never), f"{module} imports {imported}"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {
+        module: {name for name in imports(path, late=False) if name in MODULES and name != module}
+        for module, path in MODULES.items()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way, module))
+        if module not in done:
+            for imported in sorted(graph[module]):
+                visit(imported, (*way, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+def test_every_rule_is_about_a_room_that_exists() -> None:
+    for room in ALLOWED:
+        assert any(below(module, room) for module in MODULES), f"no room {room}"
+

@@ -1,0 +1,216 @@
+"""The command line as a user has it: a process of its own, its exit code, its stdout and its stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fedcil
+
+SMALL = [
+    "--set=data.name=synthetic",
+    "--set=data.classes=4",
+    "--set=data.samples_per_class=20",
+    "--set=stream.tasks=2",
+    "--set=partition.name=iid",
+    "--set=clients.count=4",
+    "--set=clients.per_round=2",
+    "--set=model.width=4",
+    "--set=training.rounds=2",
+    "--set=training.epochs=1",
+    "--no-figures",
+]
+PRINTED = {
+    "run_dir",
+    "method",
+    "seed",
+    "average_incremental_accuracy",
+    "final_accuracy",
+    "forgetting",
+    "seconds",
+    "bytes_up",
+    "bytes_down",
+}
+
+
+def call(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedcil", *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == expect, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_help_loads_neither_torch_nor_flwr_nor_ray(tmp_path: Path) -> None:
+    for command in ([], ["run"], ["resume"], ["compare"], ["report"], ["plan"], ["list"], ["schema"]):
+        code = (
+            "import sys; sys.argv = ['fedcil', *{!r}, '--help']\n"
+            "from fedcil.cli import main\n"
+            "try: main()\n"
+            "except SystemExit as end: assert not end.code\n"
+            "assert not {{'torch', 'flwr', 'ray', 'matplotlib'}} & set(sys.modules)"
+        ).format(command)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_run_prints_one_object_and_nothing_else(tmp_path: Path) -> None:
+    done = call("run", "digits_fedavg", *SMALL, "--json", cwd=tmp_path)
+    printed = json.loads(done.stdout)
+    assert printed.keys() == PRINTED
+    assert printed["method"] == "fedavg"
+    assert 0 <= printed["average_incremental_accuracy"] <= 1
+    run = fedcil.load(tmp_path / printed["run_dir"])
+    assert {line["kind"] for line in run.lines} == {"round", "task", "boundary"}
+    names = {path.name for path in run.path.iterdir()}
+    wanted = {"scenario.toml", "environment.json", "partition.npz", "metrics.jsonl", "summary.json", "summary.csv"}
+    assert names >= wanted | {"accuracy_matrix.csv", "checkpoints"}
+
+
+def test_forgetting_is_null_for_one_task(tmp_path: Path) -> None:
+    done = call("run", "digits_fedavg", *SMALL, "--set=stream.tasks=1", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["forgetting"] is None
+
+
+def test_the_saved_scenario_runs_again_to_the_same_metrics(tmp_path: Path) -> None:
+    first = json.loads(call("run", "digits_fedavg", *SMALL, "--json", cwd=tmp_path).stdout)["run_dir"]
+    saved = str(tmp_path / first / "scenario.toml")
+    second = json.loads(call("run", saved, "--no-figures", "--json", cwd=tmp_path).stdout)["run_dir"]
+    assert metrics(tmp_path / first) == metrics(tmp_path / second)
+
+
+def test_seeds_are_run_and_finished_ones_are_skipped(tmp_path: Path) -> None:
+    call("run", "digits_fedavg", *SMALL, "--seeds=0,1", "--json", cwd=tmp_path)
+    again = call("run", "digits_fedavg", *SMALL, "--seeds=0,1,2", "--json", cwd=tmp_path)
+    assert [row["seed"] for row in json.loads(again.stdout)] == [0, 1, 2]
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_compare_gives_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
+    call("run", "digits_fedavg", *SMALL, "--seeds=0,1", "--json", cwd=tmp_path)
+    folders = [str(path) for path in sorted((tmp_path / "runs").iterdir())]
+    (group,) = json.loads(call("compare", *folders, "--json", cwd=tmp_path).stdout)
+    values = [fedcil.load(folder).summary["final_accuracy"] for folder in folders]
+    assert group["mean"]["final_accuracy"] == pytest.approx(sum(values) / 2)
+    assert group["std"]["final_accuracy"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+def test_report_and_figure_are_written(tmp_path: Path) -> None:
+    folder = json.loads(call("run", "digits_fedavg", *SMALL, "--json", cwd=tmp_path).stdout)["run_dir"]
+    page = Path(call("report", folder, cwd=tmp_path).stdout.strip())
+    assert "<html" in (tmp_path / page).read_text()
+    call("compare", folder, "--figure=picture.png", cwd=tmp_path)
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plan_counts_without_training(tmp_path: Path) -> None:
+    facts = json.loads(call("plan", "digits_mfcl", "--json", cwd=tmp_path).stdout)
+    assert [task["rounds"] for task in facts["tasks"]] == [10] * 5
+    assert [task["client_trainings"] for task in facts["tasks"]] == [50] * 5
+    assert not (tmp_path / "runs").exists()
+
+
+def test_list_and_schema_are_for_programs_too(tmp_path: Path) -> None:
+    listed = json.loads(call("list", "--json", cwd=tmp_path).stdout)
+    assert "mfcl" in listed["methods"]
+    assert "digits_mfcl" in listed["scenarios"]
+    assert "properties" in json.loads(call("schema", cwd=tmp_path).stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind"),
+    [
+        (["run", "no_such_scenario"], 2, "bad_scenario"),
+        (["run", "digits_mfcl", "--set=method.w_iee=1"], 2, "bad_scenario"),
+        (["run", "digits_mfcl", "--seeds=a"], 2, "bad_scenario"),
+        (["run", "digits_mfcl", "--set=clients.count=5000"], 2, "bad_scenario"),
+        (["run", "digits_mfcl", "--set=engine.address=x", "--engine=none"], 2, "bad_scenario"),
+        (["run", "cifar100_small_mfcl", "--data-root=nowhere"], 2, "data_missing"),
+        (["resume", "nowhere"], 2, "bad_input"),
+        (["compare", "nowhere"], 2, "bad_input"),
+        (["list", "nothing"], 2, "bad_input"),
+    ],
+)
+def test_bad_input_ends_with_its_code_and_a_json_error(
+    arguments: list[str], code: int, kind: str, tmp_path: Path
+) -> None:
+    done = call(*arguments, "--json", cwd=tmp_path, expect=code)
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == kind
+    assert error.keys() >= {"kind", "where", "allowed", "next"}
+    assert error["what"].splitlines()[0] in done.stderr
+
+
+def test_too_few_clients_is_exit_code_4_and_can_be_resumed(tmp_path: Path) -> None:
+    never = ["--set=availability.name=bernoulli", "--set=availability.probability=0.0", "--set=server.patience=2"]
+    done = call("run", "digits_fedavg", *SMALL, *never, "--json", cwd=tmp_path, expect=4)
+    assert json.loads(done.stdout)["error"]["kind"] == "too_few_clients"
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert list((folder / "checkpoints").glob("state-*.json"))
+
+
+def test_a_changed_scenario_is_not_resumed(tmp_path: Path) -> None:
+    call("run", "digits_fedavg", *SMALL, "--max-seconds=0", cwd=tmp_path, expect=5)
+    (folder,) = (tmp_path / "runs").iterdir()
+    done = call("resume", str(folder), "--set=training.lr=0.5", "--json", cwd=tmp_path, expect=3)
+    assert json.loads(done.stdout)["error"]["kind"] == "not_resumable"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_a_resume_ends_with_the_same_metrics(number: int, code: int, tmp_path: Path) -> None:
+    long = [*SMALL, "--set=training.rounds=40"]
+    whole = json.loads(call("run", "digits_fedavg", *long, "--output=whole", "--json", cwd=tmp_path).stdout)
+    command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *long]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        folder = wait_for_metrics(tmp_path / "runs", process)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert "fedcil resume" in stderr
+    call("resume", str(folder), "--no-figures", cwd=tmp_path)
+    assert metrics(folder) == metrics(tmp_path / whole["run_dir"])
+
+
+def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *SMALL, "--set=training.rounds=400"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        folder = wait_for_metrics(tmp_path / "runs", process)
+        done = call("resume", str(folder), "--json", cwd=tmp_path, expect=3)
+        process.send_signal(signal.SIGKILL)
+    assert json.loads(done.stdout)["error"]["kind"] == "folder_busy"
+
+
+def test_a_foreign_client_package_is_named(tmp_path: Path) -> None:
+    intruder = tmp_path / "client"
+    intruder.mkdir()
+    (intruder / "__init__.py").write_text("")
+    code = "import fedcil"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode != 0
+    assert str(intruder) in done.stderr
+
+
+def wait_for_metrics(output: Path, process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> Path:
+    """The run folder, as soon as a first round is in it."""
+    for _ in range(600):
+        assert process.poll() is None, "the run ended too early"
+        for path in output.glob("*/metrics.jsonl"):
+            if path.stat().st_size:
+                return path.parent
+        time.sleep(0.1)
+    raise AssertionError("no round in a minute")
+
+
+def metrics(folder: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]

@@ -1,0 +1,205 @@
+"""FedER: what a client keeps, and how it trains with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from client.states import StateStore
+from client.training import local_sgd
+from fedcil.keys import Key
+from fedcil.losses import distillation
+from fedcil.messages import Tensors, content_hash
+from fedcil.methods.base import Batch, Samples
+from fedcil.methods.feder import FedER, herding, join
+from fedcil.models.network import Network, state_of
+from fedcil.scenario import TrainingSection
+from fedcil.stream import Task
+
+
+def features(count: int, width: int, seed: int) -> Tensor:
+    draws = torch.randn(count, width, generator=Key(seed).torch(), dtype=torch.float64)
+    return F.normalize(draws, dim=1)
+
+
+def stored(labels: list[int], seed: int = 0) -> Samples:
+    """Grey images of 2 x 2 pixels, every one different with all but certainty."""
+    generator = Key(seed).torch()
+    images = torch.randint(1, 256, (len(labels), 2, 2, 1), generator=generator, dtype=torch.uint8)
+    return Samples(images, torch.tensor(labels, dtype=torch.int64))
+
+
+def floats(images: Tensor) -> Tensor:
+    return images.float().permute(0, 3, 1, 2) / 255
+
+
+def remember(small: Any, options: FedER, own: Samples, kept: Tensors | None) -> Tensors:
+    memory = options.build().memory
+    assert memory is not None
+    return memory.update(small.linear(torch.eye(4)), own, kept, Task(0, 0, 1), floats)
+
+
+# --- herding ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_herding_picks_what_brings_the_mean_nearest(seed: int) -> None:
+    """iCaRL, algorithm 4, by trying out each image that is left."""
+    x = features(9, 4, seed)
+    mean, picked = x.mean(0), []
+    for size in range(1, 8):
+        distance = {
+            i: (mean - x[[*picked, i]].sum(0) / size).norm().item() for i in range(9) if i not in picked
+        }
+        picked.append(min(distance, key=lambda i: distance[i]))
+    assert herding(x, 7).tolist() == picked
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 20), width=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_a_shorter_list_is_the_start_of_a_longer_one(count: int, width: int, seed: int) -> None:
+    """And each image is picked at most once, so that shrinking a memory is cutting its lists."""
+    x = features(count, width, seed)
+    longest = herding(x, count).tolist()
+    assert sorted(longest) == list(range(count))
+    for m in range(count):
+        assert herding(x, m).tolist() == longest[:m]
+
+
+def test_images_that_are_all_alike_are_picked_once_each() -> None:
+    assert sorted(herding(torch.ones(5, 3), 4).tolist()) == [0, 1, 2, 3]
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tasks=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=15), min_size=1, max_size=5),
+    size=st.integers(1, 30),
+)
+def test_a_memory_is_never_too_large_and_holds_own_past_samples_only(
+    small: Any, tasks: list[list[int]], size: int
+) -> None:
+    """Task t has the classes 3 t .. 3 t + 2. Each image kept was this client's, with that label, and once."""
+    options, kept = FedER(memory=size), None
+    had: list[tuple[int, bytes]] = []
+    for t, labels in enumerate(tasks):
+        own = stored([3 * t + label for label in labels], seed=t)
+        had += [(int(y), x.numpy().tobytes()) for x, y in zip(own.images, own.labels, strict=True)]
+        kept = remember(small, options, own, kept)
+        rest = list(had)
+        for x, y in zip(kept["images"], kept["labels"], strict=True):
+            rest.remove((int(y), x.numpy().tobytes()))
+        assert len(kept["labels"]) <= size
+        assert kept["images"].dtype == torch.uint8
+
+
+def test_each_class_gets_its_share_and_old_lists_are_cut(small: Any) -> None:
+    """12 images: 6 for each of 2 classes, then 3 for each of 4; the first three of a list stay."""
+    options = FedER(memory=12)
+    first = remember(small, options, stored([0] * 10 + [1] * 10), None)
+    assert torch.bincount(first["labels"]).tolist() == [6, 6]
+    second = remember(small, options, stored([2] * 10 + [3] * 2, seed=1), first)
+    assert torch.bincount(second["labels"]).tolist() == [3, 3, 3, 2]
+    for label in (0, 1):
+        old, new = (kept["images"][kept["labels"] == label] for kept in (first, second))
+        assert torch.equal(new, old[:3])
+
+
+def test_exemplars_are_herded_on_normalised_features(small: Any) -> None:
+    own = stored([0] * 10)
+    kept = remember(small, FedER(memory=4), own, None)
+    x = F.normalize(floats(own.images).flatten(1), dim=1)
+    assert torch.equal(kept["images"], own.images[herding(x, 4)])
+
+
+def test_a_memory_without_limit_is_all_data_so_far(small: Any) -> None:
+    """What the oracle's clients train on."""
+    first, second = stored([0] * 7 + [1] * 5), stored([2] * 6, seed=1)
+    kept = remember(small, FedER(memory=10_000), first, None)
+    both = join(second, kept)
+
+    def as_set(samples: Samples) -> list[tuple[int, bytes]]:
+        pairs = zip(samples.labels, samples.images, strict=True)
+        return sorted((int(y), x.numpy().tobytes()) for y, x in pairs)
+
+    assert as_set(both) == sorted(as_set(first) + as_set(second))
+    assert torch.equal(both.images[:6], second.images)
+
+
+def test_a_client_that_joins_late_trains_on_its_own_samples() -> None:
+    own = stored([2, 3])
+    assert join(own, None) is own
+
+
+def test_a_memory_survives_its_file(small: Any, tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    kept = remember(small, FedER(memory=6), stored([0] * 5 + [1] * 5), None)
+    loaded = store.load(store.save(kept))
+    assert content_hash(loaded) == content_hash(kept)
+    again = stored([2] * 4, seed=1)
+    one, other = (remember(small, FedER(memory=6), again, memory) for memory in (kept, loaded))
+    assert content_hash(one) == content_hash(other)
+
+
+def test_exemplars_come_from_a_file_to_wherever_the_samples_are() -> None:
+    """States are loaded on the CPU; samples may be on a GPU, for which the meta device stands in here."""
+    own = stored([2, 3])
+    kept = {"images": stored([0]).images, "labels": stored([0]).labels}
+    joined = join(Samples(own.images.to("meta"), own.labels.to("meta")), kept)
+    assert joined.images.device.type == joined.labels.device.type == "meta"
+    assert len(joined.labels) == 3
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_loss_is_cross_entropy_over_all_classes_plus_distillation_of_old_ones(small: Any) -> None:
+    model, teacher = small.frozen(5), small.frozen(3, seed=3)
+    batch = Batch(small.images(6), torch.tensor([0, 1, 2, 3, 4, 4]), small.second, ())
+    logits = model(batch.images)
+    plain = F.cross_entropy(logits, batch.labels)
+    old = distillation(teacher(batch.images), logits[:, :3], 1.5)
+    loss = FedER(kd_weight=0.7, temperature=1.5).build().loss
+    assert loss(model, teacher, batch, None).item() == pytest.approx((plain + 0.7 * old).item(), rel=1e-13)
+    assert loss(model, None, batch, None).item() == pytest.approx(plain.item(), rel=1e-13)
+    off = FedER(kd_weight=0.0).build().loss
+    assert off(model, teacher, batch, None).item() == pytest.approx(plain.item(), rel=1e-13)
+
+
+def trained(small: Any, options: FedER) -> Network:
+    model: Network = small.network(5)
+    local_sgd(
+        model,
+        options.build(),
+        small.frozen(3, seed=3),
+        Samples(small.images(10), torch.arange(10) % 5),
+        task=small.second,
+        training=TrainingSection(epochs=1, batch_size=4),
+        lr=0.1,
+        augment=lambda images, index, generator: images[index],
+        key=Key(0),
+        check=lambda: None,
+    )
+    return model
+
+
+@pytest.mark.parametrize("changes", [{"kd_weight": 2.0}, {"temperature": 3.0}])
+def test_each_setting_of_the_loss_changes_training(small: Any, changes: dict[str, float]) -> None:
+    one, other = (trained(small, FedER(**options)) for options in ({}, changes))  # type: ignore[arg-type]
+    assert content_hash(state_of(one)) != content_hash(state_of(other))
+
+
+def test_clients_train_and_then_all_of_them_remember() -> None:
+    train, remember_ = FedER().build().phases(Task(0, 0, 2), 7)
+    assert (train.work, train.rounds, train.who) == ("train", 7, "sampled")
+    assert (remember_.work, remember_.rounds, remember_.who) == ("remember", 1, "all")
