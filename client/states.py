@@ -17,18 +17,20 @@ class StateStore:
     folder: Path
 
     def save(self, tensors: Tensors) -> str:
+        """Write it even if it is there: a resumed run makes the same version again, and mends a damaged one."""
         name = content_hash(tensors)
-        path = self._path(name)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, tensors)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(self._path(name), tensors)
         return name
 
     def load(self, name: str) -> Tensors:
         path = self._path(name)
         if not path.exists():
             raise RunFailed(f"client state {name} is not there", where=str(path))
-        tensors = read_tensors(path)
+        try:
+            tensors = read_tensors(path)
+        except ValueError:
+            tensors = {}
         if content_hash(tensors) != name:
             raise RunFailed(f"client state {name} is damaged", where=str(path))
         return tensors

@@ -23,17 +23,20 @@ class Gathered:
         self.wire_bytes = 0
 
     def add(self, reply: Reply) -> None:
-        """Take in a reply. ValueError if something in it was counted already."""
+        """Take in a reply. ValueError, and nothing is taken, if something in it was counted already."""
+        clients = [report.client for report in reply.reports] + [failure.client for failure in reply.failures]
+        if len(set(clients)) < len(clients) or not self._jobs.keys() >= set(clients):
+            raise ValueError(f"of the clients {clients} some were not asked, or have answered already")
         self._fold.merge(reply.fold)
         self._reports += reply.reports
         self._failures += reply.failures
-        for client in [a.client for a in reply.reports] + [a.client for a in reply.failures]:
-            self._jobs.pop(client)
+        for client in clients:
+            self._take(client)
             self._done(client)
 
     def answer(self, report: Report, contribution: Contribution | None) -> None:
         """Take in one client's report and what it gives, if anything."""
-        job = self._jobs.pop(report.client)
+        job = self._take(report.client)
         if contribution is None:
             self._fold.absent(job.position)
         else:
@@ -41,13 +44,18 @@ class Gathered:
         self._reports.append(report)
         self._done(report.client)
 
+    def _take(self, client: int) -> Job:
+        if client not in self._jobs:
+            raise ValueError(f"client {client} was not asked, or has answered already")
+        return self._jobs.pop(client)
+
     @property
     def open_clients(self) -> list[int]:
         return sorted(self._jobs)
 
     def fail(self, client: int, stage: str, reason: str) -> None:
         """Give up on a client that has not answered."""
-        job = self._jobs.pop(client)
+        job = self._take(client)
         self._fold.absent(job.position)
         self._failures.append(Failure(client, stage, reason))
         self._done(client)

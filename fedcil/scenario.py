@@ -11,7 +11,8 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
@@ -62,7 +63,7 @@ def _one_of_or_dotted(names: Sequence[str]) -> BeforeValidator:
 
     def check(value: object) -> object:
         if isinstance(value, str) and value not in names and ":" not in value:
-            raise ValueError(f"allowed: {', '.join(names)}, or your own as package.module:function")
+            raise ValueError(f"allowed: {', '.join(map(repr, names))}, or your own as package.module:function")
         return value
 
     return BeforeValidator(check)
@@ -200,9 +201,10 @@ def _load_method(value: object) -> object:
     preset = value.get("preset")
     if preset is None:
         return settings.model_validate(dict(value))
-    if preset not in settings.presets:
+    if not isinstance(preset, str) or preset not in settings.presets:
         allowed = ", ".join(settings.presets) or "this method has no presets"
-        raise ValueError(f"unknown preset {preset!r}; allowed: {allowed}")
+        hint = _did_you_mean(str(preset), settings.presets)
+        raise ValueError(f"unknown preset {preset!r}; allowed: {allowed}{hint}")
     return settings.model_validate({**settings.presets[preset], **value})
 
 
@@ -210,10 +212,9 @@ def method_settings(name: str) -> type[MethodSettings]:
     """The settings class of a method, by its name in the table or as ``package.module:Class``."""
     target = METHODS.get(name, name)
     if ":" not in target:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"unknown method {name!r}{hint} allowed: {', '.join(METHODS)}, or your own as package.module:Class"
+            f"unknown method {name!r}; allowed: {', '.join(METHODS)}, or your own as package.module:Class"
+            + _did_you_mean(name, METHODS)
         )
     loaded = load_dotted(target)
     if not (isinstance(loaded, type) and issubclass(loaded, MethodSettings)):
@@ -226,7 +227,7 @@ def load_dotted(target: str) -> Any:
     module, _, attribute = target.partition(":")
     try:
         return getattr(import_module(module), attribute)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # the last two: ".x" and "" are no modules
         raise ValueError(f"{target}: module {module!r} cannot be imported ({error})") from None
     except AttributeError:
         raise ValueError(f"{target}: module {module!r} has no {attribute!r}") from None
@@ -281,6 +282,11 @@ def _without_none(value: Any) -> Any:
     return value
 
 
+def _did_you_mean(given: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near and near[0] != given else ""
+
+
 def shipped_scenarios() -> list[str]:
     """Names of the scenarios that come with the package."""
     return sorted(str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.rglob("*.toml"))
@@ -293,7 +299,7 @@ def load_scenario(source: str | Path | Mapping[str, Any], overrides: Sequence[st
     path = find_scenario(source)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of 5000 digits, 1000 brackets
         raise ScenarioError(f"not a TOML file: {error}", where=str(path), next="mend the line that is named") from None
     except OSError as error:
         raise ScenarioError(f"cannot be read: {error.strerror}", where=str(path)) from None
@@ -303,24 +309,35 @@ def load_scenario(source: str | Path | Mapping[str, Any], overrides: Sequence[st
 def find_scenario(source: str | Path) -> Path:
     """A path as it is, or the file of a shipped name."""
     given = Path(source)
-    if given.is_file():
+    if _kind(given) == "file":
         return given
     shipped = SHIPPED / f"{given}.toml"
-    if not given.is_absolute() and ".." not in given.parts and shipped.is_file():
+    if not given.is_absolute() and ".." not in given.parts and _kind(shipped) == "file":
         return shipped
-    near = difflib.get_close_matches(str(source), shipped_scenarios(), n=1)
+    folder = ": it is a folder" if _kind(given) == "folder" else ""
     raise ScenarioError(
-        f"no scenario {str(source)!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+        f"no scenario {str(source)!r}{folder}{_did_you_mean(str(source), shipped_scenarios())}",
         where=str(source),
         allowed="a path to a TOML file, or one of: " + ", ".join(shipped_scenarios()),
         next="`fedcil list scenarios` shows what is shipped",
     )
 
 
+def _kind(path: Path) -> str:
+    """file, folder or nothing; what no file system takes as a name is nothing."""
+    try:
+        return "file" if path.is_file() else "folder" if path.is_dir() else "nothing"
+    except OSError:
+        return "nothing"
+
+
 def parse_scenario(table: dict[str, Any], overrides: Sequence[str] = (), *, where: str) -> Scenario:
     """Check a parsed table with its overrides; every problem found is in the one error raised."""
+    if overrides:
+        table = deepcopy(table)
     for override in overrides:
         _override(table, override)
+    _refuse_unwritable(table, (), where)
     try:
         return Scenario.model_validate(table)
     except ValidationError as error:
@@ -331,6 +348,28 @@ def parse_scenario(table: dict[str, Any], overrides: Sequence[str] = (), *, wher
             allowed="; ".join(dict.fromkeys(allowed for _, allowed in problems if allowed)),
             next="`fedcil schema` prints every key with its type and range",
         ) from None
+
+
+def _refuse_unwritable(value: Any, keys: tuple[str, ...], where: str) -> None:
+    """The run folder keeps the scenario as a TOML file, and that holds Unicode text and integers of 64 bits."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_unwritable(item, (*keys, str(key)), where)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_unwritable(item, keys, where)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ScenarioError(f"{'.'.join(keys)} is too large a number", where=where, allowed="integers of 64 bits")
+    elif isinstance(value, str) and not _is_unicode(value):
+        raise ScenarioError(f"{'.'.join(keys)} = {value!r} is no text", where=where, allowed="Unicode text")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _override(table: dict[str, Any], text: str) -> None:
@@ -348,31 +387,30 @@ def _override(table: dict[str, Any], text: str) -> None:
 
 def _toml_value(raw: str) -> Any:
     try:
-        return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
         return raw
+    return table["value"] if len(table) == 1 else raw  # a second line would be a second key
 
 
 def _explain(problem: Any, table: Mapping[str, Any]) -> tuple[str, str]:
     """One pydantic problem as (what was wrong, what is allowed), with the nearest valid key."""
-    keys = [str(part) for part in problem["loc"] if not _is_type_tag(str(part))]
-    place = ".".join(keys) or "scenario"
+    keys = [str(part) for part in problem["loc"]]
     given = problem["input"]
     kind = problem["type"]
     if kind == "extra_forbidden":
-        valid = _fields(keys[:-1], table)
-        near = difflib.get_close_matches(keys[-1], valid, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        *above, key = keys
+        valid = _fields(above, table)
         return (
-            f"unknown key {place}{hint}",
-            f"keys of {'.'.join(keys[:-1]) or 'a scenario'}: {', '.join(valid)}",
+            f"unknown key {'.'.join(keys)}{_did_you_mean(key, valid)}",
+            f"keys of {'.'.join(above) or 'a scenario'}: {', '.join(valid)}",
         )
+    place = ".".join(key for key in keys if not _is_type_tag(key)) or "scenario"
     if kind == "missing":
         return f"{place} is missing", ""
     message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(given, Mapping | Section) else f" = {given!r}"
-    near = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", message), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near and near[0] != given else ""
+    shown = "" if isinstance(given, Mapping | Section) else f" = {given!r:.200}"
+    hint = _did_you_mean(str(given), re.findall(r"'([^']+)'", message))
     return f"{place}{shown}: {message}{hint}", ""
 
 
@@ -398,6 +436,7 @@ def scenario_schema() -> dict[str, Any]:
     for name in METHODS:
         part = method_settings(name).model_json_schema()
         part["properties"]["name"] = {"const": name, "type": "string"}
+        part["required"] = sorted({"name", *part.get("required", ())})
         part["properties"]["preset"] = {"enum": [*method_settings(name).presets, None]}
         schema["$defs"].update(part.pop("$defs", {}))
         methods.append(part)
@@ -420,5 +459,5 @@ def _toml_table(name: str, values: Mapping[str, Any]) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Strings, numbers, booleans and flat lists: JSON writes these as TOML does."""
-    return json.dumps(value)
+    """Strings, numbers, booleans and flat lists: JSON writes these as TOML does, but for the escapes of 😀 and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -7,15 +7,15 @@ silently. Whatever is wrong with a packet, one error comes out: MessageRefused. 
 from __future__ import annotations
 
 import json
-import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from reprlib import repr as short
+from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
@@ -26,6 +26,10 @@ from fedcil.record.atomic import tensor_bytes
 MAGIC = b"fedcil01"
 DIGEST_BYTES = 16
 PREFIX = struct.Struct("<8sI")  # magic, length of the header
+LARGEST = 1e100  # of a number in a report: sums of many stay finite
+WEIGHTS = (1e-9, 1e15)  # the least and the largest that a contribution may have
+HEADROOM = 2.0**20  # the sum of so many contributions like this one must stay finite
+HASH = re.compile(r"[0-9a-f]{32}")
 
 Spec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """What a contribution must look like: name -> (shape, dtype)."""
@@ -56,7 +60,7 @@ def unpack(packet: bytes, *, limit: int) -> tuple[dict[str, Any], dict[str, Tens
     try:
         header = json.loads(body[PREFIX.size : PREFIX.size + length])
         tensors = load(body[PREFIX.size + length :])
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except Exception as error:  # unknown types, too deep, too large: a parser can raise nearly anything
         raise MessageRefused(f"cannot be parsed: {error}") from None
     if not isinstance(header, dict):
         raise MessageRefused("the header is no table")
@@ -147,11 +151,11 @@ def admit(packet: bytes, expected: Expected) -> Answer:
     """The border. MessageRefused, naming client and reason, for anything that does not belong here."""
     header, tensors = unpack(packet, limit=expected.limit)
     client = header.get("client")
+    if type(client) is not int or client not in expected.jobs:
+        raise MessageRefused("an answer that nobody asked for", where=f"client {short(client)}")
     where = f"client {client}"
     if header.get("run") != expected.run or header.get("place") != expected.place:
         raise MessageRefused("an answer to another round", where=where)
-    if not isinstance(client, int) or isinstance(client, bool) or client not in expected.jobs:
-        raise MessageRefused("an answer that nobody asked for", where=where)
     if "failure" in header:
         return Answer(_failure(client, header["failure"]))
     report = _report(client, header.get("report"), tensors, expected)
@@ -159,14 +163,18 @@ def admit(packet: bytes, expected: Expected) -> Answer:
         if tensors:
             raise MessageRefused("tensors where none belong", where=where)
         return Answer(report)
-    _check_tensors(tensors, expected.spec, where)
-    return Answer(report, Contribution(tensors, _weight(header.get("weight"), where)))
+    weight = _weight(header.get("weight"), where)
+    _check_tensors(tensors, weight, expected.spec, where)
+    return Answer(report, Contribution(tensors, weight))
 
 
 def _failure(client: int, value: Any) -> Failure:
     if not isinstance(value, dict):
         raise MessageRefused("a failure that is no table", where=f"client {client}")
-    return Failure(client, str(value.get("stage"))[:100], str(value.get("reason"))[:500])
+    stage, reason = value.get("stage"), value.get("reason")
+    if not (isinstance(stage, str) and isinstance(reason, str)):
+        raise MessageRefused("a failure without stage and reason", where=f"client {client}")
+    return Failure(client, stage[:100], reason[:500])
 
 
 def _report(client: int, value: Any, tensors: Tensors, expected: Expected) -> Report:
@@ -174,45 +182,45 @@ def _report(client: int, value: Any, tensors: Tensors, expected: Expected) -> Re
     if not isinstance(value, dict):
         raise MessageRefused("no report", where=where)
     samples, metrics, state = value.get("samples"), value.get("metrics"), value.get("state")
-    if samples != expected.samples[client]:
-        raise MessageRefused(f"{samples} samples reported, {expected.samples[client]} known", where=where)
-    if not isinstance(metrics, dict) or not all(_is_finite(number) for number in metrics.values()):
+    if type(samples) is not int or samples != expected.samples[client]:
+        raise MessageRefused(f"{short(samples)} samples reported, {expected.samples[client]} known", where=where)
+    if not isinstance(metrics, dict) or not all(_is_number(number) for number in metrics.values()):
         raise MessageRefused("metrics that are not finite numbers", where=where)
-    if not (state is None or isinstance(state, str)):
+    if not (state is None or (isinstance(state, str) and HASH.fullmatch(state))):
         raise MessageRefused("a client state that is no hash", where=where)
     state_bytes, seconds = value.get("state_bytes"), value.get("seconds")
-    if state_bytes is None or seconds is None or not (_is_finite(state_bytes) and _is_finite(seconds)):
-        raise MessageRefused("costs that are not finite numbers", where=where)
+    if type(state_bytes) is not int or not _is_number(seconds) or min(state_bytes, seconds) < 0:
+        raise MessageRefused("costs that are no numbers from 0 on", where=where)
     return Report(
         client=client,
         samples=samples,
-        metrics={str(name): number for name, number in metrics.items()},
+        metrics=metrics,
         state=state,
-        state_bytes=int(state_bytes),
+        state_bytes=state_bytes,
         bytes_up=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         seconds=float(seconds),
     )
 
 
 def _weight(value: Any, where: str) -> float:
-    if not _is_finite(value) or value <= 0:
-        raise MessageRefused(f"a weight of {value}", where=where, allowed="a finite number above 0")
+    if not _is_number(value) or not WEIGHTS[0] <= value <= WEIGHTS[1]:
+        raise MessageRefused(f"a weight of {short(value)}", where=where, allowed=f"{WEIGHTS[0]} to {WEIGHTS[1]}")
     return float(value)
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any) -> TypeGuard[float]:
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
-def _check_tensors(tensors: Tensors, spec: Spec, where: str) -> None:
+def _check_tensors(tensors: Tensors, weight: float, spec: Spec, where: str) -> None:
     if tensors.keys() != spec.keys():
         differing = sorted(tensors.keys() ^ spec.keys())[:5]
-        raise MessageRefused(f"tensors missing or too many: {differing}", where=where)
+        raise MessageRefused(f"tensors missing or too many: {short(differing)}", where=where)
     for name, (shape, dtype) in spec.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise MessageRefused(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}", where=where, allowed=f"{shape} {dtype}"
+                f"{name} is {short(tuple(tensor.shape))} {tensor.dtype}", where=where, allowed=f"{shape} {dtype}"
             )
-        if not torch.isfinite(tensor).all():
-            raise MessageRefused(f"{name} is not finite", where=where)
+        if not torch.isfinite(tensor * (weight * HEADROOM)).all():
+            raise MessageRefused(f"{name} is not finite, or too large to be summed", where=where)

@@ -18,7 +18,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """Real images (b, c, h, w), their labels (b,), latents (s, z)."""
 
 
-def loss(  # noqa: PLR0913, PLR0917
+def loss(
     student: Any,
     teacher: Any,
     generator: nn.Module,
@@ -74,7 +74,7 @@ def train(
         loss(student, teacher, generator, batch, w_ft=w_ft, w_kd=w_kd, updates=updates).backward()
         with torch.no_grad():
             for weight in student.parameters():
-                weight -= lr * (weight.grad + weight_decay * weight)
+                weight.sub_(lr * (weight.grad + weight_decay * weight))
 
 
 def logits(network: Any, images: Tensor) -> Tensor:

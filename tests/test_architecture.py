@@ -164,4 +164,3 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 def test_every_rule_is_about_a_room_that_exists() -> None:
     for room in ALLOWED:
         assert any(below(module, room) for module in MODULES), f"no room {room}"
-

@@ -43,9 +43,7 @@ def test_cross_entropy_over_new_classes_alone(small: Any) -> None:
 def test_in_the_first_task_both_slices_are_the_same(small: Any) -> None:
     batch = Batch(small.images(6), small.labels(6, small.first), small.first, ())
     network = small.frozen(3)
-    values = {
-        FedAvg(loss_slice=part).build().loss(network, None, batch, None).item() for part in ("all", "new")
-    }  # type: ignore[arg-type]
+    values = {FedAvg(loss_slice=part).build().loss(network, None, batch, None).item() for part in ("all", "new")}  # type: ignore[arg-type]
     assert values == {F.cross_entropy(network(batch.images), batch.labels).item()}
 
 
@@ -60,7 +58,7 @@ def reduced(small: Any, given: dict[int, tuple[Any, float]], leaves: int) -> Ser
 def test_clients_that_agree_change_nothing(small: Any) -> None:
     """n x / n, and sums of powers of two are exact."""
     network = small.network(3)
-    after = reduced(small, {place: (network, 2.0) for place in range(4)}, 4)
+    after = reduced(small, dict.fromkeys(range(4), (network, 2.0)), 4)
     assert content_hash(after.model) == content_hash(state_of(network))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from client import handle
 from client.states import StateStore
 from client.training import local_sgd
 from fedcil.keys import Key
 from fedcil.losses import distillation
-from fedcil.messages import Tensors, content_hash
+from fedcil.messages import Job, Tensors, content_hash
 from fedcil.methods.base import Batch, Samples
 from fedcil.methods.feder import FedER, herding, join
 from fedcil.models.network import Network, state_of
@@ -55,9 +57,7 @@ def test_herding_picks_what_brings_the_mean_nearest(seed: int) -> None:
     x = features(9, 4, seed)
     mean, picked = x.mean(0), []
     for size in range(1, 8):
-        distance = {
-            i: (mean - x[[*picked, i]].sum(0) / size).norm().item() for i in range(9) if i not in picked
-        }
+        distance = {i: (mean - x[[*picked, i]].sum(0) / size).norm().item() for i in range(9) if i not in picked}
         picked.append(min(distance, key=lambda i: distance[i]))
     assert herding(x, 7).tolist() == picked
 
@@ -115,10 +115,13 @@ def test_each_class_gets_its_share_and_old_lists_are_cut(small: Any) -> None:
 
 
 def test_exemplars_are_herded_on_normalised_features(small: Any) -> None:
-    own = stored([0] * 10)
-    kept = remember(small, FedER(memory=4), own, None)
-    x = F.normalize(floats(own.images).flatten(1), dim=1)
-    assert torch.equal(kept["images"], own.images[herding(x, 4)])
+    """On the pixels as they are, dark images would be picked that point the wrong way."""
+    own = stored([0] * 60)
+    kept = remember(small, FedER(memory=8), own, None)
+    pixels = floats(own.images).flatten(1)
+    chosen = herding(F.normalize(pixels, dim=1), 8)
+    assert torch.equal(kept["images"], own.images[chosen])
+    assert chosen.tolist() != herding(pixels, 8).tolist()
 
 
 def test_a_memory_without_limit_is_all_data_so_far(small: Any) -> None:
@@ -150,11 +153,14 @@ def test_a_memory_survives_its_file(small: Any, tmp_path: Path) -> None:
     assert content_hash(one) == content_hash(other)
 
 
-def test_exemplars_come_from_a_file_to_wherever_the_samples_are() -> None:
+def test_exemplars_come_from_a_file_to_where_the_samples_are(tmp_path: Path) -> None:
     """States are loaded on the CPU; samples may be on a GPU, for which the meta device stands in here."""
-    own = stored([2, 3])
-    kept = {"images": stored([0]).images, "labels": stored([0]).labels}
-    joined = join(Samples(own.images.to("meta"), own.labels.to("meta")), kept)
+    images, labels = (tensor.to("meta") for tensor in (stored([2, 3]).images, stored([2, 3]).labels))
+    store = StateStore(tmp_path)
+    name = store.save({"images": stored([0]).images, "labels": stored([0]).labels})
+    experiment = SimpleNamespace(method=FedER().build(), compute=SimpleNamespace(device=images.device))
+    shared = SimpleNamespace(experiment=experiment, states=store, images=images, labels=labels)
+    joined = handle._with_memory(Samples(images, labels), Job(0, 0, name), shared)  # type: ignore[arg-type]
     assert joined.images.device.type == joined.labels.device.type == "meta"
     assert len(joined.labels) == 3
 

@@ -31,9 +31,7 @@ def test_the_pull_has_gradient_mu_times_the_distance(small: Any) -> None:
     model, start = small.network(3, seed=1), small.network(3, seed=2)
     plain = gradients(small, FedAvg().build(), model, start)
     pulled = gradients(small, FedProx(mu=0.3).build(), model, start)
-    for p, anchor, without, with_ in zip(
-        model.parameters(), start.parameters(), plain, pulled, strict=True
-    ):
+    for p, anchor, without, with_ in zip(model.parameters(), start.parameters(), plain, pulled, strict=True):
         torch.testing.assert_close(with_ - without, 0.3 * (p - anchor).detach(), rtol=1e-10, atol=1e-12)
 
 

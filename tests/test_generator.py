@@ -36,9 +36,7 @@ def on_meta(size: int, latent: int, width: int) -> Generator:
         (32, 32, 1000, 2_064_515),
     ],
 )
-def test_generators_have_the_authors_number_of_parameters(
-    size: int, width: int, latent: int, expected: int
-) -> None:
+def test_generators_have_the_authors_number_of_parameters(size: int, width: int, latent: int, expected: int) -> None:
     """mfcl section 4, among them by hand for 32 pixels and z = 1000: 1001 8192 + 256 + (9 128 128 + 128)
     + 256 + (9 128 64 + 64) + 128 + (9 64 3 + 3).
     """

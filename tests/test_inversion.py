@@ -64,10 +64,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 1000.0])
 def test_label_loss_is_the_cross_entropy_with_the_own_prediction(temperature: float) -> None:
     logits = normal(7, 4) * 5
-    values = [
-        math.log(sum(math.exp(o / temperature) for o in row)) - max(row) / temperature
-        for row in logits.tolist()
-    ]
+    values = [math.log(sum(math.exp(o / temperature) for o in row)) - max(row) / temperature for row in logits.tolist()]
     assert label_loss(logits, temperature).item() == pytest.approx(sum(values) / 7, rel=1e-13)
 
 
@@ -150,9 +147,10 @@ def test_norm_loss_by_hand() -> None:
     """ln(sqrt v / sqrt(s^2 + e)) - 0.5 (1 - (s^2 + e + (m^ - m)^2) / v), v with e in it."""
     s = some_statistics(4, 3)
     values = []
-    for mean_r, var_r, mean, var in zip(*(t.tolist() for t in (s.running_mean, s.running_var, s.mean, s.var))):
-        v, r = var + 1e-8, var_r + 1e-8
-        values.append(math.log(math.sqrt(v) / math.sqrt(r)) - 0.5 * (1 - (r + (mean_r - mean) ** 2) / v))
+    for place in range(4):
+        r, v = s.running_var[place].item() + 1e-8, s.var[place].item() + 1e-8
+        shift = (s.running_mean - s.mean)[place].item()
+        values.append(math.log(math.sqrt(v) / math.sqrt(r)) - 0.5 * (1 - (r + shift**2) / v))
     assert norm_loss([s]).item() == pytest.approx(sum(values) / 4, rel=1e-12)
 
 
@@ -264,17 +262,12 @@ def reflected(place: int, size: int) -> int:
 
 def blurred_by_loops(image: list[list[float]]) -> list[list[float]]:
     """5 x 5 with exp(-(dy^2 + dx^2) / 4), normalised; borders mirrored without repeating the edge."""
-    kernel = {
-        (y, x): math.exp(-((y / 2) ** 2)) * math.exp(-((x / 2) ** 2))
-        for y in range(-2, 3)
-        for x in range(-2, 3)
-    }
+    kernel = {(y, x): math.exp(-((y / 2) ** 2)) * math.exp(-((x / 2) ** 2)) for y in range(-2, 3) for x in range(-2, 3)}
     whole = sum(kernel.values())
     tall, wide = len(image), len(image[0])
     return [
         [
-            sum(k * image[reflected(r + y, tall)][reflected(c + x, wide)] for (y, x), k in kernel.items())
-            / whole
+            sum(k * image[reflected(r + y, tall)][reflected(c + x, wide)] for (y, x), k in kernel.items()) / whole
             for c in range(wide)
         ]
         for r in range(tall)
@@ -285,9 +278,7 @@ def test_the_blur_is_the_explicit_sum() -> None:
     images = normal(2, 3, 4, 6)
     expected = torch.tensor([[blurred_by_loops(c) for c in image] for image in images.tolist()])
     torch.testing.assert_close(blur(images), expected.double(), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(
-        prior_loss(images).item(), (images - expected).square().mean().item(), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(prior_loss(images).item(), (images - expected).square().mean().item(), rtol=1e-6, atol=0)
 
 
 def test_the_blur_has_the_authors_weights() -> None:
@@ -352,9 +343,7 @@ def test_a_term_of_weight_0_is_not_computed(small: Any, monkeypatch: pytest.Monk
     assert torch.isfinite(total)
 
 
-def test_without_the_norm_term_no_statistics_are_computed(
-    small: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_norm_term_no_statistics_are_computed(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are the dearest part of a step after the passes themselves."""
 
     def broken(*arguments: object, **options: object) -> Tensor:
@@ -496,9 +485,7 @@ def test_a_boundary_is_adam_on_the_generator_by_hand(small: Any) -> None:
         optimizer.step()
     state = ServerState(model=state_of(classifier))
     made = options.make_generator(small.compute())
-    load_state(
-        made, generator_of(options.build().boundary(state, small.first, key, small.compute(), nothing))
-    )
+    load_state(made, generator_of(options.build().boundary(state, small.first, key, small.compute(), nothing)))
     untrained = options.make_generator(small.compute())
     initialise(untrained, key.at("generator").torch())
     latents = torch.randn(16, 6, generator=Key(1).torch())

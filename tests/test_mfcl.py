@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from client.training import local_sgd
 from fedcil.errors import ScenarioError
+from fedcil.experiment import open_experiment
 from fedcil.keys import Key
 from fedcil.messages import content_hash
 from fedcil.methods import mfcl
@@ -37,9 +38,17 @@ def settings(**changes: Any) -> MFCL:
     return MFCL(**{**BASE, **changes})
 
 
+def teacher_of(small: Any, name: str = "cnn") -> Network:
+    """Random, but balanced: it puts generated images into different classes."""
+    teacher: Network = small.frozen(3, name, seed=3)
+    latents = torch.randn(100, 5, generator=Key(0).at("balance").torch())
+    teacher.head.bias -= teacher(small.generator()(latents)).mean(0)
+    return teacher
+
+
 def replay_of(small: Any, options: MFCL, name: str = "cnn") -> Replay:
     """What the product prepares from the payload: a teacher of 3 classes and a generator, both random."""
-    payload = small.payload(small.network(3, name, seed=3), small.generator())
+    payload = small.payload(teacher_of(small, name), small.generator())
     prepared = options.build().prepare(small.compute(name), small.second, payload, Key(4))
     assert isinstance(prepared, Replay)
     return prepared
@@ -181,9 +190,7 @@ def test_local_training_ends_where_the_authors_order_ends(
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_student_split_into_real_and_synthetic_fails_the_comparison(
-    small: Any, authors_order: ModuleType
-) -> None:
+def test_a_student_split_into_real_and_synthetic_fails_the_comparison(small: Any, authors_order: ModuleType) -> None:
     """The teeth of the tests above: batch statistics must be those of the mixture."""
     options = settings(bn_updates=2)
     replay = replay_of(small, options)
@@ -227,6 +234,7 @@ def test_a_pool_drawn_from_the_same_latents_gives_the_same_step(small: Any) -> N
     hook.remove()
     pooled = Replay(fresh.teacher, fresh.generator, pool)
     assert [len(part) for part in latents] == [256, 44]
+    assert not torch.equal(latents[0][0], latents[1][0])
     places = options.build().draw(pooled, 6, small.second, Key(3))
 
     networks = [small.network(5, seed=7) for _ in range(2)]
@@ -423,7 +431,7 @@ def test_in_the_first_task_there_is_nothing_but_cross_entropy(small: Any) -> Non
 
 def test_in_bf16_the_loss_and_its_gradients_are_float32(small: Any) -> None:
     options, compute = settings(), small.compute("cnn", "bf16")
-    payload = small.payload(small.network(3, seed=3), small.generator())
+    payload = small.payload(teacher_of(small), small.generator())
     replay = options.build().prepare(compute, small.second, payload, Key(4))
     model = compute.network(5)
     for name, tensor in state_of(small.network(5)).items():
@@ -440,7 +448,7 @@ def test_in_bf16_the_loss_and_its_gradients_are_float32(small: Any) -> None:
 
 
 def test_teacher_and_generator_are_what_the_payload_says(small: Any) -> None:
-    teacher, generator = small.network(3, seed=3), small.generator()
+    teacher, generator = teacher_of(small), small.generator()
     replay = replay_of(small, settings())
     assert content_hash(state_of(replay.teacher)) == content_hash(state_of(teacher))
     assert content_hash(state_of(replay.generator)) == content_hash(state_of(generator))
@@ -477,6 +485,7 @@ def test_real_images_come_first_and_the_teacher_labels_the_others(small: Any) ->
     torch.testing.assert_close(both[6:], replay.generator(draws))
     torch.testing.assert_close(past, replay.teacher(both))
     assert past.shape == (15, 3)
+    assert len(past[6:].argmax(1).unique()) > 1  # or the tests of this file would not see wrong labels
     assert not both.requires_grad
     assert not past.requires_grad
 
@@ -527,9 +536,7 @@ def test_a_pool_is_drawn_once_and_covers_its_places(small: Any) -> None:
         (0.01, 2, Task(1, 2, 4), 1),  # never none
     ],
 )
-def test_synthetic_images_in_proportion_to_classes(
-    ratio: float, real: int, task: Task, expected: int
-) -> None:
+def test_synthetic_images_in_proportion_to_classes(ratio: float, real: int, task: Task, expected: int) -> None:
     assert settings(synthetic=None, synthetic_ratio=ratio).synthetic_images(real, task) == expected
 
 
@@ -604,5 +611,18 @@ def test_a_given_value_wins_over_the_preset() -> None:
 
 @pytest.mark.parametrize("given", [{}, {"synthetic": 8, "synthetic_ratio": 1.0}])
 def test_synthetic_images_are_given_as_a_number_or_a_ratio(given: dict[str, float]) -> None:
-    with pytest.raises(ScenarioError, match="one of method.synthetic"):
+    with pytest.raises(ScenarioError, match=r"one of method\.synthetic"):
         load_scenario({"method": {"name": "mfcl", **given}})
+
+
+def test_a_generator_that_cannot_make_the_images_is_refused_before_any_training() -> None:
+    """8 pixels cannot be halved four times; the boundary where it is built comes after a whole task."""
+    scenario = {
+        "device": "cpu",
+        "data": {"name": "synthetic", "classes": 4, "samples_per_class": 12},
+        "stream": {"tasks": 2},
+        "clients": {"count": 3, "per_round": 2},
+        "method": {"name": "mfcl", "synthetic": 4, "upsamplings": 4},
+    }
+    with pytest.raises(ScenarioError, match="upsamplings"):
+        open_experiment(load_scenario(scenario))

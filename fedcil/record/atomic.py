@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -15,16 +16,16 @@ from fedcil.messages import Tensors
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Put ``content`` at ``path`` so that a crash at any moment leaves the old file or the new one."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            Path(temporary).unlink()
+            temporary.unlink()
         raise
     sync_folder(path.parent)
 
@@ -39,8 +40,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def tensor_bytes(tensors: Tensors) -> bytes:
-    """Named tensors as safetensors bytes, in plain C order."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    """Named tensors as safetensors bytes, in plain C order. Copies: the format refuses tensors that share memory."""
+    plain = torch.contiguous_format
+    return save({name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in tensors.items()})
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
@@ -48,5 +50,9 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; safetensors.SafetensorError if it is none."""
-    return load(path.read_bytes())
+    """The tensors of a safetensors file; ValueError if it is none, whatever is wrong with it."""
+    content = path.read_bytes()
+    try:
+        return load(content)
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"{path.name} holds no tensors: {error}") from None

@@ -9,10 +9,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from fedcil.errors import NotResumable
 from fedcil.messages import Payload, Tensors, content_hash
@@ -33,23 +32,30 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """``checkpoints/``: ``state-<n>.json`` and the tensors they name."""
+    """``checkpoints/``: ``state-<n>.json`` and the tensors they name. One writer at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
+        self._last: int | None = None  # the state that was saved or loaded last; later ones are damaged
+        self._intact: set[str] = set()  # tensors that were written or read whole since this was opened
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a new checkpoint, then remove what only older ones than the last two need."""
+        numbers = self._numbers()
+        last = self._last if self._last is not None else max(numbers, default=-1)
+        for damaged in range(last + 1, max(numbers, default=-1) + 1):
+            self._state_path(damaged).unlink(missing_ok=True)
         server = checkpoint.state.server
         groups = {
             "model": self._put(server.model),
             "memory": self._put(server.memory),
             "payload": self._put(server.payload.tensors, server.payload.hash) if server.payload else None,
         }
-        numbers = self._numbers()
-        path = self._state_path(numbers[-1] + 1 if numbers else 0)
-        write_atomic(path, json.dumps(_to_json(checkpoint, groups), indent=1).encode())
+        plain = _to_json(checkpoint, groups)
+        plain["digest"] = _digest(plain)
+        write_atomic(self._state_path(last + 1), json.dumps(plain, indent=1).encode())
+        self._last = last + 1
         self._forget_old()
 
     def load(self) -> Checkpoint:
@@ -58,9 +64,12 @@ class CheckpointFolder:
         for number in reversed(self._numbers()):
             path = self._state_path(number)
             try:
-                return self._read(path)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                checkpoint = self._read(path)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 problems.append(f"{path.name}: {error}")
+            else:
+                self._last = number
+                return checkpoint
         raise NotResumable(
             "no intact checkpoint" + (f" ({'; '.join(problems)})" if problems else ""),
             where=str(self.folder),
@@ -69,6 +78,8 @@ class CheckpointFolder:
 
     def _read(self, path: Path) -> Checkpoint:
         plain = json.loads(path.read_text())
+        if plain.pop("digest") != _digest(plain):
+            raise ValueError("the digest does not fit the content")
         if plain["format"] > FORMAT:
             raise NotResumable(
                 f"checkpoint format {plain['format']} is newer than this fedcil's {FORMAT}",
@@ -94,15 +105,16 @@ class CheckpointFolder:
 
     def _put(self, tensors: Tensors, name: str | None = None) -> str:
         name = name or content_hash(tensors)
-        path = self._tensor_path(name)
-        if not path.exists():
-            write_tensors(path, tensors)
+        if name not in self._intact:
+            write_tensors(self._tensor_path(name), tensors)
+            self._intact.add(name)
         return name
 
     def _get(self, name: str) -> Tensors:
         tensors = read_tensors(self._tensor_path(name))
         if content_hash(tensors) != name:
             raise ValueError(f"{name}.safetensors is damaged")
+        self._intact.add(name)
         return tensors
 
     def _forget_old(self) -> None:
@@ -112,8 +124,10 @@ class CheckpointFolder:
         named: set[str] = set()
         for number in numbers[-KEPT:]:
             named |= set(filter(None, json.loads(self._state_path(number).read_text())["tensors"].values()))
-        for path in self.folder.glob("*.safetensors"):
-            if path.stem not in named:
+        self._intact &= named
+        for path in self.folder.iterdir():
+            left_by_a_kill = path.name.startswith(".")
+            if left_by_a_kill or (path.suffix == ".safetensors" and path.stem not in named):
                 path.unlink()
 
     def _numbers(self) -> list[int]:
@@ -127,7 +141,13 @@ class CheckpointFolder:
         return self.folder / f"{name}.safetensors"
 
 
+def _digest(plain: Mapping[str, Any]) -> str:
+    """Of everything in a state file but the digest itself, in every format."""
+    return blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def _to_json(checkpoint: Checkpoint, groups: Mapping[str, str | None]) -> dict[str, Any]:
+    """Plain values with text as keys: what reading the file gives again."""
     state = checkpoint.state
     cursor = state.cursor
     return {
@@ -135,8 +155,8 @@ def _to_json(checkpoint: Checkpoint, groups: Mapping[str, str | None]) -> dict[s
         "identity": dict(checkpoint.identity),
         "cursor": {"task": cursor.task, "phase": cursor.phase, "round": cursor.round},
         "tensors": dict(groups),
-        "client_states": dict(state.client_states),
-        "client_state_bytes": dict(state.client_state_bytes),
+        "client_states": {str(client): name for client, name in state.client_states.items()},
+        "client_state_bytes": {str(client): size for client, size in state.client_state_bytes.items()},
         "holders": sorted(state.holders),
         "short_rounds": state.short_rounds,
         "metrics_length": checkpoint.metrics_length,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from filelock import FileLock, Timeout
 
-from fedcil.errors import FolderBusy, InputError, NotResumable
+from fedcil.errors import FolderBusy, InputError, NotResumable, RunFailed
 from fedcil.experiment import Experiment
 from fedcil.partition import save_partition
 from fedcil.record.atomic import write_atomic
@@ -36,14 +37,19 @@ class RunFolder:
         self._lock = FileLock(path / ".lock")
         try:
             self._lock.acquire(timeout=0)
+            self.checkpoints = CheckpointFolder(path / "checkpoints")
+            self._metrics = (path / METRICS).open("ab")
         except Timeout:
             raise FolderBusy(
                 "another process is writing to this run",
                 where=str(path),
                 next="wait for it to end, or give another folder with --output",
             ) from None
-        self.checkpoints = CheckpointFolder(path / "checkpoints")
-        self._metrics = (path / METRICS).open("ab")
+        except OSError as error:
+            self._lock.release()
+            raise InputError(
+                f"cannot write to this run folder: {error.strerror}", where=str(path), next="make it writable"
+            ) from None
         self._saved: RunState | None = None
 
     @classmethod
@@ -51,10 +57,15 @@ class RunFolder:
         """A new folder ``<name>-<seed>-<time>[-n]`` below ``root`` with what is known before round 0."""
         path = _new_folder(root, f"{experiment.scenario.name}-{experiment.scenario.seed}")
         folder = cls(path)
-        write_atomic(path / "scenario.toml", to_toml(experiment.scenario).encode())
-        write_atomic(path / "environment.json", json.dumps(_environment(experiment), indent=1).encode())
-        save_partition(path / "partition.npz", experiment.partition)
-        np.save(path / "label_counts.npy", experiment.label_counts(), allow_pickle=False)
+        try:
+            folder.write("scenario.toml", to_toml(experiment.scenario))
+            folder.write("environment.json", json.dumps(_environment(experiment), indent=1))
+            with _on_disk(path):
+                save_partition(path / "partition.npz", experiment.partition)
+                np.save(path / "label_counts.npy", experiment.label_counts(), allow_pickle=False)
+        except BaseException:
+            folder.close()
+            raise
         return folder
 
     @classmethod
@@ -64,7 +75,8 @@ class RunFolder:
         try:
             checkpoint = folder.checkpoints.load()
             _refuse_changes(checkpoint.identity, identity(experiment), path)
-            folder._cut_metrics(checkpoint.metrics_length)
+            with _on_disk(path):
+                folder._cut_metrics(checkpoint.metrics_length)
         except BaseException:
             folder.close()
             raise
@@ -73,22 +85,27 @@ class RunFolder:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """One whole line at the end of metrics.jsonl, on disk when this returns."""
-        self._metrics.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        content = json.dumps(line, allow_nan=False).encode() + b"\n"
+        with _on_disk(self.path):
+            self._metrics.write(content)
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
 
     def checkpoint(self, state: RunState, experiment: Experiment) -> None:
         """Save the state unless it is the one saved last."""
         if state is self._saved:
             return
-        self.checkpoints.save(Checkpoint(state, self._metrics.tell(), identity(experiment)))
+        with _on_disk(self.path):
+            self.checkpoints.save(Checkpoint(state, self._metrics.tell(), identity(experiment)))
         self._saved = state
 
     def write(self, name: str, content: str) -> None:
-        write_atomic(self.path / name, content.encode())
+        with _on_disk(self.path):
+            write_atomic(self.path / name, content.encode())
 
     def close(self) -> None:
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # whole lines are on disk already
+            self._metrics.close()
         self._lock.release()
 
     def _cut_metrics(self, length: int) -> None:
@@ -102,6 +119,19 @@ class RunFolder:
             self._metrics.truncate(length)
             os.fsync(self._metrics.fileno())
         self._metrics.seek(length)
+
+
+@contextlib.contextmanager
+def _on_disk(path: Path) -> Iterator[None]:
+    """A disk that is full or broken ends the run with a message; the last checkpoint stays whole."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"cannot write: {error.strerror or error}",
+            where=str(path),
+            next="make room, then continue the run with `fedcil resume RUN`",
+        ) from None
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
@@ -128,17 +158,17 @@ def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path
 def _new_folder(root: Path, stem: str) -> Path:
     """Make ``root/<stem>-<time>``, with a number behind it if somebody was as fast."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    for attempt in range(1000):
-        path = root / (f"{stem}-{stamp}" + (f"-{attempt}" if attempt else ""))
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise InputError(
-                f"cannot make a run folder: {error.strerror}", where=str(path), next="give another --output"
-            ) from None
-        return path
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1000):
+            path = root / (f"{stem}-{stamp}" + (f"-{attempt}" if attempt else ""))
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+    except OSError as error:
+        raise InputError(
+            f"cannot make a run folder: {error.strerror}", where=str(root), next="give another --output"
+        ) from None
     raise InputError("a thousand runs started in the same second", where=str(root))
 
 

@@ -35,13 +35,14 @@ class Run:
     @cached_property
     def lines(self) -> tuple[dict[str, Any], ...]:
         """Whole lines only: a run that is being written to, or was killed, may end in half a line."""
-        text = (self.path / METRICS).read_text(encoding="utf-8")
-        return tuple(json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
+        path = self.path / METRICS
+        *whole, _ = path.read_bytes().split(b"\n")
+        return tuple(_read_table(line, f"{path}:{number}") for number, line in enumerate(whole, start=1))
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return _read_table(path.read_bytes(), str(path)) if path.is_file() else {}
 
     @property
     def finished(self) -> bool:
@@ -89,6 +90,16 @@ def ragged(rows: list[list[float]]) -> NDArray[np.float64]:
     for place, row in enumerate(rows):
         matrix[place, : len(row)] = row
     return matrix
+
+
+def _read_table(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        table = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON: {error}", where=where, next="this file is damaged; use another run") from None
+    if not isinstance(table, dict):
+        raise InputError("not a JSON object", where=where, next="this file is damaged; use another run")
+    return table
 
 
 def open_run(path: Path) -> Run:

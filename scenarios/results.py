@@ -1,0 +1,119 @@
+"""The tables of docs/results.md, by one command that can be stopped and started again.
+
+    python scenarios/results.py [digits|fashion|cifar100_small ...] [--seeds 0,1,2] [--jobs 2] [--output runs/results]
+
+Runs that are finished are skipped, unfinished ones continued. Each run takes one core; ``--jobs`` of them run
+side by side. Prints one Markdown table per group, from the recorded runs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+LONG_FEDLWF = "training.rounds=110"  # FedLwF with the CPU time of MFCL
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: a scenario with overrides, under a name of its own."""
+
+    name: str
+    scenario: str
+    overrides: tuple[str, ...] = ()
+
+
+def plain(group: str, method: str, settings: str = "") -> Row:
+    """A method on a group's scenario: within a group only the method differs."""
+    table = f"method={{name={method!r}{settings}}}"
+    suffix = "_".join([method, *settings.replace("=", "").replace("'", "").replace(" ", "").split(",")[1:]])
+    return Row(f"{group}_{suffix}", f"{group}_fedavg", (table,))
+
+
+def shipped(group: str, method: str) -> Row:
+    return Row(f"{group}_{method}", f"{group}_{method}")
+
+
+TABLES = {
+    "digits": [
+        shipped("digits", "fedavg"),
+        shipped("digits", "mfcl"),
+        plain("digits", "mfcl", ", preset='authors-code'"),
+        shipped("digits", "oracle"),
+    ],
+    "fashion": [shipped("fashion", "fedavg"), shipped("fashion", "mfcl"), shipped("fashion", "oracle")],
+    "cifar100_small": [
+        shipped("cifar100_small", "mfcl"),
+        shipped("cifar100_small", "fedavg"),
+        plain("cifar100_small", "fedlwf"),
+        shipped("cifar100_small", "oracle"),
+        plain("cifar100_small", "feder"),
+        plain("cifar100_small", "afcl"),
+        plain("cifar100_small", "fedprox"),
+        plain("cifar100_small", "afcl", ", backbone='task1'"),
+        Row("cifar100_small_fedlwf_long", "cifar100_small_fedavg", ("method={name='fedlwf'}", LONG_FEDLWF)),
+    ],
+}
+
+
+def run_one(row: Row, seed: str, output: Path) -> int:
+    """One run in a process of its own, on one core."""
+    sets = [f"name={row.name}", "engine.workers=1", *row.overrides]
+    command = [sys.executable, "-m", "fedcil", "run", row.scenario, "--seeds", seed, "--no-figures", "--json"]
+    command += [part for text in sets for part in ("--set", text)] + ["--output", str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (output / f"{row.name}-{seed}.log").open("w") as log:
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+    print(f"{row.name} seed {seed}: {'done' if code == 0 else f'exit code {code}, see {log.name}'}", flush=True)
+    return code
+
+
+def print_table(group: str, output: Path) -> None:
+    """Mean and sample deviation in percent, from the finished runs."""
+    from fedcil import load
+    from fedcil.record.compare import compare
+
+    names = [row.name for row in TABLES[group]]
+    folders = [path for name in names for path in sorted(output.glob(f"{name}-[0-9]*-*/"))]
+    runs = [run for run in map(load, folders) if run.finished and run.scenario.name in names]
+    print(f"\n{group}\n\n| run | seeds | average incremental | final | forgetting | MB up / down | CPU s |")
+    print("|---|---|---|---|---|---|---|")
+    for name in names:
+        mine = [run for run in runs if run.scenario.name == name]
+        if not mine:
+            continue
+        (rows,) = compare(mine)
+        cells = [
+            " +- ".join(
+                f"{100 * value:.1f}" for value in (rows.mean[key], (rows.std or {}).get(key)) if value is not None
+            )
+            for key in ("average_incremental_accuracy", "final_accuracy", "forgetting")
+        ]
+        up, down = (rows.mean[key] / 1e6 for key in ("bytes_up", "bytes_down"))
+        cpu = sum(run.summary["cpu_seconds"] for run in mine) / len(mine)
+        print(f"| {name} | {len(mine)} | {' | '.join(cells)} | {up:.0f} / {down:.0f} | {cpu:.0f} |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("groups", nargs="*", default=list(TABLES), help=", ".join(TABLES))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, default=Path("runs/results"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    work = [(row, seed) for group in options.groups for seed in options.seeds.split(",") for row in TABLES[group]]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        codes = list(pool.map(lambda pair: run_one(*pair, options.output), work))
+    for group in options.groups:
+        print_table(group, options.output)
+    return max(codes, default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

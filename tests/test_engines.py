@@ -1,0 +1,117 @@
+"""Every engine gets the same orders and gives the same answers, bit for bit, and leaves nothing running."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.xdist_group("engines")]
+
+METHODS = {
+    "mfcl": "{name='mfcl', preset='small', steps=5, pool=64}",
+    "feder": "{name='feder', memory=20}",
+    "afcl": "{name='afcl', expansion=64}",
+}
+SMALL = ["data.classes=4", "stream.tasks=2", "training.rounds=2", "training.epochs=1"]
+ENGINES = [("inline", 2), ("ray", 1), ("ray", 2), ("flower", 2)]
+DAEMONS = ("raylet", "gcs_server", "ray::", "flower-", "flwr-")
+
+
+def start(method: str, engine: str, workers: int, cwd: Path, *more: str) -> list[str]:
+    settings = [f"method={METHODS[method]}", f"engine.workers={workers}", *SMALL, *more]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    return [sys.executable, "-m", "fedcil", "run", "digits_mfcl", *sets, "--engine", engine, "--no-figures"]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
+
+
+def run(method: str, engine: str, workers: int, cwd: Path, *more: str) -> list[dict[str, Any]]:
+    command = [*start(method, engine, workers, cwd, *more), "--json"]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    return metrics(cwd / json.loads(done.stdout)["run_dir"])
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the inline engine with one worker says, once per method."""
+    return cache(lambda method: run(method, "inline", 1, tmp_path_factory.mktemp(method)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("engine", "workers"), ENGINES)
+def test_engines_agree_bit_for_bit(method: str, engine: str, workers: int, reference: Any, tmp_path: Path) -> None:
+    assert run(method, engine, workers, tmp_path) == reference(method)
+
+
+@pytest.mark.parametrize("engine", ["ray", "flower"])
+def test_no_process_is_left_behind(engine: str, tmp_path: Path) -> None:
+    before = daemons()
+    run("afcl", engine, 1, tmp_path)
+    assert_gone(before)
+
+
+@pytest.mark.parametrize("engine", ["ray", "flower"])
+def test_a_stopped_engine_leaves_nothing_and_resumes_on_another(engine: str, reference: Any, tmp_path: Path) -> None:
+    """--max-seconds is Ctrl-C without a race: the signal is set when the run has hardly begun."""
+    before = daemons()
+    command = [*start("mfcl", engine, 2, tmp_path), "--max-seconds=25"]
+    stopped = [*command[:-1], "--max-seconds=0"]
+    done = subprocess.run(stopped, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 5, done.stderr
+    assert_gone(before)
+    (folder,) = (tmp_path / "runs").iterdir()
+    command = [sys.executable, "-m", "fedcil", "resume", str(folder), "--engine", "inline", "--no-figures"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=200, stdout=subprocess.DEVNULL)
+    assert metrics(folder) == reference("mfcl")
+
+
+def test_a_killed_ray_worker_changes_nothing(reference: Any, tmp_path: Path) -> None:
+    """Its jobs go to another worker; no result is counted twice."""
+    with subprocess.Popen(
+        [*start("mfcl", "ray", 2, tmp_path), "--output", str(tmp_path)], cwd=tmp_path, stdout=subprocess.DEVNULL
+    ) as process:
+        worker = first_worker(process.pid)
+        worker.kill()
+        assert process.wait(timeout=200) == 0
+    (folder,) = tmp_path.glob("digits_mfcl-*")
+    assert metrics(folder) == reference("mfcl")
+
+
+def first_worker(pid: int) -> psutil.Process:
+    """A Ray actor of this run, as soon as it trains."""
+    for _ in range(600):
+        for child in psutil.Process(pid).children(recursive=True):
+            if " ".join(child.cmdline()).startswith("ray::ClientWorker.run"):
+                return child
+        time.sleep(0.05)
+    raise AssertionError("no Ray worker was seen training")
+
+
+def daemons() -> set[int]:
+    """Processes of Ray and Flower, by id."""
+    found = set()
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if any(name in words for name in DAEMONS) and "pytest" not in words:
+            found.add(process.info["pid"])
+    return found
+
+
+def assert_gone(before: set[int]) -> None:
+    for _ in range(100):
+        if daemons() <= before:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"still running: {daemons() - before}")

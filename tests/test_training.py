@@ -1,0 +1,442 @@
+"""Local training: batches, schedule, plain SGD step for step, and a client's answer to a request."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from client import handle
+from client.handle import Shared, Worker, do_job
+from client.states import StateStore
+from client.training import Trained, cut_epoch, learning_rate, local_sgd
+from fedcil.errors import Stopped
+from fedcil.experiment import Experiment, open_experiment
+from fedcil.keys import Key
+from fedcil.messages import Broadcast, Contribution, Failure, Job, Report, Request, Tensors, content_hash
+from fedcil.methods.base import Batch, Method, Samples
+from fedcil.models.network import Network, grow_head, snapshot, state_of
+from fedcil.scenario import TrainingSection, load_scenario
+
+# --- schedule ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("place", "expected"), [(0, 0.1), (1, 0.0977237), (50, 0.0316228), (99, 0.0102329)])
+def test_the_rate_falls_exponentially_from_lr_to_nearly_lr_end(place: int, expected: float) -> None:
+    """mfcl section 3: 0.1 (0.01 / 0.1)^(r / 100); 10^-0.01 = 0.977237."""
+    assert learning_rate(TrainingSection(), place, 100) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_mean_rate_is_that_of_the_specification() -> None:
+    """A geometric series: 0.1 (1 - 0.1) / (1 - 0.1^(1/100)) / 100 = 0.03954."""
+    rates = [learning_rate(TrainingSection(), place, 100) for place in range(100)]
+    assert sum(rates) / 100 == pytest.approx(0.0009 / (1 - 0.1**0.01))
+    assert sum(rates) / 100 == pytest.approx(0.03954, abs=5e-6)
+
+
+def test_a_rate_may_be_constant() -> None:
+    training = TrainingSection(lr=0.3, lr_end=0.3)
+    assert {learning_rate(training, place, 7) for place in range(7)} == {0.3}
+
+
+# --- batches ----------------------------------------------------------------------------------------------
+
+COUNTS = st.integers(2, 300)
+SIZES = st.integers(2, 40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(COUNTS, SIZES)
+def test_ragged_batches_are_full_but_for_the_last(count: int, size: int) -> None:
+    """A rest of one joins the batch before it: batch norm needs two."""
+    sizes = cut_epoch(count, size, "ragged")
+    assert sum(sizes) == count
+    assert set(sizes[:-1]) <= {size}
+    assert 2 <= sizes[-1] <= size + 1
+    assert sizes[-1] != size + 1 or count % size == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(COUNTS, SIZES)
+def test_even_batches_differ_by_one_at_most(count: int, size: int) -> None:
+    """As few as possible, except that none has one sample: pairs of an odd number have a three among them."""
+    sizes = cut_epoch(count, size, "even")
+    assert sum(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= 2
+    if size > 2:
+        assert len(sizes) == math.ceil(count / size)
+        assert max(sizes) <= size
+
+
+@settings(max_examples=200, deadline=None)
+@given(COUNTS, SIZES)
+def test_dropping_the_last_leaves_full_batches(count: int, size: int) -> None:
+    assert cut_epoch(count, size, "drop_last") == [size] * (count // size)
+
+
+def test_batches_by_hand() -> None:
+    assert cut_epoch(100, 32, "ragged") == [32, 32, 32, 4]
+    assert cut_epoch(97, 32, "ragged") == [32, 32, 33]
+    assert cut_epoch(100, 32, "even") == [25, 25, 25, 25]
+    assert cut_epoch(101, 32, "even") == [26, 25, 25, 25]
+    assert cut_epoch(100, 32, "drop_last") == [32, 32, 32]
+    assert cut_epoch(31, 32, "drop_last") == []
+
+
+# --- local SGD --------------------------------------------------------------------------------------------
+
+
+def plain_images(stored: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+    return stored[index]
+
+
+def train(
+    small: Any,
+    model: Network,
+    training: TrainingSection,
+    *,
+    method: Method | None = None,
+    count: int = 11,
+    augment: Callable[[Tensor, Tensor, torch.Generator], Tensor] = plain_images,
+    key: Key | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Trained:
+    return local_sgd(
+        model,
+        method or Method(),
+        None,
+        Samples(small.images(count), small.labels(count, small.first)),
+        task=small.first,
+        training=training,
+        lr=0.1,
+        augment=augment,
+        key=key or Key(0).at("client", 1),
+        check=check,
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.usefixtures("float64")
+def test_one_client_with_all_data_is_centralised_sgd_step_for_step(small: Any, momentum: float) -> None:
+    """torch.optim.SGD and plain cross-entropy on the same batches: the same model before every step."""
+    training = TrainingSection(epochs=3, batch_size=4, momentum=momentum, weight_decay=0.02)
+    ours, theirs = small.network(3), small.network(3).train()
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=momentum, weight_decay=0.02)
+    before: list[Tensors] = []
+    batches: list[Tensor] = []
+
+    def record(stored: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+        batches.append(index)
+        return stored[index]
+
+    result = train(small, ours, training, augment=record, check=lambda: before.append(snapshot(ours)))
+    images, labels, losses = small.images(11), small.labels(11, small.first), []
+    for start, index in zip(before, batches, strict=True):
+        for name, tensor in state_of(theirs).items():
+            torch.testing.assert_close(start[name], tensor, rtol=0, atol=1e-12)
+        loss = F.cross_entropy(theirs(images[index]), labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    for name, tensor in state_of(theirs).items():
+        torch.testing.assert_close(state_of(ours)[name], tensor, rtol=0, atol=1e-12)
+    assert result.steps == len(batches) == 9
+    assert result.loss == pytest.approx(sum(losses) / 9, rel=1e-12)
+
+
+def test_each_epoch_has_each_sample_once_in_an_order_of_its_own(small: Any) -> None:
+    batches: list[list[int]] = []
+
+    def record(stored: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+        batches.append(index.tolist())
+        return stored[index]
+
+    train(small, small.network(3), TrainingSection(epochs=3, batch_size=4), augment=record)
+    assert [len(batch) for batch in batches] == [4, 4, 3] * 3
+    epochs = [[i for batch in batches[start : start + 3] for i in batch] for start in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_without_epochs_nothing_happens(small: Any) -> None:
+    model = small.network(3)
+    before = content_hash(state_of(model))
+    result = train(small, model, TrainingSection(epochs=0))
+    assert (result.steps, math.isnan(result.loss)) == (0, True)
+    assert content_hash(state_of(model)) == before
+
+
+def test_too_few_samples_for_a_full_batch_make_no_step(small: Any) -> None:
+    """What SuperImageNet's loader does with fewer than 32 images."""
+    model = small.network(3)
+    before = content_hash(state_of(model))
+    result = train(small, model, TrainingSection(epochs=2, batch_size=12, batches="drop_last"))
+    assert result.steps == 0
+    assert content_hash(state_of(model)) == before
+
+
+def noisy(stored: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+    return stored[index] + 0.1 * torch.randn(stored[index].shape, generator=generator)
+
+
+def trained_hash(small: Any, key: Key) -> str:
+    model = small.network(3)
+    train(small, model, TrainingSection(epochs=2, batch_size=4), augment=noisy, key=key)
+    return content_hash(state_of(model))
+
+
+def test_all_randomness_comes_from_the_key(small: Any) -> None:
+    """Global seeds change nothing, and no global generator is touched."""
+    first = trained_hash(small, Key(0).at("client", 1))
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
+        assert trained_hash(small, Key(0).at("client", 1)) == first
+        assert before[0] == random.getstate()
+        assert before[1] == np.random.get_state()[1].tolist()  # type: ignore[index]
+        assert torch.equal(before[2], torch.get_rng_state())
+    assert trained_hash(small, Key(0).at("client", 2)) != first
+    assert trained_hash(small, Key(1).at("client", 1)) != first
+
+
+def test_each_step_draws_from_a_key_of_its_own(small: Any) -> None:
+    keys: list[Key] = []
+
+    def draw(prepared: object, real: int, task: object, key: Key) -> None:
+        keys.append(key)
+
+    train(small, small.network(3), TrainingSection(epochs=3, batch_size=4), method=Method(draw=draw))
+    assert len(keys) == len(set(keys)) == 9
+
+
+def test_check_is_called_before_each_step_and_may_stop(small: Any) -> None:
+    calls: list[int] = []
+
+    def stop_at_4() -> None:
+        calls.append(len(calls))
+        if len(calls) == 4:
+            raise Stopped(130)
+
+    steps: list[int] = []
+
+    def loss(model: Network, prepared: object, batch: Batch, draws: object) -> Tensor:
+        steps.append(len(batch.labels))
+        return F.cross_entropy(model(batch.images), batch.labels)
+
+    training = TrainingSection(epochs=3, batch_size=4)
+    with pytest.raises(Stopped):
+        train(small, small.network(3), training, method=Method(loss=loss), check=stop_at_4)
+    assert (len(calls), len(steps)) == (4, 3)
+
+
+def test_the_anchor_is_where_the_round_started(small: Any) -> None:
+    model = small.network(3)
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    anchors: list[tuple[Tensor, ...]] = []
+
+    def loss(network: Network, prepared: object, batch: Batch, draws: object) -> Tensor:
+        anchors.append(tuple(anchor.clone() for anchor in batch.anchor))
+        return F.cross_entropy(network(batch.images), batch.labels)
+
+    train(small, model, TrainingSection(epochs=2, batch_size=4), method=Method(loss=loss))
+    assert len(anchors) == 6
+    for anchor in anchors:
+        assert all(torch.equal(a, s) for a, s in zip(anchor, start, strict=True))
+    assert not any(torch.equal(p, s) for p, s in zip(model.parameters(), start, strict=True))
+
+
+@pytest.mark.parametrize(("updates", "momentum"), [(1, 0.1), (2, 0.19)])
+def test_running_statistics_move_as_often_as_the_method_says(small: Any, updates: int, momentum: float) -> None:
+    """Set anew each time: a worker's network comes from another task."""
+    model = small.network(3)
+    for part in model.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.momentum = 0.5
+    train(small, model, TrainingSection(epochs=0), method=Method(norm_updates=lambda task: updates))
+    (found,) = {part.momentum for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d)}
+    assert found == pytest.approx(momentum, rel=1e-14)
+
+
+# --- a client's answer ------------------------------------------------------------------------------------
+
+
+def experiment_of(**sections: dict[str, Any]) -> Experiment:
+    """Synthetic data, 4 classes in 2 tasks, 3 clients of 8 images each."""
+    scenario: dict[str, Any] = {
+        "device": "cpu",
+        "data": {"name": "synthetic", "classes": 4, "samples_per_class": 12},
+        "stream": {"tasks": 2},
+        "clients": {"count": 3, "per_round": 2},
+        "model": {"name": "cnn", "width": 4},
+        "method": {"name": "fedavg"},
+        "training": {"rounds": 4, "epochs": 2, "batch_size": 4},
+    }
+    for name, values in sections.items():
+        scenario[name] = {**scenario.get(name, {}), **values}
+    return open_experiment(load_scenario(scenario))
+
+
+def worker_of(experiment: Experiment, folder: Path) -> Worker:
+    return Worker(Shared(experiment, StateStore(folder)), check=lambda: None)
+
+
+def broadcast_of(experiment: Experiment, **place: int) -> Broadcast:
+    where = {"task": 0, "phase": 0, "round": 0, **place}
+    model = experiment.first_state().server.model
+    seen = experiment.stream.tasks[where["task"]].seen
+    return Broadcast(**where, tensors=grow_head(model, seen, Key(0).torch()))
+
+
+def gift(broadcast: Broadcast, client: int, worker: Worker) -> Contribution:
+    report, contribution = do_job(broadcast, Job(client, 0), worker)
+    assert isinstance(report, Report), report
+    assert contribution is not None
+    return contribution
+
+
+def test_a_client_without_epochs_gives_the_model_back(tmp_path: Path) -> None:
+    experiment = experiment_of(training={"epochs": 0})
+    broadcast = broadcast_of(experiment)
+    given = gift(broadcast, 0, worker_of(experiment, tmp_path))
+    assert content_hash(given.tensors) == content_hash(broadcast.tensors)
+
+
+def test_training_leaves_the_broadcast_alone(tmp_path: Path) -> None:
+    """Inside a process the global model travels by reference."""
+    experiment = experiment_of()
+    broadcast = broadcast_of(experiment)
+    before = content_hash(broadcast.tensors)
+    given = gift(broadcast, 0, worker_of(experiment, tmp_path))
+    assert content_hash(broadcast.tensors) == before != content_hash(given.tensors)
+
+
+def test_a_workers_past_does_not_show_in_an_answer(tmp_path: Path) -> None:
+    """A fresh worker and one that served other clients, another task and two updates of batch norm before."""
+    experiment = experiment_of()
+    first, second = broadcast_of(experiment), broadcast_of(experiment, task=1)
+    fresh = content_hash(gift(first, 0, worker_of(experiment, tmp_path)).tensors)
+    used = worker_of(experiment, tmp_path)
+    twice = replace(experiment, method=replace(experiment.method, norm_updates=lambda task: 2))
+    used.shared.experiment = twice
+    gift(second, 1, used)
+    gift(first, 2, used)
+    used.shared.experiment = experiment
+    assert content_hash(gift(first, 0, used).tensors) == fresh
+
+
+def test_clients_rounds_and_tasks_are_places_of_their_own(tmp_path: Path) -> None:
+    experiment = experiment_of()
+    worker = worker_of(experiment, tmp_path)
+    keys = {
+        handle.client_key(experiment.key, broadcast_of(experiment, task=task, round=round_), client)
+        for task in (0, 1)
+        for round_ in (0, 1)
+        for client in (0, 1)
+    }
+    assert len(keys) == 8
+    answers = [content_hash(gift(broadcast_of(experiment, round=round_), 0, worker).tensors) for round_ in (0, 1)]
+    assert answers[0] != answers[1]
+
+
+def test_the_rate_restarts_with_every_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 rounds: 0.1 (0.1)^(r / 4)."""
+    rates: list[float] = []
+
+    def record(*arguments: object, lr: float, **options: object) -> Trained:
+        rates.append(lr)
+        return Trained(0, float("nan"))
+
+    monkeypatch.setattr(handle, "local_sgd", record)
+    experiment = experiment_of()
+    worker = worker_of(experiment, tmp_path)
+    for task in (0, 1):
+        for round_ in range(4):
+            gift(broadcast_of(experiment, task=task, round=round_), 0, worker)
+    assert rates == pytest.approx([0.1 * 0.1 ** (r / 4) for r in range(4)] * 2)
+
+
+@pytest.mark.parametrize(("weighting", "expected"), [("samples", 8.0), ("uniform", 1.0)])
+def test_a_client_weighs_its_samples_or_one(tmp_path: Path, weighting: str, expected: float) -> None:
+    experiment = experiment_of(server={"weighting": weighting})
+    given = gift(broadcast_of(experiment), 0, worker_of(experiment, tmp_path))
+    assert given.weight == expected
+
+
+def test_a_client_gives_no_counters(tmp_path: Path) -> None:
+    experiment = experiment_of()
+    given = gift(broadcast_of(experiment), 0, worker_of(experiment, tmp_path))
+    assert all(tensor.is_floating_point() for tensor in given.tensors.values())
+    assert any(name.endswith("running_mean") for name in given.tensors)
+
+
+def test_one_sample_is_too_few(tmp_path: Path) -> None:
+    experiment = experiment_of(
+        data={"classes": 2, "samples_per_class": 1}, stream={"tasks": 1}, clients={"count": 2, "per_round": 1}
+    )
+    answer = do_job(broadcast_of(experiment), Job(1, 0), worker_of(experiment, tmp_path))
+    assert answer == (Failure(1, "samples", "too_few_samples"), None)
+
+
+def test_a_loss_that_is_not_finite_gives_nothing(tmp_path: Path) -> None:
+    experiment = experiment_of(training={"lr": 1e20, "lr_end": 1e20})
+    failure, given = do_job(broadcast_of(experiment), Job(0, 0), worker_of(experiment, tmp_path))
+    assert isinstance(failure, Failure)
+    assert failure.stage == "training"
+    assert "lower training.lr" in failure.reason
+    assert given is None
+
+
+@pytest.mark.parametrize("lr", [1e12, 1e17])
+def test_tensors_that_are_not_finite_are_not_given(tmp_path: Path, lr: float) -> None:
+    """The last step's loss is of the weights before it: two steps may end in infinity with finite losses,
+    in running variances (1e12) or in weights (1e17). In a mean one such client is the end of the model.
+    """
+    training = {"lr": lr, "lr_end": lr, "epochs": 1, "batch_size": 4}
+    experiment = experiment_of(training=training)
+    failure, given = do_job(broadcast_of(experiment), Job(0, 0), worker_of(experiment, tmp_path))
+    assert isinstance(failure, Failure), failure.metrics
+    assert failure.stage == "training"
+    assert given is None
+
+
+def test_a_request_is_answered_job_by_job(tmp_path: Path) -> None:
+    """Whom it holds and whom not: a broken client is a failure and an absent leaf, the others count."""
+    experiment = experiment_of()
+    worker = worker_of(experiment, tmp_path)
+    broadcast = broadcast_of(experiment)
+    jobs = (Job(0, 0), Job(99, 1), Job(2, 2))  # there is no client 99
+    reply = handle.handle(Request(broadcast, jobs, cohort=3), worker)
+    assert [report.client for report in reply.reports] == [0, 2]
+    assert [failure.client for failure in reply.failures] == [99]
+    total = reply.fold.total()
+    assert total is not None
+    assert total.weight == 16.0
+    expected = [gift(broadcast, client, worker_of(experiment, tmp_path)).tensors for client in (0, 2)]
+    for name, tensor in total.mean().items():
+        torch.testing.assert_close(tensor, (expected[0][name] + expected[1][name]) / 2)
+
+
+def test_a_stop_goes_through(tmp_path: Path) -> None:
+    experiment = experiment_of()
+
+    def stop() -> None:
+        raise Stopped(130)
+
+    worker = Worker(Shared(experiment, StateStore(tmp_path)), check=stop)
+    with pytest.raises(Stopped):
+        handle.handle(Request(broadcast_of(experiment), (Job(0, 0),), cohort=1), worker)
