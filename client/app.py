@@ -39,7 +39,7 @@ def hello(message: Message, context: Context) -> Message:
 @app.train()
 def work(message: Message, context: Context) -> Message:
     """All jobs of one message, an answer each; or the hash of the payload that this node lacks."""
-    home = Path(str(context.node_config.get("home") or os.environ[HOME]))
+    home = client_home(context)
     config = message.content["work"]
     header, tensors = unpack_broadcast(read_packet(message, "broadcast"), limit=LIMIT)
     payload = None
@@ -56,6 +56,12 @@ def work(message: Message, context: Context) -> Message:
         packet = pack_answer(Answer(result, contribution), header["run"], place_of(broadcast))
         records[f"client-{client}"] = packet_record(packet)
     return Message(RecordDict(records), reply_to=message)
+
+
+def client_home(context: Context) -> Path:
+    """Where this node keeps payloads and client states: its own setting, the environment's, or a cache folder."""
+    given = context.node_config.get("home") or os.environ.get(HOME)
+    return Path(str(given)) if given else Path.home() / ".cache" / "fedcil" / "clients"
 
 
 @lru_cache(maxsize=1)

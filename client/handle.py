@@ -68,6 +68,12 @@ class Shared:
         index = torch.from_numpy(self.experiment.indices(client, task)).to(self.images.device)
         return Samples(self.images.index_select(0, index), self.labels.index_select(0, index))
 
+    def kept(self, job: Job) -> Tensors | None:
+        """What the client kept, on the device; None if it keeps nothing yet."""
+        if job.state is None:
+            return None
+        return {name: tensor.to(self.images.device) for name, tensor in self.states.load(job.state).items()}
+
     def normalised(self, images: Tensor) -> Tensor:
         """Stored images (n, h, w, c) uint8 -> (n, c, h, w), not augmented."""
         everything = torch.arange(len(images))
@@ -184,11 +190,13 @@ def _train(
         key=client_key(experiment.key, broadcast, job.client),
         check=worker.check,
     )
-    if trained.steps and not math.isfinite(trained.loss):
-        raise ClientProblem("the loss is not finite; lower training.lr", where="training")
+    state = state_of(network)
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+    if trained.steps and not (finite and math.isfinite(trained.loss)):
+        raise ClientProblem("training diverged: loss or weights are not finite; lower training.lr", where="training")
     weight = 1.0 if experiment.scenario.server.weighting == "uniform" else float(len(samples.labels))
     metrics = {"loss": trained.loss, "steps": trained.steps} if trained.steps else {}
-    return Contribution(state_of(network), weight), metrics
+    return Contribution(state, weight), metrics
 
 
 def _fit(network: Network, own: Samples, task: Task, shared: Shared) -> Contribution:
@@ -202,7 +210,7 @@ def _remember(job: Job, network: Network, own: Samples, task: Task, shared: Shar
     memory = shared.experiment.method.memory
     if memory is None:
         raise ClientProblem("this method keeps nothing on clients", where="state")
-    kept = shared.states.load(job.state) if job.state else None
+    kept = shared.kept(job)
     network.eval()
     with torch.no_grad():
         tensors = memory.update(network, own, kept, task, shared.normalised)
@@ -214,8 +222,7 @@ def _with_memory(own: Samples, job: Job, shared: Shared) -> Samples:
     memory = shared.experiment.method.memory
     if memory is None:
         return own
-    kept = shared.states.load(job.state) if job.state else None
-    return memory.join(own, kept)
+    return memory.join(own, shared.kept(job))
 
 
 def _augmented(shared: Shared, images: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:

@@ -36,14 +36,14 @@ def learning_rate(training: TrainingSection, round_in_phase: int, rounds: int) -
 def cut_epoch(count: int, batch_size: int, mode: str) -> list[int]:
     """Sizes of an epoch's batches.
 
-    ``even``: equal parts of at most batch_size; ``ragged``: full batches and a rest, where a rest of one
+    ``even``: equal parts of at most batch_size, never of one sample; ``ragged``: full batches and a rest, where a rest of one
     sample joins the batch before it (batch norm needs two); ``drop_last``: full batches only.
     """
     full, rest = divmod(count, batch_size)
     if mode == "drop_last":
         return [batch_size] * full
     if mode == "even":
-        parts = full + (rest > 0)
+        parts = max(1, min(full + (rest > 0), count // 2))
         return [count // parts + (place < count % parts) for place in range(parts)]
     if rest == 1 and full:
         return [batch_size] * (full - 1) + [batch_size + 1]

@@ -38,6 +38,9 @@ class MethodSettings(Section):
     name: str
     preset: str | None = None
 
+    def check_image(self, image: tuple[int, int, int]) -> None:
+        """Raise ScenarioError if the method cannot work on images of (channels, height, width)."""
+
     def build(self) -> Method:
         """The frozen value of functions that this method is (fedcil/methods/base.py)."""
         raise TypeError(f"{type(self).__name__} has no build()")

@@ -16,6 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedcil import load
+from fedcil.record.compare import compare
+
 LONG_FEDLWF = "training.rounds=110"  # FedLwF with the CPU time of MFCL
 
 
@@ -75,9 +78,6 @@ def run_one(row: Row, seed: str, output: Path) -> int:
 
 def print_table(group: str, output: Path) -> None:
     """Mean and sample deviation in percent, from the finished runs."""
-    from fedcil import load
-    from fedcil.record.compare import compare
-
     names = [row.name for row in TABLES[group]]
     folders = [path for name in names for path in sorted(output.glob(f"{name}-[0-9]*-*/"))]
     runs = [run for run in map(load, folders) if run.finished and run.scenario.name in names]

@@ -120,7 +120,7 @@ def below(module: str, room: str) -> bool:
 
 
 def is_own(module: str) -> bool:
-    return module.split(".")[0] in PACKAGES
+    return module.split(".", maxsplit=1)[0] in PACKAGES
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -51,12 +51,12 @@ def call(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedPro
 def test_help_loads_neither_torch_nor_flwr_nor_ray(tmp_path: Path) -> None:
     for command in ([], ["run"], ["resume"], ["compare"], ["report"], ["plan"], ["list"], ["schema"]):
         code = (
-            "import sys; sys.argv = ['fedcil', *{!r}, '--help']\n"
+            f"import sys; sys.argv = ['fedcil', *{command!r}, '--help']\n"
             "from fedcil.cli import main\n"
             "try: main()\n"
             "except SystemExit as end: assert not end.code\n"
-            "assert not {{'torch', 'flwr', 'ray', 'matplotlib'}} & set(sys.modules)"
-        ).format(command)
+            "assert not {'torch', 'flwr', 'ray', 'matplotlib'} & set(sys.modules)"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 

@@ -160,6 +160,7 @@ def test_exemplars_come_from_a_file_to_where_the_samples_are(tmp_path: Path) -> 
     name = store.save({"images": stored([0]).images, "labels": stored([0]).labels})
     experiment = SimpleNamespace(method=FedER().build(), compute=SimpleNamespace(device=images.device))
     shared = SimpleNamespace(experiment=experiment, states=store, images=images, labels=labels)
+    shared.kept = lambda job: handle.Shared.kept(shared, job)  # type: ignore[arg-type]
     joined = handle._with_memory(Samples(images, labels), Job(0, 0, name), shared)  # type: ignore[arg-type]
     assert joined.images.device.type == joined.labels.device.type == "meta"
     assert len(joined.labels) == 3

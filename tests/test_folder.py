@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_a_new_folder_holds_what_is_known_before_round_0(folder: RunFolder) -> N
     environment = json.loads((folder.path / "environment.json").read_text())
     assert environment["numeric_configuration"] == opened.numeric()
     assert environment["versions"].keys() == set(PACKAGES)
-    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["torch"] == version("torch")
     assert environment["data"]["digest"] == opened.data.digest
     assert environment["class_order"] == ["blob 0", "blob 1", "blob 2", "blob 3"]
 
@@ -307,7 +308,7 @@ def test_a_half_written_last_line_is_not_read(folder: RunFolder) -> None:
         assert [line["round"] for line in open_run(folder.path).kind("round")] == [0]
 
 
-@pytest.mark.parametrize("line", [b"{", b"\0\0\0", b"3", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("line", [b"{", b"\0\0\0", b"3", b"\xff", b"[" * 100_000], ids=range(5))
 def test_a_damaged_whole_line_is_named(folder: RunFolder, line: bytes) -> None:
     (folder.path / "metrics.jsonl").write_bytes(b'{"kind": "round"}\n' + line + b"\n")
     with pytest.raises(InputError, match="not JSON|not a JSON object") as caught:

@@ -202,4 +202,4 @@ def test_stateless_methods_survive_full_turnover(method: str, tmp_path: Path) ->
     plain = scenario(method) | {"availability": {"name": "recorded", "file": str(record)}}
     finished = run(plain, tmp_path)
     assert all(line["status"] == "ok" and not line["failures"] for line in finished.kind("round"))
-    assert [line["answered"] for line in finished.kind("round") if line["task"] == 1][0] == [3, 4, 5]
+    assert next(line["answered"] for line in finished.kind("round") if line["task"] == 1) == [3, 4, 5]

@@ -85,6 +85,8 @@ class AFCL(MethodSettings):
         if "weight" not in memory:
             return predict_with_head(network, memory, images)
         scores = self._features(network, images) @ memory["weight"]
+        counts = memory["cross"][-1]  # the row of the constant feature
+        scores = scores.masked_fill(counts == 0, -torch.inf)
         return F.pad(scores, (0, network.head.out_features - scores.shape[1]), value=-torch.inf)
 
 

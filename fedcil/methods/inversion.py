@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,8 @@ def watch_norms(network: nn.Module) -> Iterator[list[NormStatistics]]:
 
     def look(layer: Any, inputs: tuple[Tensor]) -> None:
         (x,) = inputs
-        var, mean = torch.var_mean(x.to(layer.running_mean.dtype), (0, 2, 3), correction=0)
+        over = [0, *range(2, x.dim())]  # all but the channels
+        var, mean = torch.var_mean(x.to(layer.running_mean.dtype), over, correction=0)
         seen.append(NormStatistics(layer.running_mean, layer.running_var, mean, var))
 
     layers = [part for part in network.modules() if isinstance(part, NORMS)]
@@ -74,7 +75,9 @@ def entropy_loss(logits: Tensor, *, normalised: bool = True) -> Tensor:
     Not normalised: sum_k p_k ln p_k, the negative entropy of the paper's formula. 0 for one class.
     """
     classes = logits.shape[1]
-    negative_entropy: Tensor = -torch.special.entr(F.softmax(logits, dim=1).mean(0)).sum()
+    mean = F.softmax(logits, dim=1).mean(0)
+    mean = mean.clamp_min(torch.finfo(mean.dtype).tiny)  # p = 0 has the value 0 but no gradient
+    negative_entropy = (mean * mean.log()).sum()
     if not normalised:
         return negative_entropy
     return 1 + negative_entropy / math.log(classes) if classes > 1 else negative_entropy * 0
@@ -108,7 +111,10 @@ def blur(images: Tensor) -> Tensor:
 
 def generator_loss(classifier: Network, images: Tensor, weights: Weights) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all terms that are on, and each term by name. images (n, c, h, w)."""
-    with watch_norms(classifier) as statistics:
+    watched: AbstractContextManager[list[NormStatistics]] = nullcontext([])
+    if weights.norm > 0:
+        watched = watch_norms(classifier)
+    with watched as statistics:
         features = classifier.features(images)
     logits = classifier.head(features)
     zero = torch.zeros((), dtype=images.dtype, device=images.device)

@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedcil.compute import Compute
+from fedcil.errors import ScenarioError
 from fedcil.keys import Key
 from fedcil.messages import Payload
 from fedcil.methods.base import Batch, Boundary, Draws, Method, Prepared, Progress, part, prefixed
 from fedcil.methods.inversion import Weights, generator_loss, to_floats
-from fedcil.models.generator import Generator
+from fedcil.models.generator import Generator, default_upsamplings
 from fedcil.models.network import Network, freeze, initialise, load_state, snapshot
 from fedcil.section import Above0, Count, MethodSettings, NonNegative, Positive
 from fedcil.state import ServerState
@@ -99,6 +100,26 @@ class MFCL(MethodSettings):
             raise ValueError("give one of method.synthetic (a number) and method.synthetic_ratio, or a preset")
         return self
 
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        if self.w_ce + self.w_ft + self.w_kd == 0:
+            raise ValueError("method.w_ce, w_ft and w_kd are all 0: clients would learn nothing")
+        if self.w_label + self.w_ie + self.w_bn + self.w_prior + self.w_act == 0:
+            raise ValueError("all weights of the generator's loss are 0: it would learn nothing")
+        return self
+
+    def check_image(self, image: tuple[int, int, int]) -> None:
+        """The generator makes square images whose side it can reach by doubling."""
+        _, height, width = image
+        ups = default_upsamplings(height) if self.upsamplings is None else self.upsamplings
+        if height != width or height % (1 << ups):
+            raise ScenarioError(
+                f"the generator cannot make images of {height} x {width} pixels with {ups} up-samplings",
+                where="method.upsamplings",
+                allowed=f"square images whose side is a multiple of 2^{ups}",
+                next="set data.image_size, or method.upsamplings",
+            )
+
     def build(self) -> Method:
         return Method(
             prepare=self._prepare,
@@ -116,6 +137,7 @@ class MFCL(MethodSettings):
         return max(1, round(self.synthetic_ratio * real * task.old / len(task.classes)))
 
     def make_generator(self, compute: Compute) -> Generator:
+        """On the CPU, in uninitialised memory."""
         channels, size, _ = compute.architecture.image
         with torch.device("meta"):
             generator = Generator(
@@ -126,14 +148,16 @@ class MFCL(MethodSettings):
                 upsamplings=self.upsamplings,
                 precision=compute.autocast,
             )
-        generator = generator.to_empty(device=compute.device)
-        return generator.to(memory_format=torch.channels_last)
+        return generator.to_empty(device="cpu")
+
+    def place(self, generator: Generator, compute: Compute) -> Generator:
+        return generator.to(compute.device).to(memory_format=torch.channels_last)
 
     def _prepare(self, compute: Compute, task: Task, payload: Payload | None, key: Key) -> Prepared:
         if payload is None:
             return None
         teacher = compute.frozen(part("teacher", payload.tensors))
-        generator = self.make_generator(compute)
+        generator = self.place(self.make_generator(compute), compute)
         load_state(generator, part("generator", payload.tensors))
         freeze(generator)
         pool = draw_pool(generator, teacher, self.pool, key.at("pool")) if self.pool else None
@@ -169,7 +193,8 @@ class MFCL(MethodSettings):
         if self.continue_generator and state.payload is not None:
             load_state(generator, part("generator", state.payload.tensors))
         else:
-            initialise(generator, key.at("generator").torch())
+            initialise(generator, key.at("generator").torch())  # on the CPU: the same for every device
+        generator = self.place(generator, compute)
         terms = self._train_generator(generator, classifier, key, progress)
         generator.eval()
         histogram = coverage(generator, classifier, key.at("coverage"))

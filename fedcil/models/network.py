@@ -61,6 +61,9 @@ def load_state(module: nn.Module, tensors: Tensors) -> None:
     own = state_of(module)
     if own.keys() != tensors.keys():
         raise ValueError(f"tensors differ in name: {sorted(own.keys() ^ tensors.keys())}")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
     torch._foreach_copy_(list(own.values()), [tensors[name] for name in own])
 
 
