@@ -36,8 +36,8 @@ def learning_rate(training: TrainingSection, round_in_phase: int, rounds: int) -
 def cut_epoch(count: int, batch_size: int, mode: str) -> list[int]:
     """Sizes of an epoch's batches.
 
-    ``even``: equal parts of at most batch_size, never of one sample; ``ragged``: full batches and a rest, where a rest of one
-    sample joins the batch before it (batch norm needs two); ``drop_last``: full batches only.
+    ``even``: equal parts of at most batch_size; ``ragged``: full batches and a rest; ``drop_last``: full batches
+    only. Batch norm needs two samples: a rest of one joins the batch before it.
     """
     full, rest = divmod(count, batch_size)
     if mode == "drop_last":

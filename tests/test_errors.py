@@ -9,14 +9,18 @@ import pickle
 import signal
 import threading
 import time
+import warnings
 from typing import Any
 
 import pytest
 
 from fedcil import errors
-from fedcil.cli.guard import OUT_OF_TIME, guarded, stoppable
 from fedcil.errors import FedcilError, InputError, ScenarioError, Stopped
 from fedcil.port import StopSignal, remaining
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # the package imports typer, and some versions use what click deprecates
+    from fedcil.cli.guard import OUT_OF_TIME, guarded, stoppable
 
 
 def kinds() -> list[type[FedcilError]]:

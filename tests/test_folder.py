@@ -311,7 +311,7 @@ def test_a_half_written_last_line_is_not_read(folder: RunFolder) -> None:
 @pytest.mark.parametrize("line", [b"{", b"\0\0\0", b"3", b"\xff", b"[" * 100_000], ids=range(5))
 def test_a_damaged_whole_line_is_named(folder: RunFolder, line: bytes) -> None:
     (folder.path / "metrics.jsonl").write_bytes(b'{"kind": "round"}\n' + line + b"\n")
-    with pytest.raises(InputError, match="not JSON|not a JSON object") as caught:
+    with pytest.raises(InputError, match=r"not JSON|not a JSON object") as caught:
         len(open_run(folder.path).lines)
     assert caught.value.where.endswith("metrics.jsonl:2")
 

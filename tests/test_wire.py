@@ -86,7 +86,7 @@ def refused(given: bytes, expected: Expected = EXPECTED) -> MessageRefused:
     return caught.value
 
 
-def tensor(shape: list[int], dtype: torch.dtype, seed: int) -> Tensor:
+def noise(shape: list[int], dtype: torch.dtype, seed: int) -> Tensor:
     size = torch.tensor([], dtype=dtype).element_size()
     generator = torch.Generator().manual_seed(seed)
     if dtype == torch.bool:
@@ -109,7 +109,7 @@ def tensor(shape: list[int], dtype: torch.dtype, seed: int) -> Tensor:
 )
 def test_any_tensors_and_header_come_back(parts: dict[str, Any], header: dict[str, Any]) -> None:
     header = {name: value for name, value in header.items() if value not in (float("inf"), float("-inf"))}
-    tensors = {name: tensor(*part) for name, part in parts.items()}
+    tensors = {name: noise(*part) for name, part in parts.items()}
     got, back = unpack(pack(header, tensors), limit=LIMIT)
     assert got == header
     assert spec_of(back) == spec_of(tensors)
@@ -128,8 +128,8 @@ def test_views_and_tensors_that_share_memory_come_back() -> None:
         "two": whole,
     }
     _, back = unpack(pack({}, tensors), limit=LIMIT)
-    for name, given in tensors.items():
-        assert torch.equal(back[name], given)
+    for name, tensor in tensors.items():
+        assert torch.equal(back[name], tensor)
 
 
 def test_a_broadcast_comes_back() -> None:
