@@ -68,11 +68,10 @@ class Session:
     def save(self, state: RunState) -> None:
         self.folder.checkpoint(state, self.experiment)
 
-    def record(self, line: dict[str, Any], clock: Clock) -> None:
-        """Append one line; everything that depends on the machine goes under ``cost``."""
-        line["cost"] = line.get("cost", {}) | clock.read()
-        self.folder.append(line)
-        self.watcher.recorded(line)
+    def record(self, lines: list[dict[str, Any]]) -> None:
+        """Append what a step of the loop says, all at once: a step is recorded whole or not at all."""
+        for line in lines:
+            self.folder.append(line)
 
     def progress(self, step: int, steps: int, terms: Mapping[str, float]) -> None:
         self.stop.check()
@@ -100,15 +99,21 @@ def open_session(
 
 
 class Clock:
-    """Seconds, CPU seconds of this process, and its peak memory, since it was made."""
+    """Seconds by stage, CPU seconds of this process, and its peak memory, since it was made."""
 
     def __init__(self) -> None:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
+        self.stages: dict[str, float] = {}
 
-    def read(self) -> dict[str, float]:
+    def stage(self, name: str) -> None:
+        """The time since the last stage ended was this one's."""
+        self.stages[name] = time.perf_counter() - self.wall - sum(self.stages.values())
+
+    def read(self) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
             "seconds": time.perf_counter() - self.wall,
+            "stages": self.stages,
             "cpu_seconds": time.process_time() - self.cpu,
             "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10),
         }
@@ -125,7 +130,7 @@ def run_tasks(session: Session, state: RunState) -> RunState:
             while state.cursor.phase < len(phases):
                 state = one_round(session, state, task, phases[state.cursor.phase])
             state = end_task(session, state, task)
-    except (Stopped, TooFewClients):
+    except Stopped:
         session.save(state)
         raise
     return state
@@ -140,19 +145,22 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     request = make_request(state, cohort)
     outcome = session.port.run(request, scenario.server.deadline_s, session.watcher.client_done)
     torch.set_num_threads(scenario.server.threads)  # the inline engine trains in this thread
+    clock.stage("clients")
     status = round_status(outcome, len(cohort), scenario.server.quorum)
     server = state.server
     if status == "ok":
         server = experiment.method.reduce(server, phase, outcome.total)
-    trained = clock.read()["seconds"]
+    clock.stage("reduce")
     line = round_line(state, task, phase, request, outcome, status)
     if evaluation_due(cursor, phase, scenario.server.evaluate_every):
-        line["accuracy"] = session.evaluator.evaluate(server, task).accuracy
-    after = advance(state, cohort, outcome, phase, status)
-    after = replace(after, server=server)
+        evaluation = session.evaluator.evaluate(server, task)
+        line |= {"accuracy": evaluation.accuracy, "task_aware": evaluation.task_aware}
+    clock.stage("evaluate")
+    after = replace(advance(state, cohort, outcome, phase, status), server=server)
     line["client_state_bytes"] = sum(after.client_state_bytes.values())
-    line["cost"] = {"clients_seconds": trained, "wire_bytes": outcome.wire_bytes}
-    session.record(line, clock)
+    line["cost"] = clock.read() | {"wire_bytes": outcome.wire_bytes}
+    session.record([line])
+    session.watcher.recorded(line)
     if after.short_rounds >= scenario.server.patience:
         session.save(after)
         raise too_few(after.short_rounds, task, scenario.server.quorum)
@@ -235,6 +243,7 @@ def round_line(
         ],
         "samples": sum(report.samples for report in outcome.reports),
         "loss": mean_loss(outcome),
+        "losses": [report.metrics.get("loss") for report in outcome.reports],
         "bytes": {
             "model_down": len(cohort) * count_bytes(state.server.model),
             "payload_down": len(newcomers) * count_bytes(payload.tensors) if payload else 0,
@@ -262,15 +271,18 @@ def end_task(session: Session, state: RunState, task: Task) -> RunState:
         "task_aware": evaluation.task_aware,
         "confusion": evaluation.confusion,
         "test_images": evaluation.test_images,
+        "cost": clock.read(),
     }
-    session.record(line, clock)
-    server = state.server
+    session.watcher.recorded(line)
+    lines, server = [line], state.server
     if not experiment.stream.last(task):
         clock = Clock()
         made = boundary.cross(server, task, experiment, session.progress)
         server = made.state
         line = {"kind": "boundary", "task": task.index, "warnings": list(made.warnings), **made.log}
-        session.record(line, clock)
+        lines.append(line | {"cost": clock.read()})
+        session.watcher.recorded(lines[-1])
+    session.record(lines)
     after = replace(state, server=server, cursor=Cursor(task.index + 1), holders=frozenset())
     session.save(after)
     return after

@@ -130,7 +130,7 @@ class StopAfter:
 
 
 @pytest.mark.parametrize("method", TABLE)
-@pytest.mark.parametrize("lines", [1, 4, 7])
+@pytest.mark.parametrize("lines", [1, 3, 4, 7])  # 3: between a task and its boundary
 def test_a_stopped_run_resumes_to_the_same_bits(method: str, lines: int, base: Base, tmp_path: Path) -> None:
     whole = base(method)
     stop = StopSignal()
