@@ -26,8 +26,7 @@ install: $(VENV)/installed           ## make the environment and install fedcil
 install-dev: $(VENV)/installed-dev   ## the same with the development extras
 
 demo: install    ## FedAvg, MFCL and oracle on handwritten digits: a table, run folders, pictures
-	$(BIN)/fedcil run digits_fedavg digits_mfcl digits_oracle --output runs/demo
-	$(BIN)/fedcil compare runs/demo/*/ --figure runs/demo/comparison.png
+	$(BIN)/fedcil run digits_fedavg digits_mfcl digits_oracle --output runs/demo --figure runs/demo/comparison.png
 
 lint: install-dev    ## lint, format check, strict types
 	$(BIN)/ruff check .
@@ -39,10 +38,10 @@ format: install-dev  ## mend what can be mended
 	$(BIN)/ruff format .
 
 test: lint           ## lint, format, types and the fast tests
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
 test-all: lint       ## everything: all engines, kills, real data
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 results: install     ## the tables of docs/results.md, resumable
 	$(BIN)/python scenarios/results.py

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcil.compute import apply_precision
-from fedcil.engines import Setting, serve
+from fedcil.engines import Setting, load_engine, serve
 from fedcil.errors import FedcilError, NotResumable
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.port import Port, StopSignal
@@ -39,6 +39,7 @@ def run(
     """
     if not isinstance(scenario, Scenario):
         scenario = load_scenario(scenario, overrides)
+    load_engine(scenario.engine.name)
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)
     folder = RunFolder.create(Path(output), experiment)

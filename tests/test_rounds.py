@@ -352,9 +352,9 @@ def test_too_few_clients_leave_a_checkpoint_to_go_on_from(start: Start) -> None:
     assert isinstance(ran.error, TooFewClients)
     ran.folder.close()
     folder, state = RunFolder.reopen(ran.folder.path, opened)
+    resumed = start(opened, Table(), state, folder)
     assert state.cursor == Cursor(0, 1, 0)
     assert state.short_rounds == 2
-    resumed = start(opened, Table(), state, folder)
     assert resumed.error is None
     assert [(line["task"], line["round"]) for line in resumed.rounds()] == [(t, r) for t in range(3) for r in range(3)]
 
@@ -431,8 +431,8 @@ def test_a_stop_in_a_round_leaves_the_state_of_the_last_finished_round(start: St
     assert ran.lines == whole.lines[: 6 if port_stops else 7]  # 3 rounds, task, boundary, 1 or 2 rounds
     ran.folder.close()
     folder, state = RunFolder.reopen(ran.folder.path, opened)
-    assert state.cursor == Cursor(1, 0, 1 if port_stops else 2)
     resumed = start(opened, Table(), state, folder)
+    assert state.cursor == Cursor(1, 0, 1 if port_stops else 2)
     assert resumed.lines == whole.lines
     assert bits(resumed.end) == bits(whole.end)
     assert list(ran.folder.path.glob("metrics.cut-*")) == []
@@ -466,8 +466,8 @@ def test_a_stop_in_a_boundary_repeats_the_end_of_the_task(start: Start) -> None:
     assert ran.lines[-1]["kind"] == "task"
     ran.folder.close()
     folder, state = RunFolder.reopen(ran.folder.path, opened)
-    assert state.cursor == Cursor(1, 1, 0)
     resumed = start(opened, Table(), state, folder)
+    assert state.cursor == Cursor(1, 1, 0)
     assert resumed.lines == whole.lines
     assert resumed.lines[4] == {"kind": "boundary", "task": 0, "warnings": ["look out"], "histogram": [1]}
     assert bits(resumed.end) == bits(whole.end)

@@ -40,6 +40,7 @@ def run(
     engine: str | None,
     output: Path,
     figures: bool,
+    figure: Path | None,
     max_seconds: float | None,
     json: bool,
 ) -> None:
@@ -57,6 +58,8 @@ def run(
             options = Options(data_root, figures, stop, json)
             done.append(_continue(earlier, options) if earlier else _run_one(scenario, output, options))
     _print_runs(done, json=json)
+    if figure:
+        _draw_comparison(done, figure)
 
 
 def resume(
@@ -82,21 +85,26 @@ def compare(*, runs: Sequence[Path], figure: Path | None, json: bool) -> None:
     from fedcil.record.compare import differences, to_json, to_table
     from fedcil.record.run import open_run
 
-    groups = group([open_run(path) for path in runs])
-    if figure:
-        from fedcil.record.figures import compare_figure, save_png
-
-        save_png(compare_figure(groups), figure)
+    opened = [open_run(path) for path in runs]
+    groups = group(opened)
     if json:
         print(jsonlib.dumps(to_json(groups)))
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    Console().print(to_table(groups))
-    for note in differences(groups):
-        print(f"note: {note}")
+        Console().print(to_table(groups))
+        for note in differences(groups):
+            print(f"note: {note}")
     if figure:
-        print(f"figure: {figure}")
+        _draw_comparison(opened, figure)
+
+
+def _draw_comparison(runs: Sequence[Run], path: Path) -> None:
+    from fedcil.record.compare import compare as group
+    from fedcil.record.figures import compare_figure, save_png
+
+    save_png(compare_figure(group(runs)), path)
+    print(f"comparison: {path}", file=sys.stderr)
 
 
 def report(*, path: Path, output: Path | None) -> None:

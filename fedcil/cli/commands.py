@@ -26,6 +26,7 @@ Sets = Annotated[
 DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds the data sets. [env: FEDCIL_DATA_ROOT]")]
 Engine = Annotated[str | None, typer.Option(help="inline, ray or flower.")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]
+Figure = Annotated[Path | None, typer.Option(help="Draw the comparison into this PNG.")]
 ScenarioName = Annotated[str, typer.Argument(metavar="SCENARIO", help="A TOML file or a shipped name.")]
 MaxSeconds = Annotated[
     float | None, typer.Option(min=0.0, help="Stop with a checkpoint after this many seconds (exit code 5).")
@@ -44,6 +45,7 @@ def run(
     engine: Engine = None,
     output: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     figures: Annotated[bool, typer.Option(help="Draw the figures of the run folder.")] = True,
+    figure: Figure = None,
     max_seconds: MaxSeconds = None,
     json: Json = False,
 ) -> None:
@@ -56,6 +58,7 @@ def run(
         engine=engine,
         output=output,
         figures=figures,
+        figure=figure,
         max_seconds=max_seconds,
         json=json,
     )
@@ -88,7 +91,7 @@ def resume(
 @guarded
 def compare(
     runs: Runs,
-    figure: Annotated[Path | None, typer.Option(help="Draw the comparison into this PNG.")] = None,
+    figure: Figure = None,
     json: Json = False,
 ) -> None:
     """A table of runs; seeds of one scenario become mean and sample deviation."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from fedcil.errors import ScenarioError
@@ -19,7 +20,6 @@ from fedcil.port import Port, StopSignal
 ENGINES = {"inline": "fedcil.engines.inline", "ray": "fedcil.engines.ray", "flower": "fedcil.engines.flower"}
 
 T = TypeVar("T")
-Loop = Callable[[Port], T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,14 @@ class Setting:
 
 def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     """Run ``loop`` over the engine that the scenario names."""
-    name = setting.experiment.scenario.engine.name
+    result: T = load_engine(setting.experiment.scenario.engine.name).serve(setting, loop)
+    return result
+
+
+def load_engine(name: str) -> ModuleType:
+    """The engine's module; ScenarioError if a package that it needs is not installed."""
     try:
-        module = import_module(ENGINES[name])
+        return import_module(ENGINES[name])
     except ImportError as error:
         raise ScenarioError(
             f"engine.name = {name!r} needs a package that is not here: {error.name}",
@@ -44,5 +49,3 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
             allowed="inline, which needs nothing more",
             next="pip install 'flwr[simulation]' or set engine.name = 'inline'",
         ) from None
-    result: T = module.serve(setting, loop)
-    return result
