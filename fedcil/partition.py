@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -18,6 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcil.dotted import load_dotted
 from fedcil.errors import InputError, ScenarioError
 
 if TYPE_CHECKING:
@@ -114,16 +114,7 @@ def _share_task(section: PartitionSection, clients: int, task: Task, labels: Int
 def _load_rule(name: str) -> Rule:
     if name in RULES:
         return RULES[name]
-    module, _, function = name.partition(":")
-    try:
-        rule: Rule = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ScenarioError(
-            f"partition.name = {name!r} cannot be loaded: {error}",
-            where="partition.name",
-            allowed=f"{', '.join(RULES)}, or your own as package.module:function",
-            next="check the name, and that the module can be imported from here",
-        ) from None
+    rule: Rule = load_dotted(name, "partition.name")
     return rule
 
 

@@ -14,7 +14,6 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from hashlib import blake2b
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedcil.dotted import load_dotted
 from fedcil.errors import ScenarioError
 from fedcil.methods import METHODS
 from fedcil.section import (
@@ -216,21 +216,13 @@ def method_settings(name: str) -> type[MethodSettings]:
             f"unknown method {name!r}; allowed: {', '.join(METHODS)}, or your own as package.module:Class"
             + _did_you_mean(name, METHODS)
         )
-    loaded = load_dotted(target)
+    try:
+        loaded = load_dotted(target, "method.name")
+    except ScenarioError as error:
+        raise ValueError(error.what) from None
     if not (isinstance(loaded, type) and issubclass(loaded, MethodSettings)):
         raise ValueError(f"{target} is not a class of method settings (fedcil.section.MethodSettings)")
     return loaded
-
-
-def load_dotted(target: str) -> Any:
-    """The object behind ``package.module:name``; ValueError says which half was not found."""
-    module, _, attribute = target.partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, TypeError, ValueError) as error:  # the last two: ".x" and "" are no modules
-        raise ValueError(f"{target}: module {module!r} cannot be imported ({error})") from None
-    except AttributeError:
-        raise ValueError(f"{target}: module {module!r} has no {attribute!r}") from None
 
 
 class Scenario(Section):

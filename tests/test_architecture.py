@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fedcil", "server", "client")
-BOTTOM = ("fedcil.errors", "fedcil.keys", "fedcil.section")
+BOTTOM = ("fedcil.errors", "fedcil.dotted", "fedcil.keys", "fedcil.section")
 VALUES = (*BOTTOM, "fedcil.messages", "fedcil.fold", "fedcil.state", "fedcil.stream", "fedcil.losses")
 EXPERIMENT = (
     *VALUES,
@@ -28,6 +28,7 @@ EXPERIMENT = (
 # room -> what it may import of the project (a name allows everything below it) and which libraries
 ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.errors": ((), ()),
+    "fedcil.dotted": (("fedcil.errors",), ()),
     "fedcil.section": ((), ("pydantic",)),
     "fedcil.keys": ((), ("numpy", "torch")),
     "fedcil.metrics": ((), ("numpy",)),
@@ -43,7 +44,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.availability": (BOTTOM, ("numpy",)),
     "fedcil.scenario": ((*BOTTOM, "fedcil.methods"), ("pydantic",)),
     "fedcil.data": ((*BOTTOM, "fedcil.data"), ("torch", "numpy", "PIL", "torchvision", "filelock", "rich", "yaml")),
-    "fedcil.models": (("fedcil.messages", "fedcil.scenario", "fedcil.models"), ("torch",)),
+    "fedcil.models": (("fedcil.dotted", "fedcil.messages", "fedcil.models"), ("torch",)),
     "fedcil.compute": (("fedcil.errors", "fedcil.messages", "fedcil.models"), ("torch",)),
     "fedcil.methods": ((*VALUES, "fedcil.compute", "fedcil.models", "fedcil.methods"), ("torch", "pydantic")),
     "fedcil.experiment": (EXPERIMENT, ("numpy",)),

@@ -451,8 +451,9 @@ def test_an_own_rule_that_leaves_a_client_empty(own: Callable[[Any], str]) -> No
 @pytest.mark.parametrize("name", ["no_such_module:rule", "fedcil.partition:no_such_rule", ":rule"])
 def test_an_own_rule_that_is_not_there(name: str) -> None:
     error = failure(2, balanced(2, 2), name=name)
-    assert f"partition.name = {name!r} cannot be loaded" in error["what"]
-    assert "dirichlet_equal" in error["allowed"]
+    assert repr(name) in error["what"]
+    assert error["where"] == "partition.name"
+    assert "package.module:name" in error["allowed"]
 
 
 # Files

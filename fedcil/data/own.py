@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedcil.data.dataset import Dataset, Split, digest_of
+from fedcil.dotted import load_dotted
 from fedcil.errors import ScenarioError
 
 if TYPE_CHECKING:
@@ -39,23 +39,11 @@ def load_own(section: DataSection, root: Path) -> Dataset:
 
 
 def _find(target: str) -> Callable[..., Any]:
-    module, _, name = target.partition(":")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise _unusable(target, str(error)) from None
+    found = load_dotted(target, "data.name")
     if not callable(found):
-        raise _unusable(target, f"{name} is not a function")
+        raise ScenarioError(f"{target!r} is not a function", where="data.name", allowed="package.module:function")
     function: Callable[..., Any] = found
     return function
-
-
-def _unusable(target: str, reason: str) -> ScenarioError:
-    return ScenarioError(
-        f"the data set {target!r} cannot be used: {reason}",
-        where="data.name",
-        allowed="package.module:function that can be imported from here",
-    )
 
 
 def _problems(given: object) -> Iterator[str]:

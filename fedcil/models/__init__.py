@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedcil.dotted import load_dotted
 from fedcil.models.cnn import CNN
 from fedcil.models.network import Backbone, Network
 from fedcil.models.resnet import resnet8, resnet18
@@ -42,7 +43,5 @@ def make_architecture(section: ModelSection, image: Image) -> Architecture:
             return Architecture(lambda: resnet8(channels, section.width or 16, section.stem), image)
         case "resnet18":
             return Architecture(lambda: resnet18(channels, section.width or 64, section.stem), image)
-    from fedcil.scenario import load_dotted
-
-    build = load_dotted(section.name)
+    build = load_dotted(section.name, "model.name")
     return Architecture(lambda: build(channels, section), image)
