@@ -16,8 +16,8 @@ from flwr.clientapp import ClientApp
 from client.handle import Shared, Worker, do_job
 from client.states import StateStore
 from fedcil.experiment import open_experiment
+from fedcil.files import write_atomic
 from fedcil.messages import Broadcast, Job, Payload
-from fedcil.record.atomic import write_atomic
 from fedcil.scenario import load_scenario
 from fedcil.wire import Answer, pack_answer, place_of, unpack_broadcast, unpack_payload
 

@@ -198,7 +198,8 @@ def round_status(outcome: Outcome, asked: int, quorum: float) -> str:
     if asked == 0:
         return "empty"
     answered = len(outcome.reports)
-    return "ok" if answered and answered >= quorum * asked else "no_quorum"
+    enough = quorum * asked - 1e-9  # a share like 0.28 of 25 is not exact in binary
+    return "ok" if answered and answered >= enough else "no_quorum"
 
 
 def evaluation_due(cursor: Cursor, phase: Phase, every: int) -> bool:
@@ -293,5 +294,5 @@ def too_few(rounds: int, task: Task, quorum: float) -> TooFewClients:
         f"{rounds} rounds in a row without enough clients",
         where=f"task {task.index + 1}",
         allowed=f"at least one answer and server.quorum = {quorum:g} of the asked clients",
-        next="bring clients back and `fedcil resume` the run, or raise server.patience",
+        next="bring clients back and `fedcil resume RUN`",
     )

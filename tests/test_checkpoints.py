@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from fedcil.errors import NotResumable
+from fedcil.files import read_tensors, write_atomic, write_tensors
 from fedcil.messages import Payload, content_hash
 from fedcil.record import checkpoints
-from fedcil.record.atomic import read_tensors, write_atomic, write_tensors
 from fedcil.record.checkpoints import Checkpoint, CheckpointFolder
 from fedcil.state import Cursor, RunState, ServerState
 

@@ -845,7 +845,7 @@ def test_full_disk_is_an_error_that_names_the_folder(monkeypatch: pytest.MonkeyP
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module, "_sync", full)
+    monkeypatch.setattr(cache_module, "sync_file", full)
     with pytest.raises(InputError, match="No space left"):
         cached("made", "x", recipe)
 

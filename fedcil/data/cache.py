@@ -33,6 +33,7 @@ from fedcil.data.dataset import (
     new_hasher,
 )
 from fedcil.errors import InputError
+from fedcil.files import sync_file, sync_folder
 
 CACHE_VARIABLE = "FEDCIL_CACHE"
 FORMAT = "v1"  # part of the folder's name, so that two versions of fedcil never fight over an entry
@@ -158,7 +159,7 @@ def _write(folder: Path, recipe: Recipe) -> None:
         for split, blocks in zip(SPLITS, (recipe.train, recipe.test), strict=True):
             _write_split(scratch, split, blocks, hasher)
         _write_meta(scratch, recipe, hasher.hexdigest())
-        _sync_folder(scratch)
+        sync_folder(scratch)
         _swap(scratch, folder)
 
 
@@ -179,10 +180,10 @@ def _write_split(scratch: Path, split: str, blocks: Blocks, hasher: Hasher) -> N
         header = {"descr": "|u1", "fortran_order": False, "shape": tuple(int(side) for side in blocks.shape)}
         np.lib.format.write_array_header_1_0(file, header)
         hash_split(hasher, blocks.shape, _written(file, blocks.blocks), blocks.labels)
-        _sync(file)
+        sync_file(file)
     with (scratch / f"{split}-labels.npy").open("wb") as file:
         np.save(file, np.asarray(blocks.labels, dtype="<i8"))
-        _sync(file)
+        sync_file(file)
 
 
 def _written(file: BinaryIO, blocks: Iterable[Bytes]) -> Iterator[Bytes]:
@@ -205,7 +206,7 @@ def _write_meta(scratch: Path, recipe: Recipe, digest: str) -> None:
     }
     with (scratch / "meta.json").open("wb") as file:
         file.write(json.dumps(meta, indent=1).encode())
-        _sync(file)
+        sync_file(file)
 
 
 def _swap(scratch: Path, folder: Path) -> None:
@@ -216,17 +217,4 @@ def _swap(scratch: Path, folder: Path) -> None:
         folder.rename(old)
         shutil.rmtree(old, ignore_errors=True)
     scratch.rename(folder)
-    _sync_folder(folder.parent)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder.parent)

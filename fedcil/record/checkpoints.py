@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcil.errors import NotResumable
+from fedcil.files import read_tensors, write_atomic, write_tensors
 from fedcil.messages import Payload, Tensors, content_hash
-from fedcil.record.atomic import read_tensors, write_atomic, write_tensors
 from fedcil.state import Cursor, RunState, ServerState
 
 FORMAT = 1

@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 
 from fedcil.errors import FolderBusy, InputError, NotResumable, RunFailed
 from fedcil.experiment import Experiment
+from fedcil.files import write_atomic
 from fedcil.partition import save_partition
-from fedcil.record.atomic import write_atomic
 from fedcil.record.checkpoints import Checkpoint, CheckpointFolder
 from fedcil.scenario import to_toml
 from fedcil.state import RunState
