@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from fedcil.errors import InputError
 
 if TYPE_CHECKING:
     from fedcil.api import load, resume, run
@@ -35,24 +32,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fedcil' has no attribute {name!r}")
     from importlib import import_module
 
+    from fedcil.neighbours import refuse_intruders
+
+    refuse_intruders()
     return getattr(import_module(_HOMES[name]), name)
-
-
-def _refuse_intruders() -> None:
-    """``client`` and ``server`` are common names: make sure that ours are the ones that would be imported."""
-    from importlib.util import find_spec
-
-    home = Path(__file__).resolve().parent.parent
-    for package in ("client", "server"):
-        spec = find_spec(package)
-        found = Path(spec.origin).resolve() if spec and spec.origin else None
-        if found != home / package / "__init__.py":
-            raise InputError(
-                f"the package {package!r} is not fedcil's own",
-                where=str(found or "not found"),
-                allowed=str(home / package),
-                next=f"rename or move the other {package!r}, or run from another folder",
-            )
 
 
 # What the libraries below would otherwise do at import or start: report usage, look for updates, install.
@@ -65,5 +48,3 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 del _name, _value
-
-_refuse_intruders()

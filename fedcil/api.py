@@ -37,8 +37,9 @@ def run(
     Raises ScenarioError, DataMissing, TooFewClients, or Stopped if ``stop`` is set; after the first round a
     checkpoint is always there.
     """
-    if not isinstance(scenario, Scenario):
-        scenario = load_scenario(scenario, overrides)
+    if isinstance(scenario, Scenario):
+        scenario = scenario.to_dict()
+    scenario = load_scenario(scenario, overrides)
     load_engine(scenario.engine.name)
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict
 
 if TYPE_CHECKING:
     from fedcil.methods.base import Method
+    from fedcil.stream import Task
 
 
 class Section(BaseModel):
@@ -40,6 +41,10 @@ class MethodSettings(Section):
 
     def check_image(self, image: tuple[int, int, int]) -> None:
         """Raise ScenarioError if the method cannot work on images of (channels, height, width)."""
+
+    def extra_images(self, real: int, task: Task) -> tuple[int, int]:
+        """(images kept in memory, images added to a step of ``real`` ones): for the prediction of memory alone."""
+        return 0, 0
 
     def build(self) -> Method:
         """The frozen value of functions that this method is (fedcil/methods/base.py)."""

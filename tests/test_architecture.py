@@ -30,6 +30,7 @@ EXPERIMENT = (
 ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.errors": ((), ()),
     "fedcil.dotted": (("fedcil.errors",), ()),
+    "fedcil.neighbours": (("fedcil.errors",), ()),
     "fedcil.section": ((), ("pydantic",)),
     "fedcil.keys": ((), ("numpy", "torch")),
     "fedcil.metrics": ((), ("numpy",)),
@@ -71,7 +72,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.api": (("fedcil", "server"), ()),
     "fedcil.cli": (("fedcil",), ("typer", "rich", "numpy", "torch")),
     "fedcil.__main__": (("fedcil.cli",), ()),
-    "fedcil": (("fedcil.errors", "fedcil.api", "fedcil.record.run", "fedcil.scenario"), ()),
+    "fedcil": (("fedcil.errors", "fedcil.neighbours", "fedcil.api", "fedcil.record.run", "fedcil.scenario"), ()),
 }
 NEVER = {  # whatever the table says
     "fedcil.models": ("fedcil.methods", "fedcil.engines"),

@@ -897,7 +897,8 @@ def test_fingerprint_sees_edits_moves_and_options(tmp_path: Path) -> None:
 def real(*parts: str) -> Path:
     path = REAL.joinpath(*parts)
     if not path.exists():
-        pytest.skip(f"{path} is not there; set FEDCIL_DATA_ROOT")
+        missing = pytest.fail if os.environ.get("FEDCIL_REQUIRE_DATA") else pytest.skip
+        missing(f"{path} is not there; set FEDCIL_DATA_ROOT")
     return REAL
 
 

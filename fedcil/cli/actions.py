@@ -199,8 +199,9 @@ def _earlier_run(scenario: Scenario, output: Path) -> Run | None:
 
     for path in sorted(output.glob(f"{scenario.name}-{scenario.seed}-*")):
         found = Run(path)
+        begun = found.finished or any((path / "checkpoints").glob("state-*.json"))
         try:
-            if found.scenario.digest() == scenario.digest():
+            if begun and found.scenario.digest() == scenario.digest():
                 return found
         except (FedcilError, OSError):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,11 +64,13 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     """MB of one process: torch itself, the images, and for each worker five copies of the model (parameters,
     gradients, anchor, contribution, partial sum) and the activations of a batch with their gradients.
     """
-    scenario = experiment.scenario
-    images = experiment.data.train.images.nbytes + experiment.data.test.images.nbytes
-    activations = 2 * scenario.training.batch_size * activation_bytes(experiment)
+    scenario, task = experiment.scenario, experiment.stream.tasks[-1]
+    stored = experiment.data.train.images.nbytes + experiment.data.test.images.nbytes
+    kept, added = scenario.method.extra_images(scenario.training.batch_size, task)
+    pool = 4 * kept * math.prod(experiment.compute.architecture.image)
+    activations = 2 * (scenario.training.batch_size + added) * activation_bytes(experiment)
     workers = worker_count(scenario)
-    return int(TORCH_MB + (images + workers * (COPIES * model_bytes + activations)) / 2**20)
+    return int(TORCH_MB + (stored + pool + workers * (COPIES * model_bytes + activations)) / 2**20)
 
 
 @torch.no_grad()

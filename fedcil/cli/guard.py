@@ -12,6 +12,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec
 
 from fedcil.errors import FedcilError, Stopped
+from fedcil.neighbours import refuse_intruders
 
 if TYPE_CHECKING:
     from fedcil.port import StopSignal
@@ -26,6 +27,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     @wraps(command)
     def inner(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
+            refuse_intruders()
             command(*args, **kwargs)
         except FedcilError as error:
             show_error(error, as_json=bool(kwargs.get("json")))

@@ -136,6 +136,9 @@ class MFCL(MethodSettings):
         assert self.synthetic_ratio is not None
         return max(1, round(self.synthetic_ratio * real * task.old / len(task.classes)))
 
+    def extra_images(self, real: int, task: Task) -> tuple[int, int]:
+        return self.pool, max(self.synthetic_images(real, task), 2 * self.generator_batch)
+
     def make_generator(self, compute: Compute) -> Generator:
         """On the CPU, in uninitialised memory."""
         channels, size, _ = compute.architecture.image
