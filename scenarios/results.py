@@ -55,9 +55,9 @@ TABLES = {
         shipped("cifar100_small", "fedavg"),
         plain("cifar100_small", "fedlwf"),
         shipped("cifar100_small", "oracle"),
-        plain("cifar100_small", "feder"),
-        plain("cifar100_small", "afcl"),
         plain("cifar100_small", "fedprox"),
+        plain("cifar100_small", "afcl"),
+        plain("cifar100_small", "feder", ", memory=50"),
         plain("cifar100_small", "afcl", ", backbone='task1'"),
     ],
     "cifar100_small_long": [
@@ -109,7 +109,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/results"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    work = [(row, seed) for group in options.groups for seed in options.seeds.split(",") for row in TABLES[group]]
+    work = [(row, seed) for group in options.groups for row in TABLES[group] for seed in options.seeds.split(",")]
     with ThreadPoolExecutor(options.jobs) as pool:
         codes = list(pool.map(lambda pair: run_one(*pair, options.output), work))
     for group in options.groups:
