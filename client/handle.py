@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from fedcil.experiment import Experiment
 from fedcil.fold import Fold
 from fedcil.keys import Key
 from fedcil.messages import (
+    UNEXPECTED,
     Broadcast,
     Contribution,
     Failure,
@@ -99,7 +102,6 @@ class Worker:
 
 def handle(request: Request, worker: Worker) -> Reply:
     """Do every job of a request. A client that breaks becomes a Failure; only Stopped is raised."""
-    torch.set_num_threads(worker.shared.experiment.scenario.training.threads)
     fold = Fold.empty(request.cohort)
     reports: list[Report] = []
     failures: list[Failure] = []
@@ -118,6 +120,7 @@ def handle(request: Request, worker: Worker) -> Reply:
 
 def do_job(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Report | Failure, Contribution | None]:
     """One client's answer. The contribution's tensors are the worker's memory until its next job."""
+    torch.set_num_threads(worker.shared.experiment.scenario.training.threads)
     try:
         contribution, report = _work(broadcast, job, worker)
     except Stopped:
@@ -134,7 +137,9 @@ class ClientProblem(FedcilError):
 def _failure(job: Job, error: Exception) -> Failure:
     if isinstance(error, ClientProblem):
         return Failure(job.client, error.where, error.what)
-    return Failure(job.client, "client", f"{type(error).__name__}: {error}")
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return Failure(job.client, UNEXPECTED, f"{type(error).__name__}: {error}{place}")
 
 
 def _work(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Contribution | None, Report]:
@@ -207,7 +212,7 @@ def _fit(network: Network, own: Samples, task: Task, shared: Shared) -> Contribu
 
 def _remember(job: Job, network: Network, own: Samples, task: Task, shared: Shared) -> tuple[str, int]:
     """The next version of what the client keeps: (hash, bytes)."""
-    memory = shared.experiment.method.memory
+    memory = shared.experiment.method.client_memory
     if memory is None:
         raise ClientProblem("this method keeps nothing on clients", where="state")
     kept = shared.kept(job)
@@ -219,7 +224,7 @@ def _remember(job: Job, network: Network, own: Samples, task: Task, shared: Shar
 
 def _with_memory(own: Samples, job: Job, shared: Shared) -> Samples:
     """Own samples, joined with what the client kept if the method keeps anything."""
-    memory = shared.experiment.method.memory
+    memory = shared.experiment.method.client_memory
     if memory is None:
         return own
     return memory.join(own, shared.kept(job))

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcil.compute import apply_precision
 from fedcil.engines import Setting, load_engine, serve
 from fedcil.errors import FedcilError, NotResumable
 from fedcil.experiment import Experiment, open_experiment
@@ -43,8 +42,9 @@ def run(
     load_engine(scenario.engine.name)
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)
-    folder = RunFolder.create(Path(output), experiment)
-    return _carry_on(experiment, folder, experiment.first_state(), root, figures, watcher, stop)
+    folder, state = RunFolder.create(Path(output), experiment), experiment.first_state()
+    folder.checkpoint(state, experiment)  # from here on a run can be resumed, whatever the engine does
+    return _carry_on(experiment, folder, state, root, figures, watcher, stop)
 
 
 def resume(
@@ -63,6 +63,8 @@ def resume(
     """
     old = open_run(Path(path))
     if old.finished:
+        if figures and not (old.path / "figures").is_dir():
+            _draw(old)
         return old
     scenario = load_scenario(old.path / "scenario.toml", overrides)
     root = Path(data_root) if data_root else None
@@ -87,7 +89,6 @@ def _carry_on(
 ) -> Run:
     """Serve the round loop from ``state`` to the end and write what a finished run has."""
     stop = stop or StopSignal()
-    apply_precision(experiment.compute.precision)
     setting = Setting(experiment, data_root, folder.path / "client_states", stop)
 
     def loop(port: Port) -> None:
@@ -97,14 +98,18 @@ def _carry_on(
         serve(setting, loop)
         finished = finish(folder)
         if figures:
-            from fedcil.record.figures import draw_figures
-
-            draw_figures(finished)
+            _draw(finished)
     except FedcilError as error:
         raise _in_folder(error, folder.path) from None
     finally:
         folder.close()
     return finished
+
+
+def _draw(finished: Run) -> None:
+    from fedcil.record.figures import draw_figures
+
+    draw_figures(finished)
 
 
 def _in_folder(error: FedcilError, path: Path) -> FedcilError:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcil.compute import Compute, numeric_configuration, resolve_device, resolve_precision
+from fedcil.compute import Compute, apply_precision, numeric_configuration, resolve_device, resolve_precision
 from fedcil.data import Dataset, load_dataset
 from fedcil.keys import Key
 from fedcil.methods.base import Method
@@ -76,6 +76,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     key = Key(scenario.seed)
     device = resolve_device(scenario.device)
     precision = resolve_precision(scenario.training.precision, device)
+    apply_precision(precision)
     data = load_dataset(scenario.data, scenario.seed, root=data_root, show_progress=show_progress)
     stream = make_stream(scenario.stream, len(data.class_names), key)
     labels = stream.relabel(data.train.labels)

@@ -93,6 +93,10 @@ class Report:
     seconds: float = 0.0
 
 
+UNEXPECTED = "client"
+"""Stage of a failure that nobody foresaw: an exception out of the method, the model or the data."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A client that gave nothing, at which stage, and why."""

@@ -205,7 +205,9 @@ def _load_method(value: object) -> object:
         allowed = ", ".join(settings.presets) or "this method has no presets"
         hint = _did_you_mean(str(preset), settings.presets)
         raise ValueError(f"unknown preset {preset!r}; allowed: {allowed}{hint}")
-    return settings.model_validate({**settings.presets[preset], **value})
+    replaced = {name for group in settings.either_or if group & value.keys() for name in group}
+    kept = {name: item for name, item in settings.presets[preset].items() if name not in replaced}
+    return settings.model_validate({**kept, **value})
 
 
 def method_settings(name: str) -> type[MethodSettings]:

@@ -35,6 +35,7 @@ class MethodSettings(Section):
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    either_or: ClassVar[tuple[frozenset[str], ...]] = ()  # options of which one is given: it replaces a preset's other
 
     name: str
     preset: str | None = None

@@ -1,7 +1,7 @@
 """The server side as a Flower ServerApp: the same round loop, over Flower's Grid.
 
 ``flwr run .`` starts it with the keys of ``[tool.flwr.app.config]``: ``scenario`` (a path or a shipped name),
-``set`` (overrides, comma-separated), ``output`` and ``data-root``.
+``set`` (overrides, separated by semicolons), ``output`` and ``data-root``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedcil.experiment import open_experiment
-from fedcil.port import Port, StopSignal
+from fedcil.port import StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.record.summary import finish
 from fedcil.scenario import load_scenario
@@ -28,7 +28,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """One run over the nodes that are there."""
     config = context.run_config
-    overrides = [text for text in str(config["set"]).split(",") if text]
+    overrides = [text for text in str(config["set"]).split(";") if text]
     scenario = load_scenario(str(config["scenario"]), overrides)
     data_root = str(config["data-root"]) or os.environ.get("FEDCIL_DATA_ROOT")
     experiment = open_experiment(scenario, Path(data_root) if data_root else None)
@@ -41,12 +41,12 @@ def main(grid: Grid, context: Context) -> None:
         folder.close()
 
 
-def server_app(loop: Callable[[Port], None], port: Callable[[Grid], Port]) -> ServerApp:
-    """A ServerApp that runs ``loop`` over the grid it is given: for a simulation in this process."""
+def server_app(run: Callable[[Grid], None]) -> ServerApp:
+    """A ServerApp that calls ``run`` with its grid: for a simulation in this process."""
     inside = ServerApp()
 
     @inside.main()
-    def run(grid: Grid, _: Context) -> None:
-        loop(port(grid))
+    def main_of_simulation(grid: Grid, _: Context) -> None:
+        run(grid)
 
     return inside

@@ -38,24 +38,30 @@ class GridPort:
         self._scenario = json.dumps(scenario)
         self._node_of = self._meet(MEET_S)
         self._holds: dict[int, str] = {}  # node -> hash of the payload it was sent last
+        self._late: set[str] = set()  # messages whose round is over
 
     def reachable(self) -> frozenset[int]:
         return frozenset(self._node_of)
 
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
         gathered, expected = Gathered(request, done), self._expected(request)
-        open_messages = self._send(request, set(), gathered)
-        started = time.monotonic()
+        started, lacking = time.monotonic(), set[int]()
+        open_messages = self._send(request, lacking, gathered)
         while open_messages and remaining(deadline_s, started) != 0.0:
             self._stop.check()
-            for reply in self._grid.pull_messages(list(open_messages)):
-                node, jobs = open_messages.pop(reply.metadata.reply_to_message_id)
-                if not reply.has_error() and "missing" in reply.content:
-                    again = Request(request.broadcast, jobs, request.cohort)
-                    open_messages |= self._send(again, {node}, gathered)
+            for reply in self._grid.pull_messages([*open_messages, *self._late]):
+                message = reply.metadata.reply_to_message_id
+                if message in self._late:  # pulled, so that it does not stay in Flower's state
+                    self._late.discard(message)
+                    continue
+                node, jobs = open_messages.pop(message)
+                if not reply.has_error() and "missing" in reply.content and node not in lacking:
+                    lacking.add(node)  # answered once by sending the bytes
+                    open_messages |= self._send(Request(request.broadcast, jobs, request.cohort), lacking, gathered)
                 else:
                     take(reply, jobs, expected, gathered)
             time.sleep(POLL_S)
+        self._late |= open_messages.keys()
         return gathered.outcome()
 
     def close(self) -> None:
@@ -87,8 +93,11 @@ class GridPort:
         clients: dict[int, int] = {}
         for reply in self._pull_all(ids, wait_s):
             node = node_of_message[reply.metadata.reply_to_message_id]
-            share = reply.content["hello"]
-            served = range(int(share["partition"]), count, int(share["partitions"]))
+            try:
+                share = reply.content["hello"]
+                served = range(int(share["partition"]), count, int(share["partitions"]))
+            except (KeyError, TypeError, ValueError):
+                continue  # a node that does not speak our language serves nobody
             clients.update((client, node) for client in served)
         return clients
 
@@ -116,12 +125,18 @@ class GridPort:
             content = RecordDict({"broadcast": shared, "work": self._work(jobs)})
             if payload and (node in lacking or self._holds.get(node) != payload.hash):
                 content.update(extra)
-                self._holds[node] = payload.hash
             gathered.wire_bytes += sum(part.count_bytes() for part in content.array_records.values())
             messages.append(Message(content, dst_node_id=node, message_type=MessageType.TRAIN))
         ids = self._grid.push_messages(messages)
-        pairs = zip(ids, by_node.items(), strict=True)
-        return {message: (node, tuple(jobs)) for message, (node, jobs) in pairs if message}
+        sent: dict[str, tuple[int, tuple[Job, ...]]] = {}
+        for message, (node, jobs) in zip(ids, by_node.items(), strict=True):
+            if message:
+                sent[message] = (node, tuple(jobs))
+                self._holds |= {node: payload.hash} if payload else {}
+            else:
+                for job in jobs:
+                    gathered.fail(job.client, "push", "its node could not be sent a message")
+        return sent
 
     def _work(self, jobs: list[Job]) -> ConfigRecord:
         plain = [[job.client, job.position, job.state] for job in jobs]
@@ -169,15 +184,25 @@ def take(reply: Message, jobs: tuple[Job, ...], expected: Expected, gathered: Ga
 def _take_one(record: ArrayRecord | None, job: Job, expected: Expected, gathered: Gathered) -> None:
     if record is None:
         return gathered.fail(job.client, "node", "no answer for this client")
-    (array,) = record.to_numpy_ndarrays()
-    gathered.wire_bytes += array.nbytes
     try:
-        answer = admit(array.tobytes(), replace(expected, jobs={job.client: job}))
+        packet = packet_of(record)
+        gathered.wire_bytes += len(packet)
+        answer = admit(packet, replace(expected, jobs={job.client: job}))
     except MessageRefused as error:
         return gathered.fail(job.client, "border", error.what)
     if isinstance(answer.result, Failure):
         return gathered.fail(job.client, answer.result.stage, answer.result.reason)
     return gathered.answer(answer.result, answer.contribution)
+
+
+def packet_of(record: object) -> bytes:
+    """The bytes in a record. MessageRefused if it is not one array of them."""
+    try:
+        (array,) = record.to_numpy_ndarrays()  # type: ignore[attr-defined]
+        content: bytes = array.tobytes()
+    except Exception as error:  # whatever a foreign record can raise
+        raise MessageRefused(f"not a packet: {type(error).__name__}") from None
+    return content
 
 
 def _record(packet: bytes) -> ArrayRecord:

@@ -10,6 +10,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -17,9 +18,9 @@ from typing import Any, Protocol
 import torch
 
 from fedcil.availability import Availability, make_availability
-from fedcil.errors import Stopped, TooFewClients
+from fedcil.errors import RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment
-from fedcil.messages import Broadcast, Job, Outcome, Request, count_bytes
+from fedcil.messages import UNEXPECTED, Broadcast, Job, Outcome, Request, count_bytes
 from fedcil.methods.base import Phase
 from fedcil.port import Port, StopSignal
 from fedcil.record.folder import RunFolder
@@ -144,7 +145,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     cohort = choose_cohort(session, cursor, task, phase)
     request = make_request(state, cohort)
     outcome = session.port.run(request, scenario.server.deadline_s, session.watcher.client_done)
-    torch.set_num_threads(scenario.server.threads)  # the inline engine trains in this thread
+    torch.set_num_threads(scenario.server.threads)  # clients in threads of this process may have set another
     clock.stage("clients")
     status = round_status(outcome, len(cohort), scenario.server.quorum)
     server = state.server
@@ -161,9 +162,10 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     line["cost"] = clock.read() | {"wire_bytes": outcome.wire_bytes}
     session.record([line])
     session.watcher.recorded(line)
+    refuse_broken_method(outcome, len(cohort))
     if after.short_rounds >= scenario.server.patience:
         session.save(after)
-        raise too_few(after.short_rounds, task, scenario.server.quorum)
+        raise too_few(after.short_rounds, task, scenario.server.quorum, outcome)
     if (cursor.round + 1) % scenario.server.checkpoint_every == 0 or after.cursor.round == 0:
         session.save(after)
     return after
@@ -289,9 +291,21 @@ def end_task(session: Session, state: RunState, task: Task) -> RunState:
     return after
 
 
-def too_few(rounds: int, task: Task, quorum: float) -> TooFewClients:
+def refuse_broken_method(outcome: Outcome, asked: int) -> None:
+    """RunFailed if every client of the round raised: that is the method's or the data's doing, not the clients'."""
+    raised = [failure for failure in outcome.failures if failure.stage == UNEXPECTED]
+    if asked and len(raised) == asked:
+        raise RunFailed(
+            f"all {asked} clients of a round raised an error; client {raised[0].client}: {raised[0].reason}",
+            where="the method, the model or the data",
+            next="mend it and start a new run, or `fedcil resume RUN`",
+        )
+
+
+def too_few(rounds: int, task: Task, quorum: float, outcome: Outcome) -> TooFewClients:
+    reasons = Counter(f"{failure.stage}: {failure.reason}" for failure in outcome.failures).most_common(1)
     return TooFewClients(
-        f"{rounds} rounds in a row without enough clients",
+        f"{rounds} rounds in a row without enough clients" + "".join(f" ({reason})" for reason, _ in reasons),
         where=f"task {task.index + 1}",
         allowed=f"at least one answer and server.quorum = {quorum:g} of the asked clients",
         next="bring clients back and `fedcil resume RUN`",

@@ -135,6 +135,8 @@ def test_list_and_schema_are_for_programs_too(tmp_path: Path) -> None:
         (["resume", "nowhere"], 2, "bad_input"),
         (["compare", "nowhere"], 2, "bad_input"),
         (["list", "nothing"], 2, "bad_input"),
+        (["run", "digits_mfcl", "--no-such-option"], 2, "bad_input"),
+        (["nothing"], 2, "bad_input"),
     ],
 )
 def test_bad_input_ends_with_its_code_and_a_json_error(

@@ -77,6 +77,35 @@ def test_a_stopped_engine_leaves_nothing_and_resumes_on_another(engine: str, ref
     assert metrics(folder) == reference("mfcl")
 
 
+@pytest.mark.parametrize("engine", ["ray", "flower"])
+def test_sigterm_saves_and_ends_with_its_code(engine: str, reference: Any, tmp_path: Path) -> None:
+    before = daemons()
+    command = [*start("mfcl", engine, 2, tmp_path, "training.rounds=2"), "--output", str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(1800):
+            assert process.poll() is None, "the run ended too early"
+            if any(path.stat().st_size for path in tmp_path.glob("out/*/metrics.jsonl")):
+                break
+            time.sleep(0.05)
+        process.terminate()
+        _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 143, stderr
+    assert "fedcil resume" in stderr
+    assert_gone(before)
+    (folder,) = (tmp_path / "out").iterdir()
+    command = [sys.executable, "-m", "fedcil", "resume", str(folder), "--engine", "inline", "--no-figures"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=200, stdout=subprocess.DEVNULL)
+    assert metrics(folder) == reference("mfcl")
+
+
+def test_ray_says_when_it_has_too_little(tmp_path: Path) -> None:
+    """Without the check Ray would wait for a GPU for ever."""
+    command = [*start("afcl", "ray", 1, tmp_path, "engine.gpus_per_worker=64"), "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "do not fit" in json.loads(done.stdout)["error"]["what"]
+
+
 def test_a_killed_ray_worker_changes_nothing(reference: Any, tmp_path: Path) -> None:
     """Its jobs go to another worker; no result is counted twice."""
     with subprocess.Popen(

@@ -83,7 +83,7 @@ def test_defaults_are_fedavgs(small: Any) -> None:
     method = FedAvg().build()
     (phase,) = method.phases(TASK, 7)
     assert (phase.rounds, phase.who, phase.work, phase.fold) == (7, "sampled", "train", "mean")
-    assert (method.data, method.memory, method.norm_updates(TASK)) == ("task", None, 1)
+    assert (method.data, method.client_memory, method.norm_updates(TASK)) == ("task", None, 1)
     state = ServerState(model=state_of(small.network(3)))
     made = method.boundary(state, TASK, Key(0), small.compute(), lambda *_: None)
     assert made.state is state

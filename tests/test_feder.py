@@ -43,7 +43,7 @@ def floats(images: Tensor) -> Tensor:
 
 
 def remember(small: Any, options: FedER, own: Samples, kept: Tensors | None) -> Tensors:
-    memory = options.build().memory
+    memory = options.build().client_memory
     assert memory is not None
     return memory.update(small.linear(torch.eye(4)), own, kept, Task(0, 0, 1), floats)
 

@@ -65,7 +65,7 @@ def test_flwr_run_gives_the_metrics_of_the_inline_engine(tmp_path: Path) -> None
         "FEDCIL_CLIENT_HOME": str(tmp_path / "clients"),
     }
     copy_app(tmp_path / "app")
-    config = f'set="{",".join(SETTINGS)}" output="{tmp_path / "flower"}"'
+    config = f'set="{";".join(SETTINGS)}" output="{tmp_path / "flower"}"'
     try:
         command = [str(scripts / "flwr"), "run", ".", "--stream", "-c", config]
         done = subprocess.run(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fedcil
+from fedcil.errors import RunFailed
 from fedcil.methods.base import Batch, Draws, Method, Prepared
 from fedcil.models.network import Network
 from fedcil.section import MethodSettings
@@ -56,6 +57,12 @@ def test_who_is_late_is_not_waited_for(workers: int, tmp_path: Path) -> None:
     rounds = run.kind("round")
     assert {failure["stage"] for line in rounds for failure in line["failures"]} == {"deadline"}
     assert all(set(line["answered"]) <= {0, 1} for line in rounds)
+
+
+def test_a_method_that_breaks_every_client_is_named(tmp_path: Path) -> None:
+    plain = scenario(breaks=True) | {"clients": {"count": 2, "per_round": 2}}
+    with pytest.raises(RunFailed, match=r"this client is broken .*test_inline\.py"):
+        fedcil.run(plain, output=tmp_path, figures=False)
 
 
 def test_a_broken_client_is_a_failure_and_the_round_goes_on(tmp_path: Path) -> None:

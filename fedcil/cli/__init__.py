@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from fedcil.cli.commands import app
+from fedcil.cli.guard import show_error
+from fedcil.errors import InputError
 
 
 def main() -> None:
     """Entry point of ``fedcil``. A scenario may name a user's own module, so this folder is searched too, last."""
     sys.path.append(str(Path.cwd()))
-    app()
+    try:
+        sys.exit(app(standalone_mode=False))
+    except Exception as error:  # typer's own are known by their form: some versions bring click, some do not
+        sys.exit(wrong_usage(error))
+
+
+def wrong_usage(error: Any) -> int:
+    """Say what is wrong with the words of a command; anything that is not typer's is raised again."""
+    match type(error).__name__:
+        case "Abort":
+            return 130
+        case "NoArgsIsHelpError":
+            error.show()
+            return 2
+    if not hasattr(error, "format_message"):
+        raise error
+    usage = error.ctx.command_path if getattr(error, "ctx", None) else "fedcil"
+    problem = InputError(error.format_message(), where=usage, next=f"`{usage} --help` lists the options")
+    show_error(problem, as_json="--json" in sys.argv)
+    return problem.exit_code
 
 
 __all__ = ["app", "main"]

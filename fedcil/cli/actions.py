@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedcil.cli.guard import stoppable
-from fedcil.errors import FedcilError, InputError, ScenarioError
+from fedcil.errors import FedcilError, FolderBusy, InputError, NotResumable, ScenarioError
 
 if TYPE_CHECKING:
     from fedcil.port import StopSignal
@@ -50,13 +50,8 @@ def run(
     done: list[Run] = []
     with stoppable(max_seconds) as stop:
         for scenario in wanted:
-            earlier = _earlier_run(scenario, output) if sweep else None
-            if earlier and earlier.finished:
-                print(f"finished already: {earlier.path}", file=sys.stderr)
-                done.append(earlier)
-                continue
             options = Options(data_root, figures, stop, json)
-            done.append(_continue(earlier, options) if earlier else _run_one(scenario, output, options))
+            done.append(_reuse(scenario, output, options) if sweep else _run_one(scenario, output, options))
     _print_runs(done, json=json)
     if figure:
         _draw_comparison(done, figure)
@@ -193,19 +188,37 @@ class Options:
     overrides: tuple[str, ...] = ()
 
 
-def _earlier_run(scenario: Scenario, output: Path) -> Run | None:
-    """A run of exactly this scenario below ``output``, so that a sweep that was cut short can be started again."""
+def _reuse(scenario: Scenario, output: Path, options: Options) -> Run:
+    """A finished run of exactly this scenario below ``output``, else an unfinished one continued, else a new one."""
+    earlier = _earlier_runs(scenario, output)
+    for run in earlier:
+        if run.finished:
+            print(f"finished already: {run.path}", file=sys.stderr)
+            return run
+    for run in earlier:
+        try:
+            print(f"continuing: {run.path}", file=sys.stderr)
+            return _continue(run, options)
+        except (NotResumable, FolderBusy) as error:
+            print(f"cannot be continued: {error}", file=sys.stderr)
+    return _run_one(scenario, output, options)
+
+
+def _earlier_runs(scenario: Scenario, output: Path) -> list[Run]:
+    """Runs of this scenario that this version of fedcil and torch began."""
+    from fedcil.record.folder import versions
     from fedcil.record.run import Run
 
+    found = []
     for path in sorted(output.glob(f"{scenario.name}-{scenario.seed}-*")):
-        found = Run(path)
-        begun = found.finished or any((path / "checkpoints").glob("state-*.json"))
+        run = Run(path)
         try:
-            if begun and found.scenario.digest() == scenario.digest():
-                return found
-        except (FedcilError, OSError):
+            begun = run.finished or any((path / "checkpoints").glob("state-*.json"))
+            if begun and run.scenario.digest() == scenario.digest() and run.versions == versions():
+                found.append(run)
+        except (FedcilError, OSError, ValueError):
             continue
-    return None
+    return found
 
 
 def _run_one(scenario: Scenario, output: Path, options: Options) -> Run:

@@ -37,6 +37,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
                 "clients_with_samples": int((counts > 0).sum()),
                 "samples_per_client": [int(counts.min()), int(counts.max())],
                 "model_bytes_down": cohorts * count_bytes(model),
+                "model_bytes_up": cohorts * count_bytes(model),
             }
         )
     network = experiment.compute.architecture.build(experiment.stream.tasks[-1].seen)
@@ -44,6 +45,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         "name": scenario.name,
         "method": scenario.method.name,
         "engine": scenario.engine.name,
+        "availability": "always there" if scenario.availability.name == "always" else scenario.availability.name,
         "numeric_configuration": experiment.numeric(),
         "parameters": count_parameters(network),
         "model_bytes": count_bytes(model),
@@ -91,7 +93,7 @@ def print_forecast(facts: dict[str, Any]) -> None:
 
     numeric = facts["numeric_configuration"]
     table = Table(title=f"{facts['name']}: {facts['method']} on {numeric['device']} ({numeric['precision']})")
-    for name in ("task", "classes", "rounds", "client trainings", "clients", "samples each", "MB down"):
+    for name in ("task", "classes", "rounds", "client trainings", "clients", "samples each", "MB each way"):
         table.add_column(name, justify="right")
     for row in facts["tasks"]:
         low, high = row["samples_per_client"]
@@ -109,7 +111,8 @@ def print_forecast(facts: dict[str, Any]) -> None:
     console.print(
         f"{facts['parameters']:,} parameters, {facts['model_bytes'] / 1e6:.1f} MB a model; "
         f"{facts['train_images']:,} training and {facts['test_images']:,} test images; "
-        f"about {facts['predicted_memory_mb']:,} MB of memory; engine {facts['engine']}"
+        f"about {facts['predicted_memory_mb']:,} MB of memory; engine {facts['engine']}; "
+        f"clients are {facts['availability']}"
     )
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False)

@@ -6,6 +6,7 @@ import json as jsonlib
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -36,6 +37,14 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             sys.exit(0)
         except KeyboardInterrupt:
             sys.exit(130)
+        except Exception as error:  # ours to mend: say so, with the trace
+            traceback.print_exc()
+            unforeseen = FedcilError(
+                f"{type(error).__name__}: {error}",
+                next="this is a bug in fedcil or in your own code; the trace above says where",
+            )
+            show_error(unforeseen, as_json=bool(kwargs.get("json")))
+            sys.exit(unforeseen.exit_code)
 
     return inner
 
@@ -56,7 +65,7 @@ def stoppable(max_seconds: float | None) -> Iterator[StopSignal]:
 
     def on_signal(number: int, _: object) -> None:
         if stop.event.is_set():
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         print("\nstopping after this step, with a checkpoint (again to end at once)", file=sys.stderr)
         stop.set(128 + number)
 

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from client import app as client_app
 from fedcil.engines import Setting
+from fedcil.engines.ray import cluster
 from fedcil.engines.workers import worker_count
 from fedcil.port import Port
 from server.app import server_app
@@ -30,34 +31,25 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     results: list[T] = []
     problems: list[BaseException] = []
 
-    def inside(port: Port) -> None:
+    def inside(grid: Grid) -> None:
         """Flower would wrap what is raised here."""
         try:
-            results.append(loop(port))
+            results.append(loop(GridPort(grid, setting.experiment, setting.states.parent.name, setting.stop)))
         except BaseException as problem:
             problems.append(problem)
-
-    def port(grid: Grid) -> Port:
-        return GridPort(grid, setting.experiment, setting.states.parent.name, setting.stop)
 
     os.environ[client_app.HOME] = str(setting.states.parent.absolute())
     if setting.data_root is not None:
         os.environ[client_app.DATA_ROOT] = str(setting.data_root.absolute())
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    flwr.simulation.run_simulation(
-        server_app(inside, port),
-        client_app.app,
-        num_supernodes=nodes,
-        backend_config=backend(worker_count(scenario), scenario.engine.gpus_per_worker),
-    )
+    resources = {"num_cpus": 1, "num_gpus": scenario.engine.gpus_per_worker}
+    with cluster(scenario.engine.address, worker_count(scenario), scenario.engine.gpus_per_worker):
+        flwr.simulation.run_simulation(
+            server_app(inside),
+            client_app.app,
+            num_supernodes=nodes,
+            backend_config={"client_resources": resources},
+        )
     if problems:
         raise problems[0]
     return results[0]
-
-
-def backend(workers: int, gpus_per_worker: float) -> dict[str, dict[str, object]]:
-    """As many actors as workers, one CPU each as Ray counts them."""
-    return {
-        "init_args": {"num_cpus": workers, "log_to_driver": False, "logging_level": "ERROR"},
-        "client_resources": {"num_cpus": 1, "num_gpus": gpus_per_worker},
-    }

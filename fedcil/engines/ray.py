@@ -7,6 +7,8 @@ round and the payload once a task; actors read them without a copy and answer wi
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,13 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.engines import Setting
 from fedcil.engines.workers import worker_count
-from fedcil.errors import RunFailed
+from fedcil.errors import RunFailed, ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.gather import Gathered
 from fedcil.messages import Broadcast, Job, Outcome, Payload, Reply, Request, Tensors
@@ -37,7 +39,7 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     """Attach to ``engine.address`` or start Ray here; what was started is ended."""
     engine = setting.experiment.scenario.engine
     workers = worker_count(setting.experiment.scenario)
-    with cluster(engine.address, workers):
+    with cluster(engine.address, workers, engine.gpus_per_worker):
         port = RayPort(setting, workers)
         try:
             return loop(port)
@@ -46,23 +48,41 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
 
 
 @contextlib.contextmanager
-def cluster(address: str | None, workers: int) -> Iterator[None]:
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+def cluster(address: str | None, workers: int, gpus_per_worker: float) -> Iterator[None]:
+    """Ray, started here or attached to; what was started is ended. Signals stay with whoever had them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if address:
-            ray.init(address=address, **{k: v for k, v in quiet.items() if k != "include_dashboard"})
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
-            ray.init(num_cpus=workers, **quiet)
+            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except ConnectionError as error:
         raise RunFailed(
             f"no Ray cluster: {error}",
             where=f"engine.address = {address!r}",
             next="start one with `ray start --head`, or leave engine.address out",
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     try:
+        refuse_too_little(workers, gpus_per_worker)
         yield
     finally:
         ray.shutdown()
+
+
+def refuse_too_little(workers: int, gpus_per_worker: float) -> None:
+    """Ray would wait for ever for a CPU or GPU that it does not have."""
+    here = ray.cluster_resources()
+    cpus, gpus = here.get("CPU", 0.0), here.get("GPU", 0.0)
+    if workers > cpus or workers * gpus_per_worker > gpus:
+        raise ScenarioError(
+            f"{workers} workers with {gpus_per_worker:g} GPUs each do not fit into {cpus:g} CPUs and {gpus:g} GPUs",
+            where="engine.workers, engine.gpus_per_worker",
+            allowed="one CPU a worker, and no more GPUs than Ray has",
+            next="lower engine.workers or engine.gpus_per_worker",
+        )
 
 
 class ClientWorker:
@@ -109,6 +129,7 @@ class RayPort:
         root = setting.data_root.absolute() if setting.data_root else None
         made = (actor.remote(experiment.scenario, root, setting.states.absolute()) for _ in range(workers))
         self._workers = list(made)
+        self._asleep: list[Any] = []  # workers that are being restarted
         self._check_workers(experiment.numeric())
 
     def reachable(self) -> frozenset[int]:
@@ -119,38 +140,55 @@ class RayPort:
         broadcast = ray.put(replace(request.broadcast, payload=None))
         payload = self._put_payload(request.broadcast.payload)
         todo = cut(request.jobs, len(self._workers) * PIECES)
-        idle = list(self._workers)
-        busy: dict[Any, tuple[Any, Piece]] = {}
-        while (todo or busy) and remaining(deadline_s, started) != 0.0:
+        idle = [worker for worker in self._workers if worker not in self._asleep]
+        busy: dict[Any, tuple[Any, Piece | None]] = {}
+        while (todo or any(piece for _, piece in busy.values())) and remaining(deadline_s, started) != 0.0:
             self._stop.check()
+            busy |= {worker.numeric.remote(): (worker, None) for worker in self._asleep}
+            self._asleep.clear()
             while todo and idle:
                 piece, worker = todo.pop(0), idle.pop(0)
                 busy[worker.run.remote(broadcast, payload, piece.jobs, request.cohort)] = (worker, piece)
             ready, _ = ray.wait(list(busy), num_returns=1, timeout=LOOK_S)
             for reference in ready:
-                worker, piece = busy.pop(reference)
-                idle.append(worker)
-                todo += self._collect(reference, piece, gathered)
-        self._replace_late([worker for worker, _ in busy.values()])
+                worker, given = busy.pop(reference)
+                todo += self._collect(reference, worker, given, gathered, idle)
+        self._restart([worker for worker, piece in busy.values() if piece])
+        self._asleep += [worker for worker, piece in busy.values() if not piece]
         return gathered.outcome()
 
     def close(self) -> None:
         for worker in self._workers:
             ray.kill(worker)
 
-    def _collect(self, reference: Any, piece: Piece, gathered: Gathered) -> list[Piece]:
-        """Take in a piece's reply; returns what must be tried again because its worker died."""
+    def _collect(
+        self, reference: Any, worker: Any, piece: Piece | None, gathered: Gathered, idle: list[Any]
+    ) -> list[Piece]:
+        """Take in what a worker gave; returns what must be tried again because it died.
+
+        A worker that died is asked for a sign of life (``piece`` None) before it gets work again.
+        """
         try:
-            gathered.add(ray.get(reference))
+            answer = ray.get(reference)
         except RayActorError:
-            if piece.attempts + 1 < ATTEMPTS:
-                time.sleep(LOOK_S)  # the actor is being restarted
-                return [Piece(piece.jobs, piece.attempts + 1)]
-            for job in piece.jobs:
-                gathered.fail(job.client, "worker", f"its worker died {ATTEMPTS} times")
-        except RayTaskError as error:
-            for job in piece.jobs:
-                gathered.fail(job.client, "worker", str(error.cause))
+            self._asleep.append(worker)
+            time.sleep(LOOK_S)  # it is being restarted; asking it without a pause would spin
+            return self._again(piece, gathered) if piece else []
+        except RayError as error:
+            idle.append(worker)
+            for job in piece.jobs if piece else ():
+                gathered.fail(job.client, "worker", str(getattr(error, "cause", error)))
+            return []
+        idle.append(worker)
+        if piece:
+            gathered.add(answer)
+        return []
+
+    def _again(self, piece: Piece, gathered: Gathered) -> list[Piece]:
+        if piece.attempts + 1 < ATTEMPTS:
+            return [Piece(piece.jobs, piece.attempts + 1)]
+        for job in piece.jobs:
+            gathered.fail(job.client, "worker", f"its worker died {ATTEMPTS} times")
         return []
 
     def _put_payload(self, payload: Payload | None) -> tuple[str, list[Any]] | None:
@@ -161,15 +199,28 @@ class RayPort:
             self._payload = (payload.hash, [ray.put(dict(payload.tensors))])
         return self._payload
 
-    def _replace_late(self, late: list[Any]) -> None:
+    def _restart(self, late: list[Any]) -> None:
         """A worker that missed the deadline is restarted rather than waited for."""
         for worker in late:
             ray.kill(worker, no_restart=False)
+        self._asleep += late
 
     def _check_workers(self, here: dict[str, str | int]) -> None:
         """All workers must compute as the server expects, or bits would depend on who did what."""
-        for worker in self._workers:
-            there = ray.get(worker.numeric.remote())
+        answers = [worker.numeric.remote() for worker in self._workers]
+        waiting = answers
+        while waiting:
+            self._stop.check()
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_S)
+        for answer in answers:
+            try:
+                there = ray.get(answer)
+            except RayError as error:
+                raise RunFailed(
+                    f"a Ray worker could not start: {getattr(error, 'cause', error)}",
+                    where="engine",
+                    next="check that each node has the same fedcil and the data under the same path",
+                ) from None
             if there != here:
                 raise RunFailed(f"a Ray worker computes differently: {there}", where="engine", allowed=str(here))
 

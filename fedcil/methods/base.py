@@ -141,7 +141,7 @@ class Method:
         fit: samples to contribution, for phases that are no gradient descent. ``images`` turns stored
             uint8 images into normalised ones.
         norm_updates: how often a step updates batch norm's running statistics with its batch.
-        memory: what clients keep, if anything.
+        client_memory: what clients keep, if anything.
         reduce: folds a round's total into the state.
         boundary: the end of a task that is not the last; sees model and memory, never data.
         predict: scores for evaluation.
@@ -154,7 +154,7 @@ class Method:
     loss: Callable[[Network, Prepared, Batch, Draws], Tensor] = cross_entropy_seen
     fit: Callable[[Network, Samples, Task, Callable[[Tensor], Tensor]], Contribution] = no_fit
     norm_updates: Callable[[Task], int] = one_norm_update
-    memory: ClientMemory | None = None
+    client_memory: ClientMemory | None = None
     reduce: Callable[[ServerState, Phase, Total | None], ServerState] = replace_model
     boundary: Callable[[ServerState, Task, Key, Compute, Progress], Boundary] = no_boundary
     predict: Callable[[Network, Tensors, Tensor], Tensor] = predict_with_head

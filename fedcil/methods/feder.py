@@ -34,7 +34,7 @@ class FedER(MethodSettings):
             phases=train_then_remember,
             prepare=teacher_from,
             loss=self._loss,
-            memory=ClientMemory(join, self._update),
+            client_memory=ClientMemory(join, self._update),
             boundary=teacher_becomes_payload,
         )
 

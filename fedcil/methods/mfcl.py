@@ -66,6 +66,7 @@ class MFCL(MethodSettings):
     w_prior: NonNegative = 1e-3
     w_act: NonNegative = 0.0
 
+    either_or: ClassVar = (frozenset({"synthetic", "synthetic_ratio"}),)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         # The paper's formulas; values that its text did not confirm are those of the released code.
         "paper": {

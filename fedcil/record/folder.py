@@ -174,7 +174,7 @@ def _new_folder(root: Path, stem: str) -> Path:
 
 def _environment(experiment: Experiment) -> dict[str, Any]:
     return {
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
@@ -188,6 +188,11 @@ def _environment(experiment: Experiment) -> dict[str, Any]:
         },
         "class_order": [experiment.data.class_names[index] for index in experiment.stream.order],
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of what a run depends on."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -49,6 +49,12 @@ class Run:
         return bool(self.summary)
 
     @cached_property
+    def versions(self) -> dict[str, str | None]:
+        """Versions of the packages that the run was begun with."""
+        recorded = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        return dict(recorded["versions"])
+
+    @cached_property
     def partition(self) -> tuple[TaskPartition, ...]:
         return load_partition(self.path / "partition.npz")
 
