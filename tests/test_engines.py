@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -106,26 +107,32 @@ def test_ray_says_when_it_has_too_little(tmp_path: Path) -> None:
     assert "do not fit" in json.loads(done.stdout)["error"]["what"]
 
 
-def test_a_killed_ray_worker_changes_nothing(reference: Any, tmp_path: Path) -> None:
+def test_a_killed_ray_worker_changes_nothing(tmp_path: Path) -> None:
     """Its jobs go to another worker; no result is counted twice."""
-    with subprocess.Popen(
-        [*start("mfcl", "ray", 2, tmp_path), "--output", str(tmp_path)], cwd=tmp_path, stdout=subprocess.DEVNULL
-    ) as process:
-        worker = first_worker(process.pid)
-        worker.kill()
+    longer = ("training.rounds=6", "training.epochs=10")
+    expected = run("mfcl", "inline", 2, tmp_path, *longer)
+    output = tmp_path / "out"
+    command = [*start("mfcl", "ray", 2, tmp_path, *longer), "--output", str(output)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        kill_a_worker(process, output)
         assert process.wait(timeout=200) == 0
-    (folder,) = tmp_path.glob("digits_mfcl-*")
-    assert metrics(folder) == reference("mfcl")
+    (folder,) = output.iterdir()
+    assert metrics(folder) == expected
 
 
-def first_worker(pid: int) -> psutil.Process:
-    """A Ray actor of this run, as soon as it trains."""
-    for _ in range(600):
-        for child in psutil.Process(pid).children(recursive=True):
-            if " ".join(child.cmdline()).startswith("ray::ClientWorker.run"):
-                return child
+def kill_a_worker(process: subprocess.Popen[bytes], output: Path) -> None:
+    """A Ray actor of this run, as soon as a round is recorded."""
+    for _ in range(1800):
+        assert process.poll() is None, "the run ended too early"
+        if any(path.stat().st_size for path in output.glob("*/metrics.jsonl")):
+            break
         time.sleep(0.05)
-    raise AssertionError("no Ray worker was seen training")
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if " ".join(child.cmdline()).startswith("ray::ClientWorker"):
+                child.kill()
+                return
+    raise AssertionError("no Ray worker was found")
 
 
 def daemons() -> set[int]:
