@@ -18,7 +18,7 @@ from client.states import StateStore
 from fedcil.experiment import open_experiment
 from fedcil.files import write_atomic
 from fedcil.messages import Broadcast, Job, Payload
-from fedcil.scenario import load_scenario
+from fedcil.scenario_file import load_scenario
 from fedcil.wire import Answer, pack_answer, place_of, unpack_broadcast, unpack_payload
 
 LIMIT = 2**31  # bytes of one packet from the server

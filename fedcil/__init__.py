@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedcil.api import load, resume, run
     from fedcil.record.run import Run
-    from fedcil.scenario import Scenario, load_scenario
+    from fedcil.scenario import Scenario
+    from fedcil.scenario_file import load_scenario
 
 __version__ = "0.1.0"
 __all__ = ["Run", "Scenario", "load", "load_scenario", "resume", "run"]
@@ -20,7 +21,7 @@ _HOMES = {
     "Run": "fedcil.record.run",
     "Scenario": "fedcil.scenario",
     "load": "fedcil.api",
-    "load_scenario": "fedcil.scenario",
+    "load_scenario": "fedcil.scenario_file",
     "resume": "fedcil.api",
     "run": "fedcil.api",
 }

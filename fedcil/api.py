@@ -13,7 +13,8 @@ from fedcil.port import Port, StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.record.run import Run, open_run
 from fedcil.record.summary import finish
-from fedcil.scenario import Scenario, load_scenario
+from fedcil.scenario import Scenario
+from fedcil.scenario_file import load_scenario
 from fedcil.state import RunState
 from server.rounds import Watcher, open_session, run_tasks
 

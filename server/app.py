@@ -17,7 +17,7 @@ from fedcil.experiment import open_experiment
 from fedcil.port import StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.record.summary import finish
-from fedcil.scenario import load_scenario
+from fedcil.scenario_file import load_scenario
 from server.grid import GridPort
 from server.rounds import open_session, run_tasks
 

@@ -24,6 +24,7 @@ EXPERIMENT = (
     "fedcil.partition",
     "fedcil.port",
     "fedcil.scenario",
+    "fedcil.scenario_file",
 )
 
 # room -> what it may import of the project (a name allows everything below it) and which libraries
@@ -46,6 +47,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.partition": ((*BOTTOM, "fedcil.stream"), ("numpy",)),
     "fedcil.availability": (BOTTOM, ("numpy",)),
     "fedcil.scenario": ((*BOTTOM, "fedcil.methods"), ("pydantic",)),
+    "fedcil.scenario_file": ((*BOTTOM, "fedcil.scenario"), ("pydantic",)),
     "fedcil.data": (
         (*BOTTOM, "fedcil.data", "fedcil.files"),
         ("torch", "numpy", "PIL", "torchvision", "filelock", "rich", "yaml"),
@@ -72,7 +74,17 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.api": (("fedcil", "server"), ()),
     "fedcil.cli": (("fedcil",), ("typer", "rich", "numpy", "torch")),
     "fedcil.__main__": (("fedcil.cli",), ()),
-    "fedcil": (("fedcil.errors", "fedcil.neighbours", "fedcil.api", "fedcil.record.run", "fedcil.scenario"), ()),
+    "fedcil": (
+        (
+            "fedcil.errors",
+            "fedcil.neighbours",
+            "fedcil.api",
+            "fedcil.record.run",
+            "fedcil.scenario",
+            "fedcil.scenario_file",
+        ),
+        (),
+    ),
 }
 NEVER = {  # whatever the table says
     "fedcil.models": ("fedcil.methods", "fedcil.engines"),

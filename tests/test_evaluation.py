@@ -13,7 +13,7 @@ from fedcil.data.dataset import Split
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.messages import Tensors
 from fedcil.models.network import Network, grow_head
-from fedcil.scenario import load_scenario
+from fedcil.scenario_file import load_scenario
 from fedcil.state import ServerState
 from server import evaluation
 from server.evaluation import Evaluator

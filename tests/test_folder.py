@@ -22,7 +22,7 @@ from fedcil.experiment import Experiment, open_experiment
 from fedcil.messages import content_hash
 from fedcil.record.folder import PACKAGES, RunFolder
 from fedcil.record.run import open_run, ragged
-from fedcil.scenario import load_scenario
+from fedcil.scenario_file import load_scenario
 from fedcil.state import Cursor, RunState, ServerState
 
 

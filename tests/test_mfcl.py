@@ -26,7 +26,8 @@ from fedcil.methods import mfcl
 from fedcil.methods.base import Batch, Method, Samples
 from fedcil.methods.mfcl import MFCL, Replay, draw_pool, new_class_loss
 from fedcil.models.network import Network, grow_head, set_norm_momentum, snapshot, state_of
-from fedcil.scenario import TrainingSection, load_scenario
+from fedcil.scenario import TrainingSection
+from fedcil.scenario_file import load_scenario
 from fedcil.stream import Task
 
 Step = tuple[Tensor, Tensor, Tensor]

@@ -19,7 +19,7 @@ from fedcil.messages import Contribution, Outcome, Report, Request, content_hash
 from fedcil.methods.base import Boundary, Phase
 from fedcil.port import ClientDone, StopSignal
 from fedcil.record.folder import RunFolder
-from fedcil.scenario import load_scenario
+from fedcil.scenario_file import load_scenario
 from fedcil.state import Cursor, RunState, ServerState
 from server.rounds import Session, evaluation_due, open_session, round_status, run_tasks
 

@@ -16,16 +16,8 @@ from pydantic import ValidationError
 
 from fedcil.errors import ScenarioError
 from fedcil.methods import METHODS
-from fedcil.scenario import (
-    SHIPPED,
-    Scenario,
-    load_scenario,
-    method_settings,
-    parse_scenario,
-    scenario_schema,
-    shipped_scenarios,
-    to_toml,
-)
+from fedcil.scenario import Scenario, method_settings, scenario_schema
+from fedcil.scenario_file import SHIPPED, load_scenario, parse_scenario, shipped_scenarios, to_toml
 from fedcil.section import Section
 
 TEXTS = {name: (SHIPPED / f"{name}.toml").read_text() for name in shipped_scenarios()}

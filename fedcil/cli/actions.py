@@ -112,7 +112,7 @@ def report(*, path: Path, output: Path | None) -> None:
 def plan(*, scenario: str, overrides: Sequence[str], data_root: Path | None, json: bool) -> None:
     from fedcil.cli.forecast import forecast, print_forecast
     from fedcil.experiment import open_experiment
-    from fedcil.scenario import load_scenario
+    from fedcil.scenario_file import load_scenario
 
     experiment = open_experiment(load_scenario(scenario, overrides), data_root, show_progress=not json)
     facts = forecast(experiment)
@@ -143,7 +143,8 @@ def schema() -> None:
 
 def _list_kind(kind: str, output: Path) -> list[str]:
     from fedcil.methods import METHODS
-    from fedcil.scenario import DATASETS, MODELS, shipped_scenarios
+    from fedcil.scenario import DATASETS, MODELS
+    from fedcil.scenario_file import shipped_scenarios
 
     match kind:
         case "methods":
@@ -162,7 +163,7 @@ def _engine_override(engine: str | None) -> list[str]:
 
 
 def _expand(names: Sequence[str], overrides: Sequence[str], seeds: str | None) -> list[Scenario]:
-    from fedcil.scenario import load_scenario
+    from fedcil.scenario_file import load_scenario
 
     sets = [[*overrides, *seed] for seed in _seeds(seeds)]
     return [load_scenario(name, over) for name in names for over in sets]

@@ -22,7 +22,7 @@ from fedcil.experiment import Experiment
 from fedcil.files import write_atomic
 from fedcil.partition import save_partition
 from fedcil.record.checkpoints import Checkpoint, CheckpointFolder
-from fedcil.scenario import to_toml
+from fedcil.scenario_file import to_toml
 from fedcil.state import RunState
 
 PACKAGES = ("fedcil", "torch", "torchvision", "numpy", "flwr", "ray", "pydantic", "safetensors")

@@ -15,7 +15,8 @@ from fedcil.errors import InputError
 from fedcil.metrics import Matrix
 from fedcil.partition import TaskPartition, load_partition
 from fedcil.record.folder import METRICS
-from fedcil.scenario import Scenario, load_scenario
+from fedcil.scenario import Scenario
+from fedcil.scenario_file import load_scenario
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,184 @@
+"""Scenario files: finding, reading, overriding, writing, and saying what is wrong with one.
+
+Precedence: default < preset < file < ``--set``. Every problem found is in the one error raised, with the file, the key,
+what was given, what is allowed, and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedcil.errors import ScenarioError
+from fedcil.scenario import Scenario, did_you_mean, method_settings
+from fedcil.section import Section
+
+SHIPPED = Path(__file__).resolve().parent.parent / "scenarios"
+
+
+def shipped_scenarios() -> list[str]:
+    """Names of the scenarios that come with the package."""
+    return sorted(str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.rglob("*.toml"))
+
+
+def load_scenario(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Scenario:
+    """Read a scenario from a path, a shipped name or a mapping and lay ``key=value`` overrides over it."""
+    if isinstance(source, Mapping):
+        return parse_scenario(dict(source), overrides, where="scenario")
+    path = find_scenario(source)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of 5000 digits, 1000 brackets
+        raise ScenarioError(f"not a TOML file: {error}", where=str(path), next="mend the line that is named") from None
+    except OSError as error:
+        raise ScenarioError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    return parse_scenario(table, overrides, where=str(path))
+
+
+def find_scenario(source: str | Path) -> Path:
+    """A path as it is, or the file of a shipped name."""
+    given = Path(source)
+    if _kind(given) == "file":
+        return given
+    shipped = SHIPPED / f"{given}.toml"
+    if not given.is_absolute() and ".." not in given.parts and _kind(shipped) == "file":
+        return shipped
+    folder = ": it is a folder" if _kind(given) == "folder" else ""
+    raise ScenarioError(
+        f"no scenario {str(source)!r}{folder}{did_you_mean(str(source), shipped_scenarios())}",
+        where=str(source),
+        allowed="a path to a TOML file, or one of: " + ", ".join(shipped_scenarios()),
+        next="`fedcil list scenarios` shows what is shipped",
+    )
+
+
+def _kind(path: Path) -> str:
+    """file, folder or nothing; what no file system takes as a name is nothing."""
+    try:
+        return "file" if path.is_file() else "folder" if path.is_dir() else "nothing"
+    except OSError:
+        return "nothing"
+
+
+def parse_scenario(table: dict[str, Any], overrides: Sequence[str] = (), *, where: str) -> Scenario:
+    """Check a parsed table with its overrides; every problem found is in the one error raised."""
+    if overrides:
+        table = deepcopy(table)
+    for override in overrides:
+        _override(table, override)
+    _refuse_unwritable(table, (), where)
+    try:
+        return Scenario.model_validate(table)
+    except ValidationError as error:
+        problems = [_explain(problem, table) for problem in error.errors()]
+        raise ScenarioError(
+            "\n".join(text for text, _ in problems),
+            where=where,
+            allowed="; ".join(dict.fromkeys(allowed for _, allowed in problems if allowed)),
+            next="`fedcil schema` prints every key with its type and range",
+        ) from None
+
+
+def _refuse_unwritable(value: Any, keys: tuple[str, ...], where: str) -> None:
+    """The run folder keeps the scenario as a TOML file, and that holds Unicode text and integers of 64 bits."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_unwritable(item, (*keys, str(key)), where)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_unwritable(item, keys, where)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ScenarioError(f"{'.'.join(keys)} is too large a number", where=where, allowed="integers of 64 bits")
+    elif isinstance(value, str) and not _is_unicode(value):
+        raise ScenarioError(f"{'.'.join(keys)} = {value!r} is no text", where=where, allowed="Unicode text")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    """Lay ``a.b=value`` over ``table``. The value is TOML; a bare word is a string."""
+    path, equals, raw = text.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
+        raise ScenarioError(f"--set {text!r} is not key=value", where="--set", allowed="for example training.rounds=20")
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ScenarioError(f"--set {text!r}: {key} is a value, not a table", where="--set")
+    table[keys[-1]] = _toml_value(raw.strip())
+
+
+def _toml_value(raw: str) -> Any:
+    try:
+        table = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
+        return raw
+    return table["value"] if len(table) == 1 else raw  # a second line would be a second key
+
+
+def _explain(problem: Any, table: Mapping[str, Any]) -> tuple[str, str]:
+    """One pydantic problem as (what was wrong, what is allowed), with the nearest valid key."""
+    keys = [str(part) for part in problem["loc"]]
+    given = problem["input"]
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        *above, key = keys
+        valid = _fields(above, table)
+        return (
+            f"unknown key {'.'.join(keys)}{did_you_mean(key, valid)}",
+            f"keys of {'.'.join(above) or 'a scenario'}: {', '.join(valid)}",
+        )
+    place = ".".join(key for key in keys if not _is_type_tag(key)) or "scenario"
+    if kind == "missing":
+        return f"{place} is missing", ""
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(given, Mapping | Section) else f" = {given!r:.200}"
+    hint = did_you_mean(str(given), re.findall(r"'([^']+)'", message))
+    return f"{place}{shown}: {message}{hint}", ""
+
+
+def _is_type_tag(part: str) -> bool:
+    """Pydantic puts the branch of a union into the place; it is no key of the file."""
+    return "[" in part or part.startswith(("literal", "tuple"))
+
+
+def _fields(keys: Sequence[str], table: Mapping[str, Any]) -> list[str]:
+    """The valid keys of a table of the scenario."""
+    if list(keys) == ["method"]:
+        return list(method_settings(table["method"]["name"]).model_fields)
+    section: type[Section] = Scenario
+    for key in keys:
+        section = section.model_fields[key].annotation  # type: ignore[assignment]
+    return list(section.model_fields)
+
+
+def to_toml(scenario: Scenario) -> str:
+    """The scenario as a TOML file that gives the same scenario again (without the data root)."""
+    plain = scenario.to_dict()
+    plain["data"].pop("root", None)
+    heads = [f"{key} = {_toml(value)}" for key, value in plain.items() if not isinstance(value, dict)]
+    tables = [_toml_table(key, value) for key, value in plain.items() if isinstance(value, dict)]
+    return "\n".join([*heads, "", *tables])
+
+
+def _toml_table(name: str, values: Mapping[str, Any]) -> str:
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
+    return "\n".join([f"[{name}]", *lines, ""])
+
+
+def _toml(value: Any) -> str:
+    """Strings, numbers, booleans and flat lists: JSON writes these as TOML does, but for the escapes of 😀 and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
