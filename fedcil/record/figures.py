@@ -143,7 +143,7 @@ def samples_figure(run: Run) -> Figure | None:
 
 def partition_figure(run: Run) -> Figure | None:
     """How many samples of each class each client has, one panel per task."""
-    counts = label_counts(run)
+    counts = run.label_counts
     if counts is None:
         return None
     tasks, clients, classes_seen = counts.shape
@@ -188,12 +188,6 @@ def compare_figure(groups: Sequence[Group]) -> Figure:
     if any(group.std for group in groups):
         bars.set_title("bands and whiskers: sample deviation over seeds", fontsize=9, color=GREY, loc="right")
     return figure
-
-
-def label_counts(run: Run) -> NDArray[np.int32] | None:
-    """Samples by (task, client, class in the order of the stream), if the run has kept them."""
-    path = run.path / "label_counts.npy"
-    return np.load(path, allow_pickle=False) if path.is_file() else None
 
 
 def class_names(run: Run, count: int) -> list[str]:
