@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from fedcil.messages import Payload, Tensors
 
 
@@ -15,6 +17,15 @@ class ServerState:
     model: Tensors
     memory: Tensors = field(default_factory=dict)
     payload: Payload | None = None
+
+    def to(self, device: torch.device) -> ServerState:
+        """The same state on another device."""
+        payload = self.payload and Payload(_moved(self.payload.tensors, device), self.payload.hash)
+        return ServerState(model=_moved(self.model, device), memory=_moved(self.memory, device), payload=payload)
+
+
+def _moved(tensors: Tensors, device: torch.device) -> Tensors:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -38,7 +38,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.losses": ((), ("torch",)),
     "fedcil.messages": (("fedcil.errors",), ("torch",)),
     "fedcil.fold": (("fedcil.messages",), ("torch",)),
-    "fedcil.state": (("fedcil.messages",), ()),
+    "fedcil.state": (("fedcil.messages",), ("torch",)),
     "fedcil.files": (("fedcil.messages",), ("torch", "safetensors")),
     "fedcil.gather": (("fedcil.messages", "fedcil.fold", "fedcil.port"), ()),
     "fedcil.wire": (("fedcil.errors", "fedcil.messages", "fedcil.files"), ("torch", "safetensors")),

@@ -131,7 +131,7 @@ def test_list_and_schema_are_for_programs_too(tmp_path: Path) -> None:
         (["run", "digits_mfcl", "--seeds=a"], 2, "bad_scenario"),
         (["run", "digits_mfcl", "--set=clients.count=5000"], 2, "bad_scenario"),
         (["run", "digits_mfcl", "--set=engine.address=x", "--engine=none"], 2, "bad_scenario"),
-        (["run", "cifar100_small_mfcl", "--data-root=nowhere"], 2, "data_missing"),
+        (["run", "paper/tiny_imagenet_mfcl", "--data-root=nowhere"], 2, "data_missing"),
         (["resume", "nowhere"], 2, "bad_input"),
         (["compare", "nowhere"], 2, "bad_input"),
         (["list", "nothing"], 2, "bad_input"),
