@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,22 +47,55 @@ class NormStatistics:
 
 @contextmanager
 def watch_norms(network: nn.Module) -> Iterator[list[NormStatistics]]:
-    """Collect every batch-norm layer's input statistics; the hooks are gone afterwards."""
+    """Collect every batch-norm layer's input statistics during a pass in eval mode; afterwards the layers are as before."""
     seen: list[NormStatistics] = []
-
-    def look(layer: Any, inputs: tuple[Tensor]) -> None:
-        (x,) = inputs
-        over = [0, *range(2, x.dim())]  # all but the channels
-        var, mean = torch.var_mean(x.to(layer.running_mean.dtype), over, correction=0)
-        seen.append(NormStatistics(layer.running_mean, layer.running_var, mean, var))
-
     layers = [part for part in network.modules() if isinstance(part, NORMS)]
-    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    for layer in layers:
+        layer.forward = partial(_watched_norm, layer, seen)  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer in layers:
+            del layer.forward
+
+
+def _watched_norm(layer: Any, seen: list[NormStatistics], x: Tensor) -> Tensor:
+    output, mean, var = EvalNormWithStatistics.apply(
+        x, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps
+    )
+    seen.append(NormStatistics(layer.running_mean, layer.running_var, mean, var))
+    return cast(Tensor, output)
+
+
+class EvalNormWithStatistics(torch.autograd.Function):
+    """Batch norm in eval mode and the mean and biased variance of its input, each (channels,), in the type of the
+    running statistics. Statistics come from batch norm's own kernel (30 times ``var_mean`` on a CPU), and one
+    elementwise backward serves output and statistics:
+
+        dL/dx = g_y w / sqrt(v + eps) + g_mean / n + 2 g_var (x - mean) / n,    n = elements of a channel
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+        unused = torch.zeros_like(running_mean), torch.ones_like(running_var)
+        mean, var = torch.batch_norm_update_stats(x, *unused, 0.0)
+        scale = torch.rsqrt(running_var + eps)
+        ctx.save_for_backward(x, mean, scale if weight is None else scale * weight)
+        return output, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        x, mean, scale = ctx.saved_tensors
+        of_output, of_mean, of_var = gradients
+        across = (1, -1, *[1] * (x.dim() - 2))
+        count = x.numel() // x.shape[1]
+        slope = 2 * of_var / count
+        shift = of_mean / count - slope * mean
+        slope, shift, scale = (each.to(x.dtype).view(across) for each in (slope, shift, scale))
+        return (of_output * scale).addcmul_(x, slope).add_(shift), None, None, None, None, None
 
 
 def label_loss(logits: Tensor, temperature: float) -> Tensor:

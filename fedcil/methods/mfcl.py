@@ -215,7 +215,7 @@ class MFCL(MethodSettings):
         """Adam on the generator alone; returns each term at ten evenly spaced steps and the last."""
         generator.train()
         optimizer = torch.optim.Adam(generator.parameters(), self.generator_lr, fused=True)
-        weights = self._weights()
+        weights = self.loss_weights()
         device = classifier.head.weight.device
         log: dict[str, list[float]] = {}
         every = max(1, self.steps // 10)
@@ -232,7 +232,7 @@ class MFCL(MethodSettings):
             progress(step + 1, self.steps, shown)
         return log
 
-    def _weights(self) -> Weights:
+    def loss_weights(self) -> Weights:
         return Weights(
             label=self.w_label,
             entropy=self.w_ie,

@@ -1,0 +1,97 @@
+"""(e) A step of the generator's training at a boundary, through the frozen ResNet-18: fedcil against the authors' form.
+
+The authors' form: the classifier's parameters still ask for gradients, a hook on each batch-norm layer makes mean and
+variance of its input (permuted and made contiguous first), NCHW, fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedcil.compute import Precision
+from fedcil.methods.inversion import blur, generator_loss
+from fedcil.methods.mfcl import MFCL
+from fedcil.models.network import initialise, snapshot
+from scenarios.benchmarks.step import KEY, RELEASED, TASK, compute_in
+from scenarios.benchmarks.timing import Case, Figure, against, in_turn, timed
+
+CLASSES = TASK.old
+
+
+def our_boundary(precision: Precision, batch: int) -> Callable[[], object]:
+    """One step of ``MFCL``'s own training of the generator."""
+    compute = compute_in(precision)
+    settings = MFCL(**RELEASED)
+    fresh = compute.network(CLASSES)
+    initialise(fresh, KEY.at("teacher").torch())
+    classifier = compute.frozen(snapshot(fresh))
+    generator = settings.make_generator(compute)
+    initialise(generator, KEY.at("generator").torch())
+    generator = settings.place(generator, compute).train()
+    optimizer = torch.optim.Adam(generator.parameters(), settings.generator_lr, fused=True)
+    weights = settings.loss_weights()
+
+    def step() -> None:
+        latents = torch.randn(batch, settings.latent)
+        loss, _ = generator_loss(classifier, generator(latents), weights)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def authors_boundary(batch: int) -> Callable[[], object]:
+    """The same step as the released program does it."""
+    compute = compute_in("fp32")
+    settings = MFCL(**RELEASED)
+    classifier = compute.architecture.build(CLASSES).eval()
+    initialise(classifier, KEY.at("teacher").torch())
+    generator = settings.make_generator(compute).train()
+    initialise(generator, KEY.at("generator").torch())
+    optimizer = torch.optim.Adam(generator.parameters(), settings.generator_lr)
+    divergences: list[Tensor] = []
+
+    def hook(layer: Any, inputs: tuple[Tensor], _: Tensor) -> None:
+        channels = inputs[0].shape[1]
+        mean = inputs[0].mean([0, 2, 3])
+        var = inputs[0].permute(1, 0, 2, 3).contiguous().view(channels, -1).var(1, unbiased=False) + 1e-8
+        running_mean, running_var = layer.running_mean, layer.running_var
+        ratio = (running_var + 1e-8 + (running_mean - mean) ** 2) / var
+        spread = torch.log(torch.sqrt(var) / torch.sqrt(running_var + 1e-8))
+        divergences.append((spread - 0.5 * (1 - ratio)).mean())
+
+    for part in classifier.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.register_forward_hook(hook)
+
+    def step() -> None:
+        divergences.clear()
+        images = generator(torch.randn(batch, settings.latent))
+        logits = classifier(images)
+        mean = F.softmax(logits, 1).mean(0)
+        loss = F.cross_entropy(logits / settings.temperature, logits.argmax(1))
+        loss = loss + 1 + (mean * mean.log()).sum() / torch.log(torch.tensor(float(CLASSES)))
+        loss = loss + settings.w_bn * sum(divergences) / len(divergences)
+        loss = loss + settings.w_prior * F.mse_loss(images, blur(images))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def measure(batch: int, repeats: int) -> dict[str, Figure]:
+    cases: dict[str, Case] = {
+        "authors": timed(authors_boundary(batch)),
+        "boundary_fp32": timed(our_boundary("fp32", batch)),
+        "boundary_bf16": timed(our_boundary("bf16", batch)),
+    }
+    costs = in_turn(cases, repeats)
+    authors = costs.pop("authors")
+    return {name: against(ours, authors) for name, ours in costs.items()}

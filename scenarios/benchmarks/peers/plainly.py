@@ -1,0 +1,16 @@
+"""The plain loop as a peer: what a session costs beside the loop itself, and the pattern for other peers.
+
+python -m scenarios.benchmarks.peers.plainly DATA.npz lenet|cnn4|resnet18 pictures|tensors|exact
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from scenarios.benchmarks.peers.session import answer
+from scenarios.benchmarks.plain import PlainLoop
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    answer(PlainLoop(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))

@@ -1,0 +1,103 @@
+"""A peer as a process that does what it is told: ``round`` -> one round and its cost, ``weights PATH`` -> a file.
+
+The peer's side is ``answer``: it prints one JSON line per command on stdout and ends with its standard input. The
+benchmark's side is ``Session``: commands of several peers can so be given in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+
+
+class Peer(Protocol):
+    """What a peer's program makes of its library."""
+
+    def round(self) -> None:
+        """One round of FedAvg over all clients."""
+
+    def weights(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Parameters of the global model by their name in ``nets.Classifier``."""
+        ...
+
+
+def tree_cpu() -> float:
+    """CPU seconds of this process and all that descend from it, the ended ones too."""
+    own = psutil.Process()
+    total = 0.0
+    for process in [own, *own.children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def answer(peer: Peer) -> None:
+    """Obey standard input. The library's own prints must not reach stdout: they are sent to stderr."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    replies.write(json.dumps({"ready": True}) + "\n")
+    for line in sys.stdin:
+        command, _, argument = line.strip().partition(" ")
+        if command == "round":
+            wall, cpu = time.perf_counter(), tree_cpu()
+            peer.round()
+            replies.write(json.dumps({"cpu": tree_cpu() - cpu, "wall": time.perf_counter() - wall}) + "\n")
+        else:
+            np.savez(argument, **peer.weights())
+            replies.write(json.dumps({"saved": argument}) + "\n")
+
+
+class Session:
+    """A running peer. Whoever opens it closes it."""
+
+    def __init__(self, python: Path, peer: str, data: Path, net: str, mode: str, log: Path) -> None:
+        command = [str(python), "-m", f"scenarios.benchmarks.peers.{peer}", str(data), net, mode]
+        self._log = log.open("a")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, bufsize=1
+        )
+        self._read()
+
+    def round(self) -> tuple[float, float]:
+        """(CPU seconds of the peer's processes, wall seconds)."""
+        reply = self._ask("round")
+        return float(reply["cpu"]), float(reply["wall"])
+
+    def weights(self, path: Path) -> dict[str, np.ndarray[Any, Any]]:
+        self._ask(f"weights {path}")
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._log.close()
+
+    def _ask(self, command: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the peer ended without an answer; see {self._log.name}")
+        reply: dict[str, Any] = json.loads(line)
+        return reply

@@ -1,0 +1,74 @@
+"""Timing that holds on a busy machine: cases in turn, process CPU seconds beside wall seconds, medians of ratios."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """CPU seconds (user + system, of all processes that take part) and wall seconds of one unit of work."""
+
+    cpu: float
+    wall: float
+
+
+Case = Callable[[], Cost]
+"""Does one repeat and says what it cost."""
+
+
+def timed(work: Callable[[], object], units: int = 1) -> Case:
+    """A case in this process: ``work`` does ``units`` of whatever is counted."""
+
+    def case() -> Cost:
+        gc.collect()
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        return Cost((time.process_time() - cpu) / units, (time.perf_counter() - wall) / units)
+
+    return case
+
+
+def in_turn(cases: Mapping[str, Case], repeats: int, warm_up: int = 1) -> dict[str, list[Cost]]:
+    """A, B, C, then B, C, A, ...: a slow minute of the machine hits all cases alike."""
+    names = list(cases)
+    for _ in range(warm_up):
+        for name in names:
+            cases[name]()
+    costs: dict[str, list[Cost]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        start = repeat % len(names)
+        for name in names[start:] + names[:start]:
+            costs[name].append(cases[name]())
+    return costs
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Ours against a baseline: ``ratio`` and ``wall_ratio`` are medians of ours / baseline, pair by pair (smaller is
+    better), ``median_s`` our CPU seconds, ``spread`` the range of the ratios over their median."""
+
+    ratio: float
+    wall_ratio: float
+    median_s: float
+    spread: float
+
+    def plus(self, added_s: float, baseline_s: float) -> Figure:
+        """With a cost of ``added_s`` CPU seconds that the timed part left out."""
+        extra = added_s / baseline_s
+        return Figure(self.ratio + extra, self.wall_ratio + extra, self.median_s + added_s, self.spread)
+
+
+def against(ours: Sequence[Cost], baseline: Sequence[Cost]) -> Figure:
+    ratios = [a.cpu / b.cpu for a, b in zip(ours, baseline, strict=True)]
+    walls = [a.wall / b.wall for a, b in zip(ours, baseline, strict=True)]
+    ratio = statistics.median(ratios)
+    return Figure(ratio, statistics.median(walls), median_cpu(ours), (max(ratios) - min(ratios)) / ratio)
+
+
+def median_cpu(costs: Sequence[Cost]) -> float:
+    return statistics.median(cost.cpu for cost in costs)
