@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedcil.engines import Setting, load_engine, serve
-from fedcil.errors import FedcilError, NotResumable
+from fedcil.errors import FedcilError, NotResumable, located
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.port import Port, StopSignal
-from fedcil.record.folder import RunFolder
+from fedcil.record.folder import RunFolder, refuse_changes
 from fedcil.record.run import Run, open_run
 from fedcil.record.summary import finish
 from fedcil.scenario import Scenario
@@ -38,12 +38,14 @@ def run(
     Raises ScenarioError, DataMissing, TooFewClients, or Stopped if ``stop`` is set; after the first round a
     checkpoint is always there.
     """
+    source = str(scenario) if isinstance(scenario, str | Path) else "scenario"
     if isinstance(scenario, Scenario):
         scenario = scenario.to_dict()
     scenario = load_scenario(scenario, overrides)
-    load_engine(scenario.engine.name)
     root = Path(data_root) if data_root else None
-    experiment = open_experiment(scenario, root, show_progress=watcher is not None)
+    with located(source):
+        load_engine(scenario.engine.name)
+        experiment = open_experiment(scenario, root, show_progress=watcher is not None)
     folder, state = RunFolder.create(Path(output), experiment), experiment.first_state()
     folder.checkpoint(state, experiment)  # from here on a run can be resumed, whatever the engine does
     return _carry_on(experiment, folder, state, root, figures, watcher, stop)
@@ -64,11 +66,12 @@ def resume(
     configuration changed, FolderBusy if another process is at it.
     """
     old = open_run(Path(path))
+    scenario = load_scenario(old.path / "scenario.toml", overrides)
     if old.finished:
+        refuse_changes(old.identity["scenario"], scenario.deciding(), old.path)
         if figures and not (old.path / "figures").is_dir():
             _draw(old)
         return old
-    scenario = load_scenario(old.path / "scenario.toml", overrides)
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)
     folder, state = RunFolder.reopen(old.path, experiment)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FedcilError(Exception):
     """Base of every error that fedcil raises on purpose.
@@ -88,6 +91,17 @@ class MessageRefused(FedcilError):
     """A message from outside is broken or does not belong to this round."""
 
     kind = "message_refused"
+
+
+@contextmanager
+def located(source: str) -> Iterator[None]:
+    """What is found wrong with a scenario after it was read names the file too."""
+    try:
+        yield
+    except ScenarioError as error:
+        if source not in error.where:
+            error.where = f"{source}: {error.where}" if error.where else source
+        raise
 
 
 class Stopped(FedcilError):

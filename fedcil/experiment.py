@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedcil.compute import Compute, apply_precision, numeric_configuration, resolve_device, resolve_precision
 from fedcil.data import Dataset, load_dataset
+from fedcil.errors import ScenarioError
 from fedcil.keys import Key
-from fedcil.methods.base import Method
+from fedcil.messages import Tensors
+from fedcil.methods.base import Method, Samples
 from fedcil.models import make_architecture
 from fedcil.models.network import initialise, snapshot
 from fedcil.partition import TaskPartition, make_partition
@@ -58,6 +61,12 @@ class Experiment:
         parts = [self.partition[t].of(client) for t in self.tasks_of_data(task)]
         return np.concatenate(parts).astype(np.int64)
 
+    def statistics(self, task: Task) -> Tensors:
+        """What a client sends in a phase of work ``fit``, as it would be for no samples: names, shapes and types."""
+        network = self.compute.network(task.seen)
+        nothing = Samples(torch.zeros(0, 1, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+        return self.method.fit(network, nothing, task, lambda images: images).tensors
+
     def first_state(self) -> RunState:
         """Before round 0: a model with a head for the first task, drawn on the CPU whatever the device."""
         network = self.compute.architecture.build(self.stream.tasks[0].seen)
@@ -79,6 +88,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     apply_precision(precision)
     data = load_dataset(scenario.data, scenario.seed, root=data_root, show_progress=show_progress)
     stream = make_stream(scenario.stream, len(data.class_names), key)
+    refuse_untested_tasks(stream, data)
     labels = stream.relabel(data.train.labels)
     height, width, channels = data.train.images.shape[1:]
     architecture = make_architecture(scenario.model, (channels, height, width))
@@ -92,3 +102,17 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
         method=scenario.method.build(),
         compute=Compute(architecture, device, precision),
     )
+
+
+def refuse_untested_tasks(stream: Stream, data: Dataset) -> None:
+    """A task without test images has no accuracy."""
+    tested = set(np.unique(stream.relabel(data.test.labels)).tolist())
+    for task in stream.tasks:
+        if not tested & set(task.classes):
+            names = ", ".join(data.class_names[place] for place in stream.order[task.old : task.seen])
+            raise ScenarioError(
+                f"task {task.index + 1} has no test images (classes {names})",
+                where="data",
+                allowed="test images of at least one class of every task",
+                next="add test images, or leave these classes out",
+            )

@@ -8,6 +8,7 @@ its answer is checked: every sample goes to exactly one client.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def _share_task(section: PartitionSection, clients: int, task: Task, labels: Int
     rule = _load_rule(section.name)
     try:
         _refuse_too_few_samples(len(members), clients, section)
-        shares = _checked(rule(labels[members], clients, section, key.numpy()), len(members), clients)
+        shares = _checked(_call(rule, labels[members], clients, section, key.numpy()), len(members), clients)
         counts = np.array([len(share) for share in shares], dtype=np.int64)
         _refuse_empty_client(counts, section)
     except ScenarioError as error:  # the rules do not know which task they share
@@ -109,6 +110,23 @@ def _share_task(section: PartitionSection, clients: int, task: Task, labels: Int
         ) from None
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
     return TaskPartition(members[np.concatenate(shares)].astype(np.int32), offsets)
+
+
+def _call(rule: Rule, labels: Ints, clients: int, section: PartitionSection, rng: Rng) -> Sequence[Ints]:
+    """An error inside a person's own rule is theirs to mend, and says where."""
+    try:
+        return rule(labels, clients, section, rng)
+    except ScenarioError:
+        raise
+    except Exception as error:
+        if section.name in RULES:
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ScenarioError(
+            f"{section.name} raised {type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})",
+            where="partition.name",
+            next="mend it; docs/extending.md has the contract",
+        ) from error
 
 
 def _load_rule(name: str) -> Rule:

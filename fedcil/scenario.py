@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializeAsAny,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -48,6 +49,10 @@ DATASETS = (
 )
 PARTITIONS = ("dirichlet_equal", "dirichlet", "iid", "shards", "classes", "quantity")
 MODELS = ("cnn", "resnet8", "resnet18")
+Threads = Annotated[int, Field(ge=1, le=256)]
+
+
+DOTTED = {"type": "string", "pattern": ":"}  # package.module:function
 
 
 def _one_of_or_dotted(names: Sequence[str]) -> BeforeValidator:
@@ -61,10 +66,15 @@ def _one_of_or_dotted(names: Sequence[str]) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _named(names: Sequence[str]) -> WithJsonSchema:
+    """What editors are told of ``_one_of_or_dotted``."""
+    return WithJsonSchema({"anyOf": [{"enum": list(names)}, DOTTED]})
+
+
 class DataSection(Section):
     """``[data]``: which images, how many, how large, and how the real ones are augmented."""
 
-    name: Annotated[str, _one_of_or_dotted(DATASETS)] = Field(
+    name: Annotated[str, _one_of_or_dotted(DATASETS), _named(DATASETS)] = Field(
         "digits", description="a shipped data set or package.module:function"
     )
     root: str | None = Field(None, description="folder that holds the data sets")
@@ -104,7 +114,7 @@ class StreamSection(Section):
 class PartitionSection(Section):
     """``[partition]``: how one task's samples are shared among the clients (methods: fedcil/partition.py)."""
 
-    name: Annotated[str, _one_of_or_dotted(PARTITIONS)] = "dirichlet_equal"
+    name: Annotated[str, _one_of_or_dotted(PARTITIONS), _named(PARTITIONS)] = "dirichlet_equal"
     alpha: Above0 = Field(1.0, description="dirichlet_equal, dirichlet: concentration")
     remainder: Literal["refuse", "spread"] = Field(
         "refuse", description="dirichlet_equal: what to do when samples do not divide by clients"
@@ -119,7 +129,7 @@ class PartitionSection(Section):
 class ClientsSection(Section):
     """``[clients]``: how many data owners there are and how many are asked in a round."""
 
-    count: Positive = 20
+    count: Annotated[int, Field(ge=1, le=10**7)] = 20
     per_round: Positive = 5
 
 
@@ -140,8 +150,10 @@ class AvailabilitySection(Section):
 class ModelSection(Section):
     """``[model]``: the classifier."""
 
-    name: Annotated[str, _one_of_or_dotted(MODELS)] = "cnn"
-    width: Positive | None = Field(None, description="channels of the first stage; default: the model's own")
+    name: Annotated[str, _one_of_or_dotted(MODELS), _named(MODELS)] = "cnn"
+    width: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="channels of the first stage; default: the model's own"
+    )
     stem: Literal["3x3", "3x3_stride2", "7x7"] = Field("3x3", description="resnets: first layer")
 
 
@@ -159,7 +171,7 @@ class TrainingSection(Section):
     weight_decay: NonNegative = 1e-5
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
-    threads: Positive = Field(1, description="intra-operator threads of one client")
+    threads: Threads = Field(1, description="intra-operator threads of one client")
 
 
 class ServerSection(Section):
@@ -171,14 +183,14 @@ class ServerSection(Section):
     deadline_s: Above0 | None = Field(None, description="seconds a round may take; none: no limit")
     quorum: Share = Field(0.0, description="share of the asked clients that must answer")
     patience: Positive = Field(10, description="rounds without quorum in a row before the run ends")
-    threads: Positive = Field(1, description="intra-operator threads of boundary and evaluation")
+    threads: Threads = Field(1, description="intra-operator threads of boundary and evaluation")
 
 
 class EngineSection(Section):
     """``[engine]``: where clients run. Changes the cost of a run, never its result."""
 
     name: Literal["inline", "ray", "flower"] = "inline"
-    workers: Positive | None = Field(None, description="default: one per core, at most one per asked client")
+    workers: Threads | None = Field(None, description="default: one per core, at most one per asked client")
     address: str | None = Field(None, description="ray: an existing cluster")
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
 
@@ -253,19 +265,29 @@ class Scenario(Section):
         plain: dict[str, Any] = _without_none(self.model_dump(mode="json"))
         return plain
 
+    def deciding(self) -> dict[str, Any]:
+        """What decides the result, by key (``training.lr``): all but engine, data root and how often state is saved."""
+        plain = flatten(self.to_dict())
+        idle = {"data.root", "server.checkpoint_every"}
+        return {key: value for key, value in plain.items() if key not in idle and not key.startswith("engine.")}
+
     def digest(self) -> str:
-        """Hash of what decides the result: everything but engine, data root, and how often state is saved."""
-        plain = self.to_dict()
-        plain.pop("engine")
-        plain["data"].pop("root", None)
-        plain["server"].pop("checkpoint_every")
-        return blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
+        """Hash of what decides the result."""
+        return blake2b(json.dumps(self.deciding(), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return value
+
+
+def flatten(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return flat
 
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
@@ -285,5 +307,6 @@ def scenario_schema() -> dict[str, Any]:
         part["properties"]["preset"] = {"enum": [*method_settings(name).presets, None]}
         schema["$defs"].update(part.pop("$defs", {}))
         methods.append(part)
+    methods.append({"type": "object", "required": ["name"], "properties": {"name": DOTTED}})  # a person's own
     schema["properties"]["method"] = {"oneOf": methods}
     return schema

@@ -80,7 +80,7 @@ def parse_scenario(table: dict[str, Any], overrides: Sequence[str] = (), *, wher
         problems = [_explain(problem, table) for problem in error.errors()]
         raise ScenarioError(
             "\n".join(text for text, _ in problems),
-            where=where,
+            where=where + (", with " + " ".join(f"--set {text}" for text in overrides) if overrides else ""),
             allowed="; ".join(dict.fromkeys(allowed for _, allowed in problems if allowed)),
             next="`fedcil schema` prints every key with its type and range",
         ) from None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 if TYPE_CHECKING:
+    from fedcil.compute import Compute
+    from fedcil.messages import Tensors
     from fedcil.methods.base import Method
     from fedcil.stream import Task
 
@@ -46,6 +48,10 @@ class MethodSettings(Section):
     def extra_images(self, real: int, task: Task) -> tuple[int, int]:
         """(images kept in memory, images added to a step of ``real`` ones): for the prediction of memory alone."""
         return 0, 0
+
+    def payload_bytes(self, model: Tensors, compute: Compute) -> int:
+        """Bytes of what a boundary after ``model`` hands to each later client, as far as ``fedcil plan`` can know."""
+        return 0
 
     def build(self) -> Method:
         """The frozen value of functions that this method is (fedcil/methods/base.py)."""

@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
+from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
-from fedcil.methods.base import Boundary, Progress
+from fedcil.methods.base import Notice, Progress
 from fedcil.models.network import grow_head
 from fedcil.state import ServerState
 from fedcil.stream import Task
 
 
-def cross(state: ServerState, task: Task, experiment: Experiment, progress: Progress) -> Boundary:
+@dataclass(frozen=True, slots=True)
+class Crossed:
+    """The state for the next task, and what the record says of the boundary."""
+
+    state: ServerState
+    line: dict[str, Any]
+
+
+def cross(state: ServerState, task: Task, experiment: Experiment, progress: Progress) -> Crossed:
     """Sees model and memory, never data. The method works on the head as it is; it grows afterwards, on the
-    server, so that all clients of the next task start from the same new rows.
+    server, so that all clients of the next task start from the same new rows. RunFailed if what was made is not finite.
     """
     key = experiment.key.at("boundary", task.index)
     made = experiment.method.boundary(state, task, key, experiment.compute, progress)
+    refuse_diverged(made.state, task)
     after = experiment.stream.tasks[task.index + 1]
     model = grow_head(made.state.model, after.seen, key.at("head").torch())
-    return replace(made, state=replace(made.state, model=model))
+    names = [experiment.data.class_names[place] for place in experiment.stream.order]
+    line = {
+        "kind": "boundary",
+        "task": task.index,
+        "classes": list(experiment.stream.order[: task.seen]),
+        "warnings": [in_words(notice, names) for notice in made.warnings],
+        **made.log,
+    }
+    return Crossed(replace(made.state, model=model), line)
+
+
+def in_words(notice: Notice, names: list[str]) -> str:
+    """With the data set's names of the classes, whatever the order in which they came."""
+    classes = "classes " + ", ".join(repr(names[label]) for label in notice.labels)
+    return notice.text.replace("{classes}", classes)
+
+
+def refuse_diverged(state: ServerState, task: Task) -> None:
+    groups = (state.model, state.memory, state.payload.tensors if state.payload else {})
+    broken = [name for tensors in groups for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise RunFailed(
+            f"the boundary after task {task.index + 1} diverged: {', '.join(broken[:3])} are not finite",
+            where="method",
+            next="lower method.generator_lr or its loss weights and start a new run; a resume would only repeat it",
+        )

@@ -6,6 +6,7 @@ where it runs and what a method does at a boundary is not its business.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +22,7 @@ import torch
 from fedcil.availability import Availability, make_availability
 from fedcil.errors import RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment
-from fedcil.messages import UNEXPECTED, Broadcast, Job, Outcome, Request, count_bytes
+from fedcil.messages import UNEXPECTED, Broadcast, Job, Outcome, Payload, Request, count_bytes
 from fedcil.methods.base import Phase
 from fedcil.port import Port, StopSignal
 from fedcil.record.folder import RunFolder
@@ -99,8 +101,23 @@ def open_session(
     )
 
 
+def forget_peak() -> None:
+    """Let the peak of memory count from here, where the system can: a run does not answer for the one before it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process since ``forget_peak``, or since its start where that is not known."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 class Clock:
-    """Seconds by stage, CPU seconds of this process, and its peak memory, since it was made."""
+    """Seconds by stage and CPU seconds of this process since it was made, and the peak of its memory."""
 
     def __init__(self) -> None:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
@@ -111,12 +128,11 @@ class Clock:
         self.stages[name] = time.perf_counter() - self.wall - sum(self.stages.values())
 
     def read(self) -> dict[str, Any]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
             "seconds": time.perf_counter() - self.wall,
             "stages": self.stages,
             "cpu_seconds": time.process_time() - self.cpu,
-            "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10),
+            "peak_memory_mb": peak_memory_mb(),
         }
 
 
@@ -124,6 +140,7 @@ def run_tasks(session: Session, state: RunState) -> RunState:
     """From ``state`` to the end of the stream. Stopped and TooFewClients leave a checkpoint behind."""
     experiment = session.experiment
     torch.set_num_threads(experiment.scenario.server.threads)
+    forget_peak()
     session.save(state)
     try:
         for task in experiment.stream.tasks[state.cursor.task :]:
@@ -248,11 +265,22 @@ def round_line(
         "loss": mean_loss(outcome),
         "losses": [report.metrics.get("loss") for report in outcome.reports],
         "bytes": {
-            "model_down": len(cohort) * count_bytes(state.server.model),
-            "payload_down": len(newcomers) * count_bytes(payload.tensors) if payload else 0,
-            "model_up": sum(report.bytes_up for report in outcome.reports),
+            "down": {"model": len(cohort) * count_bytes(state.server.model)} | payload_bytes(payload, len(newcomers)),
+            "up": {SENT[phase.work]: sum(report.bytes_up for report in outcome.reports)},
         },
     }
+
+
+SENT = {"train": "model", "fit": "statistics", "remember": "nothing"}  # what clients send, by the phase's work
+
+
+def payload_bytes(payload: Payload | None, clients: int) -> dict[str, int]:
+    """By part of the payload (teacher, generator, ...), for so many clients."""
+    sizes: dict[str, int] = {}
+    for name, tensor in (payload.tensors if payload else {}).items():
+        part = name.partition(".")[0]
+        sizes[part] = sizes.get(part, 0) + clients * tensor.numel() * tensor.element_size()
+    return sizes
 
 
 def mean_loss(outcome: Outcome) -> float | None:
@@ -280,10 +308,9 @@ def end_task(session: Session, state: RunState, task: Task) -> RunState:
     lines, server = [line], state.server
     if not experiment.stream.last(task):
         clock = Clock()
-        made = boundary.cross(server, task, experiment, session.progress)
-        server = made.state
-        line = {"kind": "boundary", "task": task.index, "warnings": list(made.warnings), **made.log}
-        lines.append(line | {"cost": clock.read()})
+        crossed = boundary.cross(server, task, experiment, session.progress)
+        server = crossed.state
+        lines.append(crossed.line | {"cost": clock.read()})
         session.watcher.recorded(lines[-1])
     session.record(lines)
     after = replace(state, server=server, cursor=Cursor(task.index + 1), holders=frozenset())

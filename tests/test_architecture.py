@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("fedcil", "server", "client")
+PACKAGES = ("fedcil", "server", "client", "scenarios")
 BOTTOM = ("fedcil.errors", "fedcil.dotted", "fedcil.keys", "fedcil.section")
 VALUES = (*BOTTOM, "fedcil.messages", "fedcil.fold", "fedcil.state", "fedcil.stream", "fedcil.losses")
 EXPERIMENT = (
@@ -50,12 +51,14 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.scenario_file": ((*BOTTOM, "fedcil.scenario"), ("pydantic",)),
     "fedcil.data": (
         (*BOTTOM, "fedcil.data", "fedcil.files"),
-        ("torch", "numpy", "PIL", "torchvision", "filelock", "rich", "yaml"),
+        ("torch", "numpy", "PIL", "filelock", "rich"),
     ),
+    "fedcil.data.download": ((*BOTTOM, "fedcil.data"), ("filelock", "torchvision")),
+    "fedcil.data.super_imagenet": ((*BOTTOM, "fedcil.data", "fedcil.files"), ("torch", "numpy", "PIL", "yaml")),
     "fedcil.models": (("fedcil.dotted", "fedcil.messages", "fedcil.models"), ("torch",)),
     "fedcil.compute": (("fedcil.errors", "fedcil.messages", "fedcil.models"), ("torch",)),
     "fedcil.methods": ((*VALUES, "fedcil.compute", "fedcil.models", "fedcil.methods"), ("torch", "pydantic")),
-    "fedcil.experiment": (EXPERIMENT, ("numpy",)),
+    "fedcil.experiment": (EXPERIMENT, ("numpy", "torch")),
     "fedcil.record": (
         (*EXPERIMENT, "fedcil.metrics", "fedcil.record"),
         ("torch", "numpy", "safetensors", "filelock", "matplotlib", "PIL", "jinja2", "rich"),
@@ -64,16 +67,26 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*EXPERIMENT, "fedcil.availability", "fedcil.wire", "fedcil.record", "server"),
         ("torch", "numpy"),
     ),
-    "server.app": (("fedcil", "server"), ("flwr",)),
-    "server.grid": (("fedcil", "server"), ("flwr", "torch", "numpy")),
+    "server.app": ((*EXPERIMENT, "fedcil.record", "server"), ("flwr",)),
+    "server.grid": ((*EXPERIMENT, "fedcil.wire", "server"), ("flwr", "torch", "numpy")),
     "client": ((*EXPERIMENT, "fedcil.wire", "client"), ("torch", "numpy")),
-    "client.app": (("fedcil", "client"), ("flwr", "numpy")),
+    "client.app": ((*EXPERIMENT, "fedcil.wire", "client"), ("flwr", "numpy")),
     "fedcil.engines": (("fedcil", "server", "client"), ()),
     "fedcil.engines.ray": (("fedcil", "server", "client"), ("ray",)),
     "fedcil.engines.flower": (("fedcil", "server", "client"), ("flwr",)),
     "fedcil.api": (("fedcil", "server"), ()),
     "fedcil.cli": (("fedcil",), ("typer", "rich", "numpy", "torch")),
     "fedcil.__main__": (("fedcil.cli",), ()),
+    "scenarios": (("fedcil.api", "fedcil.record", "fedcil.scenario_file", "fedcil"), ()),
+    # A benchmark times parts of the machine, so it may reach all of them.
+    "scenarios.benchmarks": (
+        ("fedcil", "client", "server", "scenarios.benchmarks"),
+        ("torch", "torchvision", "numpy", "PIL", "psutil", "matplotlib", "ray"),
+    ),
+    "scenarios.benchmarks.peers": (
+        ("scenarios.benchmarks",),
+        ("torch", "numpy", "psutil", "flwr", "pfl", "fedlab", "blazefl"),
+    ),
     "fedcil": (
         (
             "fedcil.errors",
@@ -118,7 +131,8 @@ def imports(path: Path, *, late: bool = True) -> set[str]:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, f"{path}: `from . import` hides what is meant"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in MODULES else node.module for name in names}
         open_nodes.extend(ast.iter_child_nodes(node))
@@ -154,12 +168,25 @@ def test_imports_only_what_its_room_allows(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_never_imports_what_its_room_must_not_know(module: str) -> None:
-    """Flower is known to the two apps and the grid alone."""
-    if module in ("server.app", "server.grid", "client.app"):
-        return
     never = [name for room, names in NEVER.items() if below(module, room) for name in names]
     for imported in imports(MODULES[module]):
         assert not any(below(imported, name) for name in never), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize(
+    ("module", "library"),
+    [
+        ("fedcil.scenario_file", "torch"),  # a scenario is checked before anything heavy is loaded
+        ("fedcil.experiment", "torchvision"),  # only the loader that needs it
+        ("fedcil.experiment", "sklearn"),
+        ("fedcil.api", "matplotlib"),  # drawn at the end of a run
+        ("fedcil.api", "flwr"),
+        ("fedcil.api", "ray"),
+    ],
+)
+def test_a_heavy_library_comes_late(module: str, library: str) -> None:
+    code = f"import sys, {module}; sys.exit({library!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:

@@ -203,6 +203,82 @@ def test_a_foreign_client_package_is_named(tmp_path: Path) -> None:
     assert "InputError" in library.stderr
 
 
+OWN = """
+import numpy as np
+from fedcil.data import Dataset, Split, digest_of
+
+def load(section, root):
+    shade = int((root / "shade").read_text())
+    train = Split(np.full((40, 8, 8, 1), shade, np.uint8), np.arange(40) % 4)
+    test = Split(train.images[:8], np.arange(8) % 4 if (root / "whole").exists() else np.arange(8) % 2)
+    return Dataset(name="own", train=train, test=test, mean=(0.5,), std=(0.5,), class_names=tuple("abcd"),
+                   digest=digest_of(train, test))
+
+def share(labels, clients, section, rng):
+    raise LookupError("no such client")
+"""
+OWN_DATA = [*SMALL[3:], "--set=data={name='own:load'}"]
+
+
+def own_data(folder: Path, shade: int, *, whole: bool = True) -> str:
+    """``--data-root`` of a folder that the loader of ``OWN`` reads."""
+    folder.mkdir()
+    (folder / "shade").write_text(str(shade))
+    if whole:
+        (folder / "whole").touch()
+    return f"--data-root={folder}"
+
+
+def test_a_finished_run_on_other_data_is_not_reused(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    dark, light = own_data(tmp_path / "dark", 1), own_data(tmp_path / "light", 200)
+    words = ["run", "digits_fedavg", *OWN_DATA, "--seeds=0"]
+    first = call(*words, dark, cwd=tmp_path)
+    again = call(*words, dark, cwd=tmp_path)
+    other = call(*words, light, cwd=tmp_path)
+    assert "finished already" not in first.stderr
+    assert "finished already" in again.stderr
+    assert "finished already" not in other.stderr
+
+
+def test_a_task_without_test_images_is_refused_before_it_trains(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    root = own_data(tmp_path / "half", 1, whole=False)
+    done = call("run", "digits_fedavg", *OWN_DATA, root, "--json", cwd=tmp_path, expect=2)
+    assert "task 2 has no test images (classes c, d)" in json.loads(done.stdout)["error"]["what"]
+
+
+def test_an_own_partition_that_raises_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    done = call("run", "digits_fedavg", *SMALL, "--set=partition.name=own:share", cwd=tmp_path, expect=2)
+    assert "own:share raised LookupError" in done.stderr
+    assert "own.py:13" in done.stderr
+
+
+def test_what_is_found_late_names_the_file_and_nothing_has_run(tmp_path: Path) -> None:
+    """Seven classes of ten cannot be cut into three tasks: only the data say how many there are."""
+    file = tmp_path / "mine.toml"
+    file.write_text("[stream]\ntasks = 3\n[method]\nname = 'fedavg'\n")
+    done = call("run", "digits_fedavg", str(file), "--set=training.rounds=1", "--json", cwd=tmp_path, expect=2)
+    assert str(file) in json.loads(done.stdout)["error"]["where"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_finished_run_is_not_resumed_as_something_else(tmp_path: Path) -> None:
+    done = call("run", "digits_fedavg", *SMALL, "--json", cwd=tmp_path)
+    folder = json.loads(done.stdout)["run_dir"]
+    call("resume", folder, "--engine=nope", cwd=tmp_path, expect=2)
+    changed = call("resume", folder, "--set=training.lr=0.2", cwd=tmp_path, expect=3)
+    assert "training.lr was 0.1, now 0.2" in changed.stderr
+    call("resume", folder, "--set=engine.workers=1", cwd=tmp_path)
+
+
+def test_a_run_whose_clients_all_diverged_says_so(tmp_path: Path) -> None:
+    done = call("run", "digits_fedavg", *SMALL, "--set=training.lr=1e30", "--json", cwd=tmp_path)
+    assert "of 4 rounds changed nothing" in done.stderr
+    assert "lower training.lr" in done.stderr
+
+
 def wait_for_metrics(output: Path, process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> Path:
     """The run folder, as soon as a first round is in it."""
     for _ in range(600):

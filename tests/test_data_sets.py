@@ -898,7 +898,7 @@ def real(*parts: str) -> Path:
     path = REAL.joinpath(*parts)
     if not path.exists():
         missing = pytest.fail if os.environ.get("FEDCIL_REQUIRE_DATA") else pytest.skip
-        missing(f"{path} is not there; set FEDCIL_DATA_ROOT")
+        missing(f"needs the real files: set FEDCIL_DATA_ROOT to a folder with {'/'.join(parts)}")
     return REAL
 
 

@@ -25,7 +25,7 @@ def test_on_digits(tmp_path: Path) -> None:
     """Measured over three seeds: 47 points, deviation 1; FedAvg is at most (1 + 1/2 + 1/3 + 1/4 + 1/5) / 5."""
     floor, mfcl, ceiling = (average(f"digits_{method}", tmp_path) for method in ("fedavg", "mfcl", "oracle"))
     assert floor <= 0.457
-    assert mfcl - floor >= 0.35
+    assert mfcl - floor >= 0.40
     assert ceiling >= 0.98
 
 
@@ -34,6 +34,6 @@ def test_on_fashion_mnist(tmp_path: Path) -> None:
     """Measured over three seeds: 28 points, deviation 2."""
     if not (DATA / "FashionMNIST").exists():
         missing = pytest.fail if os.environ.get("FEDCIL_REQUIRE_DATA") else pytest.skip
-        missing("FashionMNIST is not there; set FEDCIL_DATA_ROOT")
+        missing("needs the real files: set FEDCIL_DATA_ROOT to a folder with FashionMNIST")
     where = f"--data-root={DATA.absolute()}"
-    assert average("fashion_mfcl", tmp_path, where) - average("fashion_fedavg", tmp_path, where) >= 0.18
+    assert average("fashion_mfcl", tmp_path, where) - average("fashion_fedavg", tmp_path, where) >= 0.22

@@ -63,7 +63,7 @@ def round_line(task: int, number: int, **more: Any) -> dict[str, Any]:
     return {
         "kind": "round", "task": task, "phase": 0, "phase_name": "train", "round": number, "status": "ok",
         "cohort": [0, 1], "answered": [0, 1], "failures": [], "samples": 20, "loss": 0.25,
-        "bytes": {"model_down": 2000, "payload_down": 500, "model_up": 2000}, "cost": COST, **more,
+        "bytes": {"down": {"model": 2000, "teacher": 500}, "up": {"model": 2000}}, "cost": COST, **more,
     }  # fmt: skip
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedcil.errors import InputError, Stopped, TooFewClients
+from fedcil.errors import InputError, RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gather import Gathered
-from fedcil.messages import Contribution, Outcome, Report, Request, content_hash, count_bytes
-from fedcil.methods.base import Boundary, Phase
+from fedcil.messages import Contribution, Outcome, Payload, Report, Request, content_hash, count_bytes
+from fedcil.methods.base import Boundary, Notice, Phase
 from fedcil.port import ClientDone, StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.scenario_file import load_scenario
@@ -130,7 +130,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         ran = Ran(folder, [])
         try:
             ran.end = run_tasks(open_session(opened, folder, port, **more), state or opened.first_state())
-        except (Stopped, TooFewClients, InputError) as error:
+        except (Stopped, TooFewClients, InputError, RunFailed) as error:
             ran.error = error
         ran.saved = list(saved)
         return ran
@@ -216,7 +216,7 @@ def test_a_round_s_line_says_who_was_asked_who_answered_and_what_it_cost(start: 
         "samples": 12,
         "loss": 4.0,
         "losses": [2.0, 4.0, 6.0],
-        "bytes": {"model_down": 6 * model, "payload_down": 0, "model_up": 3 * model},
+        "bytes": {"down": {"model": 6 * model}, "up": {"model": 3 * model}},
         "accuracy": first["accuracy"],
         "task_aware": first["task_aware"],
         "client_state_bytes": 0,
@@ -268,7 +268,7 @@ def test_payload_bytes_count_once_for_each_client_and_task(start: Start) -> None
     for line in ran.rounds():
         new = set(line["cohort"]) - met[line["task"]]
         met[line["task"]] |= new
-        sent = line["bytes"]["payload_down"]
+        sent = sum(line["bytes"]["down"].values()) - line["bytes"]["down"]["model"]
         if line["task"] == 0:
             assert sent == 0
         elif new:
@@ -440,13 +440,33 @@ def test_a_stop_in_a_round_leaves_the_state_of_the_last_finished_round(start: St
     assert list(ran.folder.path.glob("metrics.cut-*")) == []
 
 
+def name_of(opened: Experiment, label: int) -> str:
+    """The data set's name of the class that came ``label``-th."""
+    return opened.data.class_names[opened.stream.order[label]]
+
+
+def test_a_boundary_that_diverged_ends_the_run_with_its_checkpoint(start: Start) -> None:
+    """Otherwise NaN would travel to every client of the next task."""
+
+    def boundary(state: ServerState, *args: Any) -> Boundary:
+        payload = Payload.of({"generator.weight": torch.tensor([float("nan")])})
+        return Boundary(ServerState(model=state.model, memory=state.memory, payload=payload))
+
+    opened = experiment()
+    opened = replace(opened, method=replace(opened.method, boundary=boundary))
+    ran = start(opened, Table())
+    assert isinstance(ran.error, RunFailed)
+    assert "generator.weight" in str(ran.error)
+    assert [line["kind"] for line in ran.lines] == ["round"] * 3
+
+
 def test_a_stop_in_a_boundary_repeats_the_end_of_the_task(start: Start) -> None:
     """The watcher has seen the task's figures by then; they are recorded with the boundary, or not at all."""
     stop = StopSignal()
 
     def boundary(state: ServerState, *args: Any) -> Boundary:
         args[-1](1, 2, {})
-        return Boundary(state, log={"histogram": [1]}, warnings=("look out",))
+        return Boundary(state, log={"histogram": [1]}, warnings=(Notice("look out for {classes}", (1, 0)),))
 
     opened = experiment()
     opened = replace(opened, method=replace(opened.method, boundary=boundary))
@@ -471,7 +491,13 @@ def test_a_stop_in_a_boundary_repeats_the_end_of_the_task(start: Start) -> None:
     resumed = start(opened, Table(), state, folder)
     assert state.cursor == Cursor(1, 1, 0)
     assert resumed.lines == whole.lines
-    assert resumed.lines[4] == {"kind": "boundary", "task": 0, "warnings": ["look out"], "histogram": [1]}
+    assert resumed.lines[4] == {
+        "kind": "boundary",
+        "task": 0,
+        "classes": list(opened.stream.order[: opened.stream.tasks[0].seen]),
+        "warnings": [f"look out for classes {', '.join(repr(name_of(opened, label)) for label in (1, 0))}"],
+        "histogram": [1],
+    }
     assert bits(resumed.end) == bits(whole.end)
 
 

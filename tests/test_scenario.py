@@ -358,8 +358,22 @@ def test_the_schema_is_one_and_takes_every_shipped_scenario() -> None:
         validator.validate(tomllib.loads(text))
 
 
+def test_the_schema_takes_own_code_and_names_what_is_shipped() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(scenario_schema())
+    own = {
+        "data": {"name": "mine:load"},
+        "partition": {"name": "mine:share"},
+        "method": {"name": "smooth:Smooth", "x": 1},
+    }
+    assert validator.is_valid(own)
+    assert not validator.is_valid({"data": {"name": "digit"}, "method": {"name": "fedavg"}})
+
+
 def test_the_schema_names_every_method_with_its_presets() -> None:
-    parts = {part["properties"]["name"]["const"]: part for part in scenario_schema()["properties"]["method"]["oneOf"]}
+    *shipped, own = scenario_schema()["properties"]["method"]["oneOf"]
+    assert own["properties"]["name"]["pattern"] == ":"
+    parts = {part["properties"]["name"]["const"]: part for part in shipped}
     assert parts.keys() == METHODS.keys()
     for name, part in parts.items():
         assert part["properties"]["preset"]["enum"] == [*method_settings(name).presets, None]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedcil.cli.guard import stoppable
-from fedcil.errors import FedcilError, FolderBusy, InputError, NotResumable, ScenarioError
+from fedcil.errors import FedcilError, FolderBusy, InputError, NotResumable, ScenarioError, located
 
 if TYPE_CHECKING:
     from fedcil.port import StopSignal
@@ -45,13 +45,16 @@ def run(
     json: bool,
 ) -> None:
     overrides = [*overrides, *_engine_override(engine)]
-    wanted = _expand(scenarios, overrides, seeds)  # every scenario is checked before the first one runs
-    sweep = len(wanted) > 1 or seeds is not None
+    wanted = _expand(scenarios, overrides, seeds)
     done: list[Run] = []
     with stoppable(max_seconds) as stop:
-        for scenario in wanted:
-            options = Options(data_root, figures, stop, json)
-            done.append(_reuse(scenario, output, options) if sweep else _run_one(scenario, output, options))
+        options = Options(data_root, figures, stop, json)
+        if len(wanted) == 1 and seeds is None:
+            done.append(_run_one(wanted[0], output, options))
+        else:
+            identities = [_identity(each, data_root) for each in wanted]  # all are checked before the first one runs
+            for each, identity in zip(wanted, identities, strict=True):
+                done.append(_reuse(each, identity, output, options))
     _print_runs(done, json=json)
     if figure:
         _draw_comparison(done, figure)
@@ -114,7 +117,8 @@ def plan(*, scenario: str, overrides: Sequence[str], data_root: Path | None, jso
     from fedcil.experiment import open_experiment
     from fedcil.scenario_file import load_scenario
 
-    experiment = open_experiment(load_scenario(scenario, overrides), data_root, show_progress=not json)
+    with located(scenario):
+        experiment = open_experiment(load_scenario(scenario, overrides), data_root, show_progress=not json)
     facts = forecast(experiment)
     if json:
         print(jsonlib.dumps(facts))
@@ -162,11 +166,30 @@ def _engine_override(engine: str | None) -> list[str]:
     return [f"engine.name={engine}"] if engine else []
 
 
-def _expand(names: Sequence[str], overrides: Sequence[str], seeds: str | None) -> list[Scenario]:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A scenario that was asked for, and by which name."""
+
+    source: str
+    scenario: Scenario
+
+
+def _expand(names: Sequence[str], overrides: Sequence[str], seeds: str | None) -> list[Wanted]:
     from fedcil.scenario_file import load_scenario
 
     sets = [[*overrides, *seed] for seed in _seeds(seeds)]
-    return [load_scenario(name, over) for name in names for over in sets]
+    return [Wanted(name, load_scenario(name, over)) for name in names for over in sets]
+
+
+def _identity(wanted: Wanted, data_root: Path | None) -> dict[str, Any]:
+    """What would decide the run's result. Raises what opening the scenario on its data raises."""
+    from fedcil.engines import load_engine
+    from fedcil.experiment import open_experiment
+    from fedcil.record.folder import identity
+
+    with located(wanted.source):
+        load_engine(wanted.scenario.engine.name)
+        return identity(open_experiment(wanted.scenario, data_root))
 
 
 def _seeds(text: str | None) -> list[list[str]]:
@@ -189,9 +212,9 @@ class Options:
     overrides: tuple[str, ...] = ()
 
 
-def _reuse(scenario: Scenario, output: Path, options: Options) -> Run:
-    """A finished run of exactly this scenario below ``output``, else an unfinished one continued, else a new one."""
-    earlier = _earlier_runs(scenario, output)
+def _reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Options) -> Run:
+    """A finished run of exactly this below ``output``, else an unfinished one continued, else a new one."""
+    earlier = _earlier_runs(wanted.scenario, identity, output)
     for run in earlier:
         if run.finished:
             print(f"finished already: {run.path}", file=sys.stderr)
@@ -202,11 +225,11 @@ def _reuse(scenario: Scenario, output: Path, options: Options) -> Run:
             return _continue(run, options)
         except (NotResumable, FolderBusy) as error:
             print(f"cannot be continued: {error}", file=sys.stderr)
-    return _run_one(scenario, output, options)
+    return _run_one(wanted, output, options)
 
 
-def _earlier_runs(scenario: Scenario, output: Path) -> list[Run]:
-    """Runs of this scenario that this version of fedcil and torch began."""
+def _earlier_runs(scenario: Scenario, identity: Mapping[str, Any], output: Path) -> list[Run]:
+    """Runs of this scenario on these data that this version of fedcil and torch began."""
     from fedcil.record.folder import versions
     from fedcil.record.run import Run
 
@@ -215,20 +238,20 @@ def _earlier_runs(scenario: Scenario, output: Path) -> list[Run]:
         run = Run(path)
         try:
             begun = run.finished or any((path / "checkpoints").glob("state-*.json"))
-            if begun and run.scenario.digest() == scenario.digest() and run.versions == versions():
+            if begun and run.identity == identity and run.versions == versions():
                 found.append(run)
-        except (FedcilError, OSError, ValueError):
+        except (FedcilError, OSError, LookupError):
             continue
     return found
 
 
-def _run_one(scenario: Scenario, output: Path, options: Options) -> Run:
+def _run_one(wanted: Wanted, output: Path, options: Options) -> Run:
     from fedcil import api
     from fedcil.cli.display import display
 
-    with display(quiet=options.quiet) as watcher:
+    with located(wanted.source), display(quiet=options.quiet) as watcher:
         return api.run(
-            scenario,
+            wanted.scenario,
             output=output,
             data_root=options.data_root,
             figures=options.figures,
@@ -252,8 +275,24 @@ def _continue(unfinished: Run, options: Options) -> Run:
         )
 
 
+def _warn_of_failures(run: Run) -> None:
+    """A run that came to its end may still have trained little."""
+    short, failures = run.summary["short_rounds"], run.summary["client_failures"]
+    if not short and not failures:
+        return
+    first = next((failure for line in run.kind("round") for failure in line["failures"]), None)
+    reason = f", first: {first['stage']}: {first['reason']}" if first else ""
+    print(
+        f"warning: {run.path}: {short} of {run.summary['rounds']} rounds changed nothing (too few answers), "
+        f"{failures} client failures{reason}",
+        file=sys.stderr,
+    )
+
+
 def _print_runs(done: Sequence[Run], *, json: bool) -> None:
     """One object for one run, a list for several; a table for people."""
+    for run in done:
+        _warn_of_failures(run)
     if json:
         rows = [{name: run.summary[name] for name in PRINTED} for run in done]
         print(jsonlib.dumps(rows[0] if len(rows) == 1 else rows))

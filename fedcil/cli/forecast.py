@@ -10,8 +10,9 @@ import torch
 from fedcil.engines.workers import worker_count
 from fedcil.experiment import Experiment
 from fedcil.keys import Key
-from fedcil.messages import count_bytes
+from fedcil.messages import Tensors, count_bytes
 from fedcil.models.network import count_parameters, grow_head
+from fedcil.stream import Task
 
 TORCH_MB = 700  # resident after the first step of a small network
 COPIES = 5
@@ -20,26 +21,12 @@ COPIES = 5
 def forecast(experiment: Experiment) -> dict[str, Any]:
     """Counts that are exact, and a prediction of memory that is not."""
     scenario = experiment.scenario
-    rounds = scenario.training.rounds
     model = experiment.first_state().server.model
-    tasks = []
+    tasks, payload = [], 0
     for task in experiment.stream.tasks:
         model = grow_head(model, task.seen, Key(0).torch()) if task.old else model
-        counts = experiment.counts(task)
-        phases = experiment.method.phases(task, rounds)
-        cohorts = sum(_asked(experiment, phase.who, counts) * phase.rounds for phase in phases)
-        tasks.append(
-            {
-                "task": task.index,
-                "classes": list(experiment.stream.order[task.old : task.seen]),
-                "rounds": sum(phase.rounds for phase in phases),
-                "client_trainings": cohorts,
-                "clients_with_samples": int((counts > 0).sum()),
-                "samples_per_client": [int(counts.min()), int(counts.max())],
-                "model_bytes_down": cohorts * count_bytes(model),
-                "model_bytes_up": cohorts * count_bytes(model),
-            }
-        )
+        tasks.append(forecast_task(experiment, task, model, payload))
+        payload = scenario.method.payload_bytes(model, experiment.compute)
     network = experiment.compute.architecture.build(experiment.stream.tasks[-1].seen)
     return {
         "name": scenario.name,
@@ -54,6 +41,28 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         "tasks": tasks,
         "predicted_memory_mb": predicted_memory(experiment, count_bytes(model)),
         "notes": list(experiment.data.notes),
+    }
+
+
+def forecast_task(experiment: Experiment, task: Task, model: Tensors, payload: int) -> dict[str, Any]:
+    """``payload_bytes_down`` is what comes if no client is asked twice before all were: at most that."""
+    counts = experiment.counts(task)
+    phases = experiment.method.phases(task, experiment.scenario.training.rounds)
+    asked = [_asked(experiment, phase.who, counts) * phase.rounds for phase in phases]
+    sent = {"train": count_bytes(model), "remember": 0}
+    if any(phase.work == "fit" for phase in phases):
+        sent["fit"] = count_bytes(experiment.statistics(task))
+    with_samples = int((counts > 0).sum())
+    return {
+        "task": task.index,
+        "classes": list(experiment.stream.order[task.old : task.seen]),
+        "rounds": sum(phase.rounds for phase in phases),
+        "client_trainings": sum(asked),
+        "clients_with_samples": with_samples,
+        "samples_per_client": [int(counts.min()), int(counts.max())],
+        "model_bytes_down": sum(asked) * count_bytes(model),
+        "payload_bytes_down": min(with_samples, sum(asked)) * payload,
+        "bytes_up": sum(count * sent[phase.work] for count, phase in zip(asked, phases, strict=True)),
     }
 
 
@@ -93,7 +102,7 @@ def print_forecast(facts: dict[str, Any]) -> None:
 
     numeric = facts["numeric_configuration"]
     table = Table(title=f"{facts['name']}: {facts['method']} on {numeric['device']} ({numeric['precision']})")
-    for name in ("task", "classes", "rounds", "client trainings", "clients", "samples each", "MB each way"):
+    for name in ("task", "classes", "rounds", "client trainings", "clients", "samples each", "MB down", "MB up"):
         table.add_column(name, justify="right")
     for row in facts["tasks"]:
         low, high = row["samples_per_client"]
@@ -104,7 +113,8 @@ def print_forecast(facts: dict[str, Any]) -> None:
             str(row["client_trainings"]),
             str(row["clients_with_samples"]),
             f"{low}" if low == high else f"{low} to {high}",
-            f"{row['model_bytes_down'] / 1e6:.1f}",
+            f"{(row['model_bytes_down'] + row['payload_bytes_down']) / 1e6:.1f}",
+            f"{row['bytes_up'] / 1e6:.1f}",
         )
     console = Console()
     console.print(table)

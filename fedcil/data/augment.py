@@ -112,10 +112,10 @@ def _gather(images: Tensor, border: int, rows: Tensor, columns: Tensor) -> Tenso
 
 
 def _normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(n, h, w, c) uint8 to (n, c, h, w) float32: pixel * 1 / (255 std) - mean / std."""
+    """(n, h, w, c) uint8 to (n, c, h, w) in the type of ``mean``: pixel * 1 / (255 std) - mean / std."""
     count, height, width, channels = images.shape
     # Factors repeated along a row: the inner loop is then long and contiguous (4 x quicker than 3 channels).
     scale = (1 / (255 * std)).repeat(width)
     shift = (-mean / std).repeat(width)
-    rows = images.reshape(count, height, width * channels).float()
+    rows = images.reshape(count, height, width * channels).to(scale.dtype)
     return rows.mul_(scale).add_(shift).view(count, height, width, channels).permute(0, 3, 1, 2)

@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 
 ROOT_VARIABLE = "FEDCIL_DATA_ROOT"
 SHOWN = 6  # paths that an error lists before it says how many more there are
+HOW = {  # what helps where nothing can be downloaded
+    "fashion_mnist": "on Debian `apt-get install dataset-fashion-mnist` brings the four files (put them into "
+    "FashionMNIST/raw), elsewhere let torchvision.datasets.FashionMNIST(root, download=True) fetch them",
+    "mnist": "fetch them with torchvision.datasets.MNIST(root, download=True)",
+    "cifar10": "fetch cifar-10-python.tar.gz with torchvision.datasets.CIFAR10(root, download=True)",
+    "cifar100": "fetch cifar-100-python.tar.gz with torchvision.datasets.CIFAR100(root, download=True)",
+    "cifar100_coarse": "fetch cifar-100-python.tar.gz with torchvision.datasets.CIFAR100(root, download=True)",
+    "tiny_imagenet": "unpack the official tiny-imagenet-200.zip (cs231n.stanford.edu) there",
+    "super_imagenet": "point it at an ImageNet tree (image-net.org, by registration) sorted into class folders",
+}
 
 
 def default_root(section: DataSection, root: Path | None) -> Path:
@@ -30,5 +40,6 @@ def missing(name: str, looked: Iterable[Path], layout: str, reason: str = "") ->
         f"the data set {name!r} is not there" + (f": {reason}" if reason else ""),
         where="looked at " + ", ".join(paths[:SHOWN]) + more,
         allowed=f"a data root that holds {layout}",
-        next=f"give that folder: --data-root, data.root in the scenario or ${ROOT_VARIABLE} (docs/data.md)",
+        next=(f"{HOW[name]}; then " if name in HOW else "")
+        + f"give that folder: --data-root, data.root in the scenario or ${ROOT_VARIABLE} (docs/data.md)",
     )

@@ -66,12 +66,20 @@ Progress = Callable[[int, int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """A warning for people: ``{classes}`` in the text stands for the names of the classes with these labels."""
+
+    text: str
+    labels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Boundary:
     """What the end of a task made: the new state, figures for the record, and warnings for people."""
 
     state: ServerState
     log: Mapping[str, Any] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Notice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedcil.compute import Compute
 from fedcil.losses import distillation
-from fedcil.messages import Tensors
+from fedcil.messages import Tensors, count_bytes
 from fedcil.methods.base import Batch, ClientMemory, Draws, Method, Phase, Prepared, Samples
 from fedcil.methods.teacher import teacher_becomes_payload, teacher_from
 from fedcil.models.network import Network
@@ -28,6 +29,9 @@ class FedER(MethodSettings):
     memory: Positive = 200  # images a client may keep, over all classes
     kd_weight: NonNegative = 1.0  # factor of the distillation term, no unit
     temperature: Above0 = 2.0
+
+    def payload_bytes(self, model: Tensors, compute: Compute) -> int:
+        return count_bytes(model)
 
     def build(self) -> Method:
         return Method(

@@ -11,7 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedcil.compute import Compute
 from fedcil.losses import cross_entropy_new, distillation
+from fedcil.messages import Tensors, count_bytes
 from fedcil.methods.base import Batch, Draws, Method, Prepared
 from fedcil.methods.teacher import teacher_becomes_payload, teacher_from
 from fedcil.models.network import Network
@@ -22,6 +24,9 @@ class FedLwF(MethodSettings):
     name: Literal["fedlwf"] = "fedlwf"
     kd_weight: NonNegative = 1.0  # factor of the distillation term, no unit
     temperature: Above0 = 2.0  # divides both sets of logits, no unit
+
+    def payload_bytes(self, model: Tensors, compute: Compute) -> int:
+        return count_bytes(model)
 
     def build(self) -> Method:
         return Method(prepare=teacher_from, loss=self._loss, boundary=teacher_becomes_payload)

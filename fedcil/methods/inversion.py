@@ -47,7 +47,7 @@ class NormStatistics:
 
 @contextmanager
 def watch_norms(network: nn.Module) -> Iterator[list[NormStatistics]]:
-    """Collect every batch-norm layer's input statistics during a pass in eval mode; afterwards the layers are as before."""
+    """Collect every batch-norm layer's input statistics in eval mode; afterwards the layers are as before."""
     seen: list[NormStatistics] = []
     layers = [part for part in network.modules() if isinstance(part, NORMS)]
     for layer in layers:
@@ -77,7 +77,13 @@ class EvalNormWithStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any,
+        x: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         output = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
         unused = torch.zeros_like(running_mean), torch.ones_like(running_var)

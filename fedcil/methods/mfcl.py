@@ -17,21 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedcil.compute import Compute
 from fedcil.errors import ScenarioError
 from fedcil.keys import Key
-from fedcil.messages import Payload
-from fedcil.methods.base import Batch, Boundary, Draws, Method, Prepared, Progress, part, prefixed
+from fedcil.messages import Payload, Tensors, count_bytes
+from fedcil.methods.base import Batch, Boundary, Draws, Method, Notice, Prepared, Progress, part, prefixed
 from fedcil.methods.inversion import Weights, generator_loss, to_floats
 from fedcil.models.generator import Generator, default_upsamplings
-from fedcil.models.network import Network, freeze, initialise, load_state, snapshot
+from fedcil.models.network import Network, freeze, initialise, load_state, snapshot, state_of
 from fedcil.section import Above0, Count, MethodSettings, NonNegative, Positive
 from fedcil.state import ServerState
 from fedcil.stream import Task
@@ -52,7 +52,7 @@ class MFCL(MethodSettings):
     w_kd: NonNegative = 0.1
     # Generator.
     latent: Positive = 1000
-    generator_width: Positive = 128
+    generator_width: Annotated[int, Field(ge=2)] = 128  # the last block has half of it
     upsamplings: Count | None = None
     steps: Count = 100
     generator_batch: Positive = 128
@@ -120,6 +120,9 @@ class MFCL(MethodSettings):
                 allowed=f"square images whose side is a multiple of 2^{ups}",
                 next="set data.image_size, or method.upsamplings",
             )
+
+    def payload_bytes(self, model: Tensors, compute: Compute) -> int:
+        return count_bytes(model) + count_bytes(state_of(self.make_generator(compute)))
 
     def build(self) -> Method:
         return Method(
@@ -205,7 +208,7 @@ class MFCL(MethodSettings):
         tensors = prefixed("teacher", state.model) | prefixed("generator", snapshot(generator))
         return Boundary(
             ServerState(model=state.model, memory=state.memory, payload=Payload.of(tensors)),
-            log={"generator": terms, "histogram": histogram},
+            log={"generator": terms, "histogram": histogram},  # by label, in the order of the stream
             warnings=vanished_classes(histogram),
         )
 
@@ -296,13 +299,14 @@ def coverage(generator: Generator, classifier: Network, key: Key) -> list[int]:
     return torch.bincount(pool.past.argmax(1), minlength=pool.past.shape[1]).tolist()
 
 
-def vanished_classes(histogram: list[int]) -> tuple[str, ...]:
+def vanished_classes(histogram: list[int]) -> tuple[Notice, ...]:
     """A warning for classes with less than a fifth of their share: they will be forgotten."""
     floor = sum(histogram) / (5 * len(histogram))
     missing = [label for label, count in enumerate(histogram) if count < floor]
     if not missing:
         return ()
-    return (
-        f"the generator hardly makes classes {missing} (less than 1/5 of their share): raise method.w_ie, "
-        "then training.rounds or method.steps; their accuracy will suffer from the next task on",
+    text = (
+        "the generator hardly makes {classes} (less than 1/5 of their share): raise method.w_ie, "
+        "then training.rounds or method.steps; their accuracy will suffer from the next task on"
     )
+    return (Notice(text, tuple(missing)),)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedcil.errors import InputError
 from fedcil.record.run import Run
+from fedcil.scenario import flatten
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -124,16 +125,8 @@ def _refuse_unfinished(run: Run) -> None:
 
 def _settings(run: Run) -> dict[str, Any]:
     """The scenario as dotted keys, without what leaves a result as it is and without the seed."""
-    flat = dict(_flat(run.scenario.to_dict()))
+    flat = flatten(run.scenario.to_dict())
     return {key: value for key, value in flat.items() if not key.startswith(COSTS_NOTHING)}
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:

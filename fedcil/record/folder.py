@@ -22,6 +22,7 @@ from fedcil.experiment import Experiment
 from fedcil.files import write_atomic
 from fedcil.partition import save_partition
 from fedcil.record.checkpoints import Checkpoint, CheckpointFolder
+from fedcil.scenario import flatten
 from fedcil.scenario_file import to_toml
 from fedcil.state import RunState
 
@@ -43,7 +44,7 @@ class RunFolder:
             raise FolderBusy(
                 "another process is writing to this run",
                 where=str(path),
-                next="wait for it to end, or give another folder with --output",
+                next="wait for it to end, or start another run",
             ) from None
         except OSError as error:
             self._lock.release()
@@ -74,7 +75,7 @@ class RunFolder:
         folder = cls(path)
         try:
             checkpoint = folder.checkpoints.load()
-            _refuse_changes(checkpoint.identity, identity(experiment), path)
+            refuse_changes(checkpoint.identity, identity(experiment), path)
             with _on_disk(path):
                 folder._cut_metrics(checkpoint.metrics_length)
         except BaseException:
@@ -137,16 +138,18 @@ def _on_disk(path: Path) -> Iterator[None]:
 def identity(experiment: Experiment) -> dict[str, Any]:
     """What must not change between a checkpoint and its resume."""
     return {
-        "scenario": experiment.scenario.digest(),
+        "scenario": experiment.scenario.deciding(),
         "data": experiment.data.digest,
-        **experiment.numeric(),
+        "numeric": experiment.numeric(),
     }
 
 
-def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """NotResumable that lists every key with a value other than the saved one."""
+    saved, now = flatten(saved), flatten(now)
     names = [name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
     if names:
-        changes = "; ".join(f"{name}: {saved.get(name)} then, {now.get(name)} now" for name in names)
+        changes = "; ".join(f"{name} was {saved.get(name)}, now {now.get(name)}" for name in names)
         raise NotResumable(
             f"this run was made differently: {changes}",
             where=str(path),
@@ -181,6 +184,7 @@ def _environment(experiment: Experiment) -> dict[str, Any]:
         "revision": _revision(),
         "command": sys.argv,
         "numeric_configuration": experiment.numeric(),
+        "identity": identity(experiment),
         "data": {
             "name": experiment.data.name,
             "digest": experiment.data.digest,

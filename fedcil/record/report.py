@@ -124,8 +124,8 @@ def _costs(lines: Any) -> dict[str, float]:
     sent = [line["bytes"] for line in lines if line["kind"] == "round"]
     return {
         "seconds": sum(line["cost"]["seconds"] for line in lines),
-        "up": sum(each["model_up"] for each in sent),
-        "down": sum(each["model_down"] + each["payload_down"] for each in sent),
+        "up": sum(sum(each["up"].values()) for each in sent),
+        "down": sum(sum(each["down"].values()) for each in sent),
     }
 
 

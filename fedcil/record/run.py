@@ -52,8 +52,17 @@ class Run:
     @cached_property
     def versions(self) -> dict[str, str | None]:
         """Versions of the packages that the run was begun with."""
-        recorded = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
-        return dict(recorded["versions"])
+        return dict(self._environment["versions"])
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decided the run's result: scenario by key, data digest, numeric configuration."""
+        return dict(self._environment["identity"])
+
+    @cached_property
+    def _environment(self) -> dict[str, Any]:
+        path = self.path / "environment.json"
+        return _read_table(path.read_bytes(), str(path))
 
     @cached_property
     def partition(self) -> tuple[TaskPartition, ...]:

@@ -46,6 +46,9 @@ def summarise(run: Run) -> dict[str, Any]:
         "worst_case_accuracy": metrics.worst_case_accuracy(trace, ends),
         "windowed_forgetting": metrics.windowed_forgetting(trace, WINDOW),
         "windowed_plasticity": metrics.windowed_plasticity(trace, WINDOW),
+        "rounds": len(run.kind("round")),
+        "short_rounds": sum(line["status"] != "ok" for line in run.kind("round")),
+        "client_failures": sum(len(line["failures"]) for line in run.kind("round")),
         **_costs(run),
     }
 
@@ -60,8 +63,8 @@ def _costs(run: Run) -> dict[str, float]:
     return {
         "seconds": sum(line["cost"]["seconds"] for line in run.lines),
         "cpu_seconds": sum(line["cost"].get("cpu_seconds", 0.0) for line in run.lines),
-        "bytes_up": sum(line["bytes"]["model_up"] for line in rounds),
-        "bytes_down": sum(line["bytes"]["model_down"] + line["bytes"]["payload_down"] for line in rounds),
+        "bytes_up": sum(sum(line["bytes"]["up"].values()) for line in rounds),
+        "bytes_down": sum(sum(line["bytes"]["down"].values()) for line in rounds),
         "client_state_bytes": max((line["client_state_bytes"] for line in rounds), default=0),
         "peak_memory_mb": max((line["cost"]["peak_memory_mb"] for line in rounds), default=0.0),
     }

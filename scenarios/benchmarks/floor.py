@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedcil.compute import Precision
+from fedcil.methods.mfcl import MFCL
 from fedcil.models.network import initialise
 from scenarios.benchmarks.step import KEY, RELEASED, TASK, Sizes, compute_in
-from fedcil.methods.mfcl import MFCL
 
 REPEATS = 5
 

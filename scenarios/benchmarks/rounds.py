@@ -1,0 +1,171 @@
+"""(b) A FedAvg round, 10 clients x 50 images, batch 10: fedcil's inline engine, one worker, against everybody else.
+
+Against the plain loop and Flower both sides crop and flip: they image by image with PIL, fedcil in whole batches.
+Against the in-process peers both sides train on tensors as they are. Before anything is timed, each side's weights
+after a round are held against the plain loop's in float64, on the same orders of the same images.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from client.handle import client_key
+from fedcil.data import Dataset, Split, digest_of
+from fedcil.engines import Setting
+from fedcil.engines.inline import InlinePort
+from fedcil.experiment import Experiment, open_experiment
+from fedcil.messages import Broadcast, Job, Request, Tensors
+from fedcil.port import StopSignal
+from fedcil.scenario_file import load_scenario
+from scenarios.benchmarks.nets import CLASSES, build
+from scenarios.benchmarks.peers.session import Session
+from scenarios.benchmarks.plain import BATCH, MEAN, RATE, STD, PlainLoop
+from scenarios.benchmarks.timing import Case, Cost, Figure, against, in_turn, timed
+
+CLIENTS, SAMPLES = 10, 50
+AGREE = 1e-10  # largest difference of a weight in float64
+SMALL_NET = "lenet"  # float64 comparisons of a ResNet prove nothing
+
+
+def pixels(section: object, root: object) -> Dataset:  # noqa: ARG001  the contract of ``data.name``
+    """Random images: speed does not depend on what is in them."""
+    draws = np.random.default_rng(0)
+    images = draws.integers(0, 256, (CLIENTS * SAMPLES, 32, 32, 3), dtype=np.uint8)
+    split = Split(images, np.arange(len(images)) % CLASSES)
+    names = tuple(f"class {label}" for label in range(CLASSES))
+    return Dataset(
+        name="pixels",
+        train=split,
+        test=split,
+        mean=MEAN,
+        std=STD,
+        class_names=names,
+        digest=digest_of(split, split),
+    )
+
+
+def experiment(net: str, *, precision: str = "fp32", augment: str = "none", workers: int = 1) -> Experiment:
+    model = {"name": "resnet18"} if net == "resnet18" else {"name": f"scenarios.benchmarks.nets:{net}"}
+    scenario = {
+        "data": {"name": "scenarios.benchmarks.rounds:pixels", "augment": augment},
+        "stream": {"tasks": 1},
+        "partition": {"name": "iid"},
+        "clients": {"count": CLIENTS, "per_round": CLIENTS},
+        "model": model,
+        "method": {"name": "fedavg"},
+        "training": {"epochs": 1, "batch_size": BATCH, "lr": RATE, "weight_decay": 0.0, "precision": precision},
+        "engine": {"workers": workers},
+    }
+    return open_experiment(load_scenario(scenario))
+
+
+class OurLoop:
+    """Rounds over the inline engine's port, as the round loop makes them."""
+
+    def __init__(self, opened: Experiment, model: torch.nn.Module, folder: Path) -> None:
+        self.port = InlinePort(Setting(opened, None, folder, StopSignal()))
+        self.experiment = opened
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.model: Tensors = {name: t.detach() for name, t in state.items() if t.is_floating_point()}
+
+    def round(self) -> None:
+        broadcast = Broadcast(task=0, phase=0, round=0, tensors=self.model)
+        jobs = tuple(Job(client, client) for client in range(CLIENTS))
+        outcome = self.port.run(Request(broadcast, jobs, CLIENTS), None, lambda _: None)
+        assert outcome.total is not None, outcome.failures
+        assert not outcome.failures
+        self.model = outcome.total.mean()
+
+
+@contextmanager
+def our_loop(net: str, **options: Any) -> Iterator[OurLoop]:
+    with tempfile.TemporaryDirectory() as folder:
+        loop = OurLoop(experiment(net, **options), build(net), Path(folder))
+        try:
+            yield loop
+        finally:
+            loop.port.close()
+
+
+def write_data(path: Path) -> Path:
+    """The clients' images, each client's in the order in which fedcil's first round trains on them."""
+    opened = experiment(SMALL_NET)
+    broadcast = Broadcast(task=0, phase=0, round=0, tensors={})
+    rows = []
+    for client in range(CLIENTS):
+        place = client_key(opened.key, broadcast, client).at("epoch", 0, "order")
+        rows.append(opened.indices(client, opened.stream.tasks[0])[torch.randperm(SAMPLES, generator=place.torch())])
+    train = opened.data.train
+    np.savez(path, images=train.images[np.stack(rows)], labels=train.labels[np.stack(rows)])
+    return path
+
+
+def weights_differ(data: Path, peer: Session | None = None) -> float:
+    """Largest difference of a weight after a round in float64: fedcil's (or the peer's) against the plain loop's."""
+    exact = PlainLoop(data, SMALL_NET, "exact")
+    exact.round()
+    if peer is None:
+        theirs = _our_exact_weights()
+    else:
+        peer.round()
+        theirs = peer.weights(data.with_name("weights.npz"))
+    return max(float(np.abs(theirs[name] - weight).max()) for name, weight in exact.weights().items())
+
+
+def _our_exact_weights() -> dict[str, np.ndarray[Any, Any]]:
+    """fedcil computes in torch's default type; the weights to start from are drawn in float32 by all."""
+    start = build(SMALL_NET).double()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with our_loop(SMALL_NET) as ours:
+            ours.model = dict(start.named_parameters())
+            ours.round()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return {name: tensor.detach().numpy() for name, tensor in ours.model.items()}
+
+
+def refuse_disagreement(name: str, difference: float) -> None:
+    if not difference <= AGREE:
+        raise AssertionError(f"{name}: weights differ from the plain loop's by {difference:g} in float64")
+
+
+def measure(
+    net: str,
+    data: Path,
+    peers: dict[str, Path],
+    repeats: int,
+    log: Path,
+    precisions: tuple[str, ...] = ("fp32", "bf16"),
+) -> dict[str, Figure]:
+    """``round_<net>_<precision>_vs_<plain or peer>``; ``peers``: name -> python of its environment."""
+    refuse_disagreement("fedcil", weights_differ(data))
+    modes = {name: "pictures" if name == "flower" else "tensors" for name in peers}
+    with ExitStack() as stack:
+        cases: dict[str, Case] = {"plain": timed(PlainLoop(data, net, "pictures").round)}
+        for name, python in peers.items():
+            session = Session(python, name, data, net, modes[name], log)
+            stack.callback(session.close)
+            cases[name] = _of_session(session)
+        for augment in {"crop_flip", *(["none"] if "tensors" in modes.values() else [])}:
+            for precision in precisions:
+                ours = stack.enter_context(our_loop(net, precision=precision, augment=augment))
+                cases[f"{precision}_{augment}"] = timed(ours.round)
+        costs = in_turn(cases, repeats)
+    figures = {}
+    for name, mode in {"plain": "pictures", **modes}.items():
+        for precision in precisions:
+            ours_cost = costs[f"{precision}_{'crop_flip' if mode == 'pictures' else 'none'}"]
+            figures[f"round_{net}_{precision}_vs_{name}"] = against(ours_cost, costs[name])
+    return figures
+
+
+def _of_session(session: Session) -> Case:
+    return lambda: Cost(*session.round())
