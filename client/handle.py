@@ -34,7 +34,7 @@ from fedcil.messages import (
     count_bytes,
 )
 from fedcil.methods.base import Phase, Prepared, Samples
-from fedcil.models.network import Network, load_state, state_of
+from fedcil.models.network import Network, copy_into, state_of
 from fedcil.stream import Task
 
 
@@ -89,15 +89,16 @@ class Worker:
 
     shared: Shared
     check: Callable[[], None]
-    networks: dict[int, Network] = field(default_factory=dict)
+    network: Network | None = None
+    state: Tensors = field(default_factory=dict)  # the network's own memory, by name
 
-    def network(self, classes: int, tensors: Tensors) -> Network:
-        """A network with the broadcast tensors in it; only the current head size is kept."""
-        if classes not in self.networks:
-            self.networks = {classes: self.shared.experiment.compute.network(classes)}
-        network = self.networks[classes]
-        load_state(network, tensors)
-        return network
+    def load(self, classes: int, tensors: Tensors) -> Network:
+        """A network with the broadcast tensors in it; made anew only when the head has grown."""
+        if self.network is None or self.network.head.out_features != classes:
+            self.network = self.shared.experiment.compute.network(classes)
+            self.state = state_of(self.network)
+        copy_into(self.state, tensors)
+        return self.network
 
 
 def handle(request: Request, worker: Worker) -> Reply:
@@ -149,7 +150,7 @@ def _work(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Contribution 
     experiment = shared.experiment
     task = experiment.stream.tasks[broadcast.task]
     phase = experiment.method.phases(task, experiment.scenario.training.rounds)[broadcast.phase]
-    network = worker.network(task.seen, broadcast.tensors)
+    network = worker.load(task.seen, broadcast.tensors)
     own = shared.samples(job.client, task)
     metrics: dict[str, float] = {}
     contribution: Contribution | None = None
@@ -195,13 +196,16 @@ def _train(
         key=client_key(experiment.key, broadcast, job.client),
         check=worker.check,
     )
-    state = state_of(network)
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
-    if trained.steps and not (finite and math.isfinite(trained.loss)):
+    if trained.steps and not (math.isfinite(trained.loss) and finite(worker.state)):
         raise ClientProblem("training diverged: loss or weights are not finite; lower training.lr", where="training")
     weight = 1.0 if experiment.scenario.server.weighting == "uniform" else float(len(samples.labels))
     metrics = {"loss": trained.loss, "steps": trained.steps} if trained.steps else {}
-    return Contribution(state, weight), metrics
+    return Contribution(worker.state, weight), metrics
+
+
+def finite(tensors: Tensors) -> bool:
+    """No NaN, no infinity, and nothing so large that its square is one."""
+    return bool(torch.stack(torch._foreach_norm(list(tensors.values()))).isfinite().all())
 
 
 def _fit(network: Network, own: Samples, task: Task, shared: Shared) -> Contribution:

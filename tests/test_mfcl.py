@@ -65,18 +65,23 @@ class Recorder:
 
     labels: Tensor
     steps: list[Step] = field(default_factory=list)
-    images: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)  # augmented, not yet in a step
+    indices: list[Tensor] = field(default_factory=list)
 
     def augment(self, stored: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
         """As good as any augmentation: each image times its own random number."""
         factors = 1 + 0.1 * torch.randn(len(index), 1, 1, 1, generator=generator)
-        self.images.append((stored[index] * factors, self.labels[index]))
-        return self.images[-1][0]
+        augmented = stored[index] * factors
+        self.images += augmented
+        self.indices += index
+        return augmented
 
     def watch(self, method: Method) -> Method:
         def draw(prepared: object, real: int, task: Task, key: Key) -> Any:
             draws = method.draw(prepared, real, task, key)
-            self.steps.append((*self.images[-1], draws))
+            labels = self.labels[torch.stack(self.indices[:real])]
+            self.steps.append((torch.stack(self.images[:real]), labels, draws))
+            del self.images[:real], self.indices[:real]
             return draws
 
         return replace(method, draw=draw)

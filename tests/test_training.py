@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from client import handle
 from client.handle import Shared, Worker, do_job
 from client.states import StateStore
-from client.training import Trained, cut_epoch, learning_rate, local_sgd
+from client.training import Trained, cut_epoch, grouped, learning_rate, local_sgd
 from fedcil.errors import Stopped
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.keys import Key
@@ -139,7 +139,7 @@ def test_one_client_with_all_data_is_centralised_sgd_step_for_step(small: Any, m
     batches: list[Tensor] = []
 
     def record(stored: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
-        batches.append(index)
+        batches.extend(index.split([4, 4, 3]))
         return stored[index]
 
     result = train(small, ours, training, augment=record, check=lambda: before.append(snapshot(ours)))
@@ -162,7 +162,7 @@ def test_each_epoch_has_each_sample_once_in_an_order_of_its_own(small: Any) -> N
     batches: list[list[int]] = []
 
     def record(stored: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
-        batches.append(index.tolist())
+        batches.extend(batch.tolist() for batch in index.split([4, 4, 3]))
         return stored[index]
 
     train(small, small.network(3), TrainingSection(epochs=3, batch_size=4), augment=record)
@@ -170,6 +170,24 @@ def test_each_epoch_has_each_sample_once_in_an_order_of_its_own(small: Any) -> N
     epochs = [[i for batch in batches[start : start + 3] for i in batch] for start in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+@given(sizes=st.lists(st.integers(1, 40), max_size=12), most=st.integers(1, 60))
+def test_grouped_batches_are_all_of_them_in_their_order(sizes: list[int], most: int) -> None:
+    groups = list(grouped(sizes, most))
+    assert [size for group in groups for size in group] == sizes
+    assert all(sum(group) <= most or len(group) == 1 for group in groups)
+
+
+def test_images_made_ahead_are_the_same_for_any_number_at_once(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without random augmentation only the calls differ; memory is bounded for large images."""
+    results = []
+    for at_once in (1, 10**9):
+        monkeypatch.setattr("client.training.AT_ONCE", at_once)
+        model = small.network(3)
+        train(small, model, TrainingSection(epochs=2, batch_size=4))
+        results.append(content_hash(state_of(model)))
+    assert results[0] == results[1]
 
 
 def test_without_epochs_nothing_happens(small: Any) -> None:

@@ -58,7 +58,11 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 def load_state(module: nn.Module, tensors: Tensors) -> None:
     """Copy ``tensors`` into the module, in place. ValueError if names or shapes differ."""
-    own = state_of(module)
+    copy_into(state_of(module), tensors)
+
+
+def copy_into(own: Tensors, tensors: Tensors) -> None:
+    """Copy ``tensors`` into tensors of the same names and shapes, in place. ValueError if these differ."""
     if own.keys() != tensors.keys():
         raise ValueError(f"tensors differ in name: {sorted(own.keys() ^ tensors.keys())}")
     for name, tensor in own.items():
