@@ -364,14 +364,15 @@ def test_distillation_does_not_see_the_teachers_bias(small: Any) -> None:
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("float64")
 def test_a_student_that_is_the_teacher_has_no_distillation_loss(small: Any) -> None:
     """With the head grown and in the same mode; in train mode batch statistics make a difference."""
     options = settings(**{**NO_TERMS, "w_kd": 1.0})
     replay = replay_of(small, options)
-    grown = grow_head(state_of(replay.teacher), 5, Key(0).torch())
+    grown = grow_head(state_of(teacher_of(small)), 5, Key(0).torch())
     model = small.compute().frozen(grown)
     draws = options.build().draw(replay, 6, small.second, Key(1))
-    assert options.build().loss(model, replay, batch_of(small), draws).item() == 0.0
+    assert options.build().loss(model, replay, batch_of(small), draws).item() <= 1e-24  # the teacher's norms are folded
     assert options.build().loss(model.train(), replay, batch_of(small), draws).item() > 1e-3
 
 
@@ -456,7 +457,8 @@ def test_in_bf16_the_loss_and_its_gradients_are_float32(small: Any) -> None:
 def test_teacher_and_generator_are_what_the_payload_says(small: Any) -> None:
     teacher, generator = teacher_of(small), small.generator()
     replay = replay_of(small, settings())
-    assert content_hash(state_of(replay.teacher)) == content_hash(state_of(teacher))
+    images = small.images(6)
+    torch.testing.assert_close(replay.teacher(images), teacher.eval()(images), rtol=1e-4, atol=1e-5)
     assert content_hash(state_of(replay.generator)) == content_hash(state_of(generator))
     for network in (replay.teacher, replay.generator):
         assert not network.training

@@ -18,8 +18,11 @@ from fedcil.messages import content_hash, count_bytes
 from fedcil.models import Architecture, make_architecture
 from fedcil.models.generator import Generator
 from fedcil.models.network import (
+    Backbone,
     Network,
     count_parameters,
+    fold_norms,
+    freeze,
     grow_head,
     initialise,
     load_state,
@@ -316,3 +319,34 @@ def test_an_architecture_is_a_value_that_builds_new_networks() -> None:
     one, two = architecture.build(3), architecture.build(5)
     assert (one.head.out_features, two.head.out_features) == (3, 5)
     assert not {p.data_ptr() for p in one.parameters()} & {p.data_ptr() for p in two.parameters()}
+
+
+class Branching(Backbone):
+    """Somebody's own backbone, with a branch that depends on its input."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x: Tensor = self.norm(self.conv(images)) if images.mean() < 9 else self.conv(images)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet8", "resnet18"])
+@pytest.mark.usefixtures("float64")
+def test_folded_norms_are_gone_and_change_nothing(small: Any, name: str) -> None:
+    network, images = small.frozen(3, name), small.images(6)
+    expected = network(images)
+    fold_norms(network)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
+    torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-12)
+    assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_a_backbone_that_cannot_be_traced_stays_as_it_is() -> None:
+    network = Network(Branching(), 2)
+    freeze(network)
+    backbone = network.backbone
+    fold_norms(network)
+    assert network.backbone is backbone

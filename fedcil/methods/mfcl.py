@@ -163,7 +163,7 @@ class MFCL(MethodSettings):
     def _prepare(self, compute: Compute, task: Task, payload: Payload | None, key: Key) -> Prepared:
         if payload is None:
             return None
-        teacher = compute.frozen(part("teacher", payload.tensors))
+        teacher = compute.teacher(part("teacher", payload.tensors))
         generator = self.place(self.make_generator(compute), compute)
         load_state(generator, part("generator", payload.tensors))
         freeze(generator)

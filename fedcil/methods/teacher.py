@@ -13,7 +13,7 @@ from fedcil.stream import Task
 
 def teacher_from(compute: Compute, task: Task, payload: Payload | None, key: Key) -> Network | None:
     """None in the first task, where there is nothing to keep yet."""
-    return None if payload is None else compute.frozen(payload.tensors)
+    return None if payload is None else compute.teacher(payload.tensors)
 
 
 def teacher_becomes_payload(state: ServerState, task: Task, key: Key, compute: Compute, progress: Progress) -> Boundary:

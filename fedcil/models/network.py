@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 from fedcil.messages import Tensors
 
@@ -79,6 +80,20 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 def freeze(module: nn.Module) -> None:
     """Eval mode, and no gradient is ever computed for the module's own parameters."""
     module.eval().requires_grad_(False)
+
+
+def fold_norms(network: Network) -> None:
+    """Fold batch norms of a frozen network into the convolutions before them; equal up to rounding.
+
+    A person's own backbone that torch.fx cannot trace (say, with a branch on its input) stays as it is.
+    """
+    backbone = network.backbone
+    try:
+        folded: Any = fuse(backbone)
+    except (torch.fx.proxy.TraceError, TypeError, NotImplementedError):
+        return
+    folded.width = backbone.width
+    network.backbone = folded
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:

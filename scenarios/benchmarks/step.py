@@ -55,7 +55,7 @@ class Sizes:
 
 
 FULL = Sizes(32, 128, 1)
-SMALL = Sizes(8, 32, 3)
+SMALL = Sizes(8, 32, 4)
 
 
 def compute_in(precision: Precision, width: int = 64) -> Compute:
