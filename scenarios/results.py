@@ -42,6 +42,11 @@ def shipped(group: str, method: str) -> Row:
     return Row(f"{group}_{method}", f"{group}_{method}")
 
 
+def varied(group: str, method: str, name: str, *overrides: str) -> Row:
+    """A shipped scenario with something else in it."""
+    return Row(f"{group}_{method}_{name}", f"{group}_{method}", overrides)
+
+
 TABLES = {
     "digits": [
         shipped("digits", "fedavg"),
@@ -59,6 +64,13 @@ TABLES = {
         plain("cifar100_small", "afcl"),
         plain("cifar100_small", "feder", ", memory=50"),
         plain("cifar100_small", "afcl", ", backbone='task1'"),
+    ],
+    # What speed costs in accuracy: bf16, and pools of several sizes against fresh latents at every step (pool 0).
+    "cifar100_small_speed": [
+        shipped("cifar100_small", "mfcl"),
+        varied("cifar100_small", "mfcl", "bf16", "training.precision='bf16'"),
+        varied("cifar100_small", "mfcl", "pool0", "method.pool=0"),
+        varied("cifar100_small", "mfcl", "pool1024", "method.pool=1024"),
     ],
     "cifar100_small_long": [
         Row("cifar100_small_fedlwf_long", "cifar100_small_fedavg", ("method={name='fedlwf'}", LONG_FEDLWF)),
