@@ -14,6 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
+from fedcil.errors import RunFailed
+from fedcil.messages import Job, Report
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.xdist_group("engines")]
 
 METHODS = {
@@ -118,6 +121,40 @@ def test_a_killed_ray_worker_changes_nothing(tmp_path: Path) -> None:
         assert process.wait(timeout=200) == 0
     (folder,) = output.iterdir()
     assert metrics(folder) == expected
+
+
+def test_a_node_comes_and_goes_in_a_run_and_changes_nothing(tmp_path: Path) -> None:
+    """Ray's own cluster of several nodes on one machine: the newcomer's worker gets jobs, and loses them again."""
+    script = Path(__file__).parent.parent / "scenarios" / "scalability" / "nodes.py"
+    before = daemons()
+    command = [sys.executable, str(script), "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "same metrics as inline: yes" in done.stdout
+    assert_gone(before)
+
+
+def test_the_longest_jobs_come_first_once_their_cost_is_known() -> None:
+    from fedcil.engines.ray import Costs
+
+    costs = Costs()
+    jobs = [Job(client, client) for client in range(4)]
+    assert costs.of(jobs) == 0.0
+    costs.learn([Report(client=0, samples=1, seconds=3.0), Report(client=1, samples=1, seconds=1.0)])
+    assert costs.of(jobs[:2]) == 4.0
+    assert costs.of(jobs[2:]) == 4.0  # unknown ones count as the mean
+    costs.learn([Report(client=1, samples=1, seconds=5.0)])
+    assert costs.of([jobs[1]]) == 5.0
+
+
+def test_a_worker_that_is_not_as_the_server_is_refused_with_the_difference(tmp_path: Path) -> None:
+    from fedcil.engines.ray import Crew
+
+    crew = Crew.__new__(Crew)
+    crew.identity = {"data": "a", "numeric.torch": "2.14"}
+    crew.refuse_stranger({"data": "a", "numeric.torch": "2.14"})
+    with pytest.raises(RunFailed, match=r"numeric.torch is 2.9 there, 2.14 here"):
+        crew.refuse_stranger({"data": "a", "numeric.torch": "2.9"})
 
 
 def kill_a_worker(process: subprocess.Popen[bytes], output: Path) -> None:

@@ -1,7 +1,8 @@
 """Clients in Ray actors: many processes, many GPUs, one machine or a cluster.
 
-Each actor is one worker that lives as long as the run. The broadcast is put into the object store once a
-round and the payload once a task; actors read them without a copy and answer with partial sums.
+Each actor is one worker; a cluster that grows brings more, one that dies is replaced, and its jobs go to others.
+The broadcast is put into the object store once a round and the payload once a task; actors read them without a
+copy and answer with partial sums.
 """
 
 from __future__ import annotations
@@ -10,28 +11,33 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
+import fedcil
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.engines import Setting
 from fedcil.engines.workers import worker_count
 from fedcil.errors import RunFailed, ScenarioError
-from fedcil.experiment import open_experiment
+from fedcil.experiment import Experiment, open_experiment
 from fedcil.gather import Gathered
-from fedcil.messages import Broadcast, Job, Outcome, Payload, Reply, Request, Tensors
+from fedcil.messages import Broadcast, Job, Outcome, Payload, Reply, Report, Request, Tensors, count_bytes
 from fedcil.port import ClientDone, Port, remaining
-from fedcil.scenario import Scenario
+from fedcil.record.folder import identity
+from fedcil.scenario import Scenario, flatten
 
 T = TypeVar("T")
 ATTEMPTS = 3  # how often a client is tried when workers die under it
 LOOK_S = 0.2  # how long to wait before looking at the stop signal again
+LOOK_FOR_NODES_S = 1.0
+STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 PIECES = 4  # a worker's share of a round is cut into so many requests, for balance
 
 
@@ -39,23 +45,42 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     """Attach to ``engine.address`` or start Ray here; what was started is ended."""
     engine = setting.experiment.scenario.engine
     workers = worker_count(setting.experiment.scenario)
-    with cluster(engine.address, workers, engine.gpus_per_worker):
-        port = RayPort(setting, workers)
+    least = workers if engine.workers or not engine.address else 1
+    with cluster(engine.address, least, engine.gpus_per_worker, store_bytes(setting.experiment, workers)):
+        port = RayPort(setting, Crew(setting))
         try:
             return loop(port)
         finally:
             port.close()
 
 
+def store_bytes(experiment: Experiment, workers: int) -> int:
+    """An object store for two rounds' models, two tasks' payloads, and what each worker may have on the way."""
+    model = experiment.first_state().server.model
+    payload: int = experiment.scenario.method.payload_bytes(model, experiment.compute)
+    sums = 2 * max(1, experiment.scenario.clients.per_round).bit_length()  # partial sums that one answer can hold
+    return STORE_BYTES + 2 * (count_bytes(model) + payload) + workers * sums * count_bytes(model)
+
+
 @contextlib.contextmanager
-def cluster(address: str | None, workers: int, gpus_per_worker: float) -> Iterator[None]:
-    """Ray, started here or attached to; what was started is ended. Signals stay with whoever had them."""
+def cluster(
+    address: str | None, workers: int, gpus_per_worker: float, store_memory: int | None = None
+) -> Iterator[None]:
+    """Ray, started here (with an object store of ``store_memory`` bytes) or attached to; what was started is ended.
+    Signals stay with whoever had them.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(
+                num_cpus=workers,
+                object_store_memory=store_memory,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
     except ConnectionError as error:
         raise RunFailed(
             f"no Ray cluster: {error}",
@@ -92,8 +117,8 @@ class ClientWorker:
         self._worker = Worker(Shared(open_experiment(scenario, data_root), StateStore(states)), lambda: None)
         self._payload: Payload | None = None
 
-    def numeric(self) -> dict[str, str | int]:
-        return self._worker.shared.experiment.numeric()
+    def identity(self) -> dict[str, Any]:
+        return identity_of(self._worker.shared.experiment)
 
     def run(self, broadcast: Broadcast, payload: tuple[str, list[Any]] | None, jobs: Any, cohort: int) -> Reply:
         """The jobs of one piece. ``payload`` is (hash, [reference]): read only when it is not held already."""
@@ -112,25 +137,76 @@ class Piece:
     attempts: int = 0
 
 
+def identity_of(experiment: Experiment) -> dict[str, Any]:
+    """What a worker must have in common with the server: scenario, data, numeric configuration, fedcil itself."""
+    return flatten({**identity(experiment), "fedcil": fedcil.__version__})
+
+
+class Crew:
+    """The workers of a run. Where ``engine.workers`` leaves it open, a cluster that grows brings more of them."""
+
+    def __init__(self, setting: Setting) -> None:
+        scenario = setting.experiment.scenario
+        self.identity = identity_of(setting.experiment)
+        self.workers: list[Any] = []
+        self._limit = scenario.engine.workers or scenario.clients.per_round
+        self._gpus = scenario.engine.gpus_per_worker
+        self._looked = 0.0
+        actor = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=-1, max_task_retries=0)(ClientWorker)
+        root = setting.data_root.absolute() if setting.data_root else None
+        self._hire = partial(actor.remote, scenario, root, setting.states.absolute())
+
+    def newcomers(self) -> list[Any]:
+        """Workers for which the cluster has room now; looked at once in LOOK_FOR_NODES_S seconds."""
+        if time.monotonic() - self._looked < LOOK_FOR_NODES_S:
+            return []
+        self._looked = time.monotonic()
+        here = ray.cluster_resources()
+        room = int(here.get("CPU", 0.0))
+        if self._gpus:
+            room = min(room, int(here.get("GPU", 0.0) / self._gpus))
+        hired = [self._hire() for _ in range(min(self._limit, room) - len(self.workers))]
+        self.workers += hired
+        return hired
+
+    def refuse_stranger(self, there: dict[str, Any]) -> None:
+        """All workers must be as the server is, or bits would depend on who did what."""
+        differing = [name for name in self.identity if there.get(name) != self.identity[name]]
+        if differing:
+            raise RunFailed(
+                "a Ray worker differs: "
+                + "; ".join(f"{name} is {there.get(name)} there, {self.identity[name]} here" for name in differing),
+                where="engine",
+                next="give every node the same fedcil, torch and data, then `fedcil resume RUN`",
+            )
+
+
+class Costs:
+    """What a client's work costs, learned from the rounds before: longest first keeps workers busy to the end."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def learn(self, reports: Iterable[Report]) -> None:
+        self._seconds |= {report.client: report.seconds for report in reports}
+
+    def of(self, jobs: Iterable[Job]) -> float:
+        """Seconds; a client that was never asked counts as the mean of those that were."""
+        unknown = sum(self._seconds.values()) / len(self._seconds) if self._seconds else 0.0
+        return sum(self._seconds.get(job.client, unknown) for job in jobs)
+
+
 class RayPort:
     """The port over actors."""
 
-    def __init__(self, setting: Setting, workers: int) -> None:
-        experiment = setting.experiment
-        self._clients = frozenset(range(experiment.scenario.clients.count))
+    def __init__(self, setting: Setting, crew: Crew) -> None:
+        self._clients = frozenset(range(setting.experiment.scenario.clients.count))
         self._stop = setting.stop
+        self._crew = crew
+        self._costs = Costs()
         self._payload: tuple[str, list[Any]] | None = None
-        actor = ray.remote(
-            num_cpus=1,
-            num_gpus=experiment.scenario.engine.gpus_per_worker,
-            max_restarts=-1,
-            max_task_retries=0,
-        )(ClientWorker)
-        root = setting.data_root.absolute() if setting.data_root else None
-        made = (actor.remote(experiment.scenario, root, setting.states.absolute()) for _ in range(workers))
-        self._workers = list(made)
-        self._asleep: list[Any] = []  # workers that are being restarted
-        self._check_workers(experiment.numeric())
+        self._asleep: list[Any] = []  # workers that have not said yet who they are, or are being restarted
+        self._wait_for(crew.newcomers())
 
     def reachable(self) -> frozenset[int]:
         return self._clients
@@ -139,12 +215,14 @@ class RayPort:
         gathered, started = Gathered(request, done), time.monotonic()
         broadcast = ray.put(replace(request.broadcast, payload=None))
         payload = self._put_payload(request.broadcast.payload)
-        todo = cut(request.jobs, len(self._workers) * PIECES)
-        idle = [worker for worker in self._workers if worker not in self._asleep]
+        todo = cut(request.jobs, len(self._crew.workers) * PIECES)
+        todo.sort(key=lambda piece: self._costs.of(piece.jobs), reverse=True)
+        idle = [worker for worker in self._crew.workers if worker not in self._asleep]
         busy: dict[Any, tuple[Any, Piece | None]] = {}
         while (todo or any(piece for _, piece in busy.values())) and remaining(deadline_s, started) != 0.0:
             self._stop.check()
-            busy |= {worker.numeric.remote(): (worker, None) for worker in self._asleep}
+            self._asleep += self._crew.newcomers()
+            busy |= {worker.identity.remote(): (worker, None) for worker in self._asleep}
             self._asleep.clear()
             while todo and idle:
                 piece, worker = todo.pop(0), idle.pop(0)
@@ -158,7 +236,7 @@ class RayPort:
         return gathered.outcome()
 
     def close(self) -> None:
-        for worker in self._workers:
+        for worker in self._crew.workers:
             ray.kill(worker)
 
     def _collect(
@@ -182,6 +260,9 @@ class RayPort:
         idle.append(worker)
         if piece:
             gathered.add(answer)
+            self._costs.learn(answer.reports)
+        else:
+            self._crew.refuse_stranger(answer)
         return []
 
     def _again(self, piece: Piece, gathered: Gathered) -> list[Piece]:
@@ -205,9 +286,9 @@ class RayPort:
             ray.kill(worker, no_restart=False)
         self._asleep += late
 
-    def _check_workers(self, here: dict[str, str | int]) -> None:
-        """All workers must compute as the server expects, or bits would depend on who did what."""
-        answers = [worker.numeric.remote() for worker in self._workers]
+    def _wait_for(self, workers: list[Any]) -> None:
+        """Until each of the first workers has said who it is."""
+        answers = [worker.identity.remote() for worker in workers]
         waiting = answers
         while waiting:
             self._stop.check()
@@ -221,8 +302,7 @@ class RayPort:
                     where="engine",
                     next="check that each node has the same fedcil and the data under the same path",
                 ) from None
-            if there != here:
-                raise RunFailed(f"a Ray worker computes differently: {there}", where="engine", allowed=str(here))
+            self._crew.refuse_stranger(there)
 
 
 def cut(jobs: tuple[Job, ...], pieces: int) -> list[Piece]:
