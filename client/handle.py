@@ -91,12 +91,14 @@ class Worker:
     check: Callable[[], None]
     network: Network | None = None
     state: Tensors = field(default_factory=dict)  # the network's own memory, by name
+    parameters: tuple[str, ...] = ()
 
     def load(self, classes: int, tensors: Tensors) -> Network:
         """A network with the broadcast tensors in it; made anew only when the head has grown."""
         if self.network is None or self.network.head.out_features != classes:
             self.network = self.shared.experiment.compute.network(classes)
             self.state = state_of(self.network)
+            self.parameters = tuple(name for name, _ in self.network.named_parameters())
         copy_into(self.state, tensors)
         return self.network
 
@@ -193,6 +195,7 @@ def _train(
         training=training,
         lr=learning_rate(training, broadcast.round, phase.rounds),
         augment=partial(_augmented, shared),
+        anchor=tuple(broadcast.tensors[name] for name in worker.parameters),
         key=client_key(experiment.key, broadcast, job.client),
         check=worker.check,
     )

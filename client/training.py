@@ -121,20 +121,21 @@ def local_sgd(
     training: TrainingSection,
     lr: float,
     augment: Augment,
+    anchor: tuple[Tensor, ...],
     key: Key,
     check: Callable[[], None],
 ) -> Trained:
-    """Train ``model`` in place on at least two samples; ``check`` is called at each step and may raise.
+    """Train ``model`` in place on at least two samples. ``anchor``: the parameters it starts from, for losses that hold
+    on to them; they must not be the model's own memory. ``check`` is called at each step and may raise.
 
     All randomness comes from ``key``: the order of an epoch, the augmentation and the draws of a step.
     """
-    parameters = list(model.parameters())
-    anchor = tuple(parameter.detach().clone() for parameter in parameters)
-    optimizer = LocalSGD(parameters, lr, training)
+    sizes = cut_epoch(len(samples.labels), training.batch_size, training.batches)
+    if not sizes or not training.epochs:
+        return Trained(0, float("nan"))
+    optimizer = LocalSGD(list(model.parameters()), lr, training)
     model.train()
     set_norm_momentum(model, 1 - (1 - NORM_MOMENTUM) ** method.norm_updates(task))
-    count = len(samples.labels)
-    sizes = cut_epoch(count, training.batch_size, training.batches)
     losses: list[Tensor] = []
     for epoch in range(training.epochs):
         place = key.at("epoch", epoch)
@@ -144,5 +145,4 @@ def local_sgd(
             loss = method.loss(model, prepared, Batch(images, labels, task, anchor), draws)
             optimizer.step(loss)
             losses.append(loss.detach())
-    mean = torch.stack(losses).double().mean().item() if losses else float("nan")
-    return Trained(len(losses), mean)
+    return Trained(len(losses), torch.stack(losses).double().mean().item())

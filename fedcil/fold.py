@@ -33,9 +33,9 @@ class Fold:
 
     def add(self, position: int, contribution: Contribution) -> None:
         """Put one client's tensors, times its weight, at its leaf. ValueError if the leaf was taken."""
-        weight = contribution.weight
-        scaled = {name: tensor * weight for name, tensor in contribution.tensors.items()}
-        self._put((0, position), Total(scaled, weight))
+        weight, tensors = contribution.weight, contribution.tensors
+        scaled = torch._foreach_mul(list(tensors.values()), weight)
+        self._put((0, position), Total(dict(zip(tensors, scaled, strict=True)), weight))
 
     def absent(self, position: int) -> None:
         """Say that this leaf will never give anything."""

@@ -7,8 +7,13 @@ from fedcil.messages import Contribution, Failure, Job, Outcome, Reply, Report, 
 from fedcil.port import ClientDone
 
 
-def one_job_each(request: Request) -> list[Request]:
-    return [Request(request.broadcast, (job,), request.cohort) for job in request.jobs]
+def cut(request: Request, pieces: int) -> list[Request]:
+    """Consecutive runs of jobs, about ``pieces`` of them, aligned so that each comes back as one partial sum."""
+    size = 1
+    while size * pieces < len(request.jobs):
+        size *= 2
+    starts = range(0, len(request.jobs), size)
+    return [Request(request.broadcast, request.jobs[start : start + size], request.cohort) for start in starts]
 
 
 class Gathered:

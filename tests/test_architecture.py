@@ -71,7 +71,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "server.grid": ((*EXPERIMENT, "fedcil.wire", "server"), ("flwr", "torch", "numpy")),
     "client": ((*EXPERIMENT, "fedcil.wire", "client"), ("torch", "numpy")),
     "client.app": ((*EXPERIMENT, "fedcil.wire", "client"), ("flwr", "numpy")),
-    "fedcil.engines": (("fedcil", "server", "client"), ()),
+    "fedcil.engines": (("fedcil", "server", "client"), ("torch", "numpy")),
     "fedcil.engines.ray": (("fedcil", "server", "client"), ("ray",)),
     "fedcil.engines.flower": (("fedcil", "server", "client"), ("flwr",)),
     "fedcil.api": (("fedcil", "server"), ()),

@@ -194,6 +194,7 @@ def trained(small: Any, options: FedER) -> Network:
         training=TrainingSection(epochs=1, batch_size=4),
         lr=0.1,
         augment=lambda images, index, generator: images[index],
+        anchor=(),
         key=Key(0),
         check=lambda: None,
     )

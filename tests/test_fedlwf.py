@@ -68,6 +68,7 @@ def trained(small: Any, method: Method, prepared: Prepared, task: Task) -> Netwo
         training=TrainingSection(epochs=2, batch_size=4),
         lr=0.1,
         augment=lambda stored, index, generator: stored[index],
+        anchor=(),
         key=Key(0),
         check=lambda: None,
     )

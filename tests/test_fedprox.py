@@ -54,6 +54,7 @@ def trained(small: Any, method: Method) -> Network:
         training=TrainingSection(epochs=3, batch_size=4),
         lr=0.1,
         augment=lambda stored, index, generator: stored[index],
+        anchor=tuple(parameter.detach().clone() for parameter in model.parameters()),
         key=Key(0),
         check=lambda: None,
     )

@@ -6,9 +6,11 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given as examples
+from hypothesis import strategies as st
 
 from fedcil.fold import Fold
-from fedcil.gather import Gathered, one_job_each
+from fedcil.gather import Gathered, cut
 from fedcil.messages import Broadcast, Contribution, Failure, Job, Reply, Report, Request, content_hash
 
 CLIENTS = (3, 5, 8, 9)
@@ -136,8 +138,22 @@ def test_an_answer_or_a_failure_after_an_answer_is_refused() -> None:
         gathered.answer(report(4), given(4))
 
 
-def test_a_request_falls_apart_into_jobs_of_the_same_tree() -> None:
-    singles = one_job_each(REQUEST)
-    assert [single.jobs for single in singles] == [(job,) for job in REQUEST.jobs]
-    assert {single.cohort for single in singles} == {4}
-    assert all(single.broadcast is REQUEST.broadcast for single in singles)
+@examples(jobs=st.integers(1, 70), pieces=st.integers(1, 80))
+def test_a_request_falls_apart_into_aligned_runs_of_the_same_tree(jobs: int, pieces: int) -> None:
+    """Each run of a power of two is one partial sum, but for the last."""
+    request = Request(REQUEST.broadcast, tuple(Job(client, client) for client in range(jobs)), jobs)
+    parts = cut(request, pieces)
+    assert tuple(job for part in parts for job in part.jobs) == request.jobs
+    assert len(parts) <= pieces
+    sizes = {len(part.jobs) for part in parts[:-1]}
+    assert len(sizes) <= 1
+    for part in parts:
+        fold = Fold.empty(part.cohort)
+        for job in part.jobs:
+            fold.add(job.position, given_one())
+        assert part is parts[-1] or len(fold.sums) == 1
+        assert part.broadcast is REQUEST.broadcast
+
+
+def given_one() -> Contribution:
+    return Contribution({"w": torch.ones(1)}, 1.0)

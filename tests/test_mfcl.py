@@ -103,6 +103,7 @@ def train(small: Any, model: Network, options: MFCL, replay: Replay, seed: int =
         training=TRAINING,
         lr=0.1,
         augment=recorder.augment,
+        anchor=(),
         key=Key(seed),
         check=lambda: None,
     )

@@ -123,6 +123,7 @@ def train(
         training=training,
         lr=0.1,
         augment=augment,
+        anchor=(),
         key=key or Key(0).at("client", 1),
         check=check,
     )

@@ -15,8 +15,8 @@ from typing import TypeVar
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.engines import Setting
-from fedcil.engines.workers import worker_count
-from fedcil.gather import Gathered, one_job_each
+from fedcil.engines.workers import PIECES, worker_count
+from fedcil.gather import Gathered, cut
 from fedcil.messages import Outcome, Reply, Request
 from fedcil.port import ClientDone, Port
 
@@ -40,7 +40,8 @@ class InlinePort:
         self._shared = Shared(setting.experiment, StateStore(setting.states))
         self._stop = setting.stop
         self._local = threading.local()
-        self._threads = ThreadPoolExecutor(worker_count(scenario), thread_name_prefix="client")
+        self._workers = worker_count(scenario)
+        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="client")
 
     def reachable(self) -> frozenset[int]:
         return self._clients
@@ -48,8 +49,9 @@ class InlinePort:
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
         """As they come; what is late is not waited for, and its thread gives up at its next step."""
         gathered, abandoned = Gathered(request, done), threading.Event()
-        singles = one_job_each(request)
-        futures = [self._threads.submit(self._handle, single, abandoned) for single in singles]
+        # With a deadline each client stands for itself: who is late takes no other answer along.
+        pieces = self._workers * PIECES if deadline_s is None else len(request.jobs)
+        futures = [self._threads.submit(self._handle, piece, abandoned) for piece in cut(request, pieces)]
         try:
             for future in as_completed(futures, deadline_s):
                 gathered.add(future.result())

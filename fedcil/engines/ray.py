@@ -8,6 +8,7 @@ copy and answer with partial sums.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -24,11 +25,12 @@ import fedcil
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.engines import Setting
-from fedcil.engines.workers import worker_count
+from fedcil.engines.flat import Flat, FlatReply, flatten_tensors
+from fedcil.engines.workers import PIECES, worker_count
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.experiment import Experiment, open_experiment
-from fedcil.gather import Gathered
-from fedcil.messages import Broadcast, Job, Outcome, Payload, Reply, Report, Request, Tensors, count_bytes
+from fedcil.gather import Gathered, cut
+from fedcil.messages import Broadcast, Job, Outcome, Payload, Report, Request, count_bytes
 from fedcil.port import ClientDone, Port, remaining
 from fedcil.record.folder import identity
 from fedcil.scenario import Scenario, flatten
@@ -37,8 +39,8 @@ T = TypeVar("T")
 ATTEMPTS = 3  # how often a client is tried when workers die under it
 LOOK_S = 0.2  # how long to wait before looking at the stop signal again
 LOOK_FOR_NODES_S = 1.0
+LEAST_PIECE_S = 0.05  # seconds of work that are worth a request of their own
 STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
-PIECES = 4  # a worker's share of a round is cut into so many requests, for balance
 
 
 def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
@@ -120,13 +122,17 @@ class ClientWorker:
     def identity(self) -> dict[str, Any]:
         return identity_of(self._worker.shared.experiment)
 
-    def run(self, broadcast: Broadcast, payload: tuple[str, list[Any]] | None, jobs: Any, cohort: int) -> Reply:
-        """The jobs of one piece. ``payload`` is (hash, [reference]): read only when it is not held already."""
+    def run(
+        self, place: Broadcast, model: Flat, payload: tuple[str, list[Any]] | None, jobs: Any, cohort: int
+    ) -> FlatReply:
+        """The jobs of one piece. ``place`` is the broadcast without its tensors; ``payload`` is
+        (hash, [reference]): read only when it is not held already.
+        """
         if payload is not None and (self._payload is None or self._payload.hash != payload[0]):
-            tensors: Tensors = ray.get(payload[1][0])
-            self._payload = Payload(tensors, payload[0])
+            self._payload = Payload(ray.get(payload[1][0]).tensors(), payload[0])
         held = self._payload if payload is not None else None
-        return handle(Request(replace(broadcast, payload=held), jobs, cohort), self._worker)
+        broadcast = replace(place, tensors=model.tensors(), payload=held)
+        return FlatReply.of(handle(Request(broadcast, jobs, cohort), self._worker))
 
 
 @dataclass(slots=True)
@@ -187,6 +193,10 @@ class Costs:
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
 
+    @property
+    def known(self) -> bool:
+        return bool(self._seconds)
+
     def learn(self, reports: Iterable[Report]) -> None:
         self._seconds |= {report.client: report.seconds for report in reports}
 
@@ -213,9 +223,10 @@ class RayPort:
 
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
         gathered, started = Gathered(request, done), time.monotonic()
-        broadcast = ray.put(replace(request.broadcast, payload=None))
+        place = replace(request.broadcast, tensors={}, payload=None)
+        model = ray.put(flatten_tensors(request.broadcast.tensors))
         payload = self._put_payload(request.broadcast.payload)
-        todo = cut(request.jobs, len(self._crew.workers) * PIECES)
+        todo = [Piece(part.jobs) for part in cut(request, self._pieces(request))]
         todo.sort(key=lambda piece: self._costs.of(piece.jobs), reverse=True)
         idle = [worker for worker in self._crew.workers if worker not in self._asleep]
         busy: dict[Any, tuple[Any, Piece | None]] = {}
@@ -226,7 +237,7 @@ class RayPort:
             self._asleep.clear()
             while todo and idle:
                 piece, worker = todo.pop(0), idle.pop(0)
-                busy[worker.run.remote(broadcast, payload, piece.jobs, request.cohort)] = (worker, piece)
+                busy[worker.run.remote(place, model, payload, piece.jobs, request.cohort)] = (worker, piece)
             ready, _ = ray.wait(list(busy), num_returns=1, timeout=LOOK_S)
             for reference in ready:
                 worker, given = busy.pop(reference)
@@ -234,6 +245,12 @@ class RayPort:
         self._restart([worker for worker, piece in busy.values() if piece])
         self._asleep += [worker for worker, piece in busy.values() if not piece]
         return gathered.outcome()
+
+    def _pieces(self, request: Request) -> int:
+        """Several for each worker, for balance, but none so small that passing it on costs more than the work."""
+        workers = len(self._crew.workers)
+        worth = self._costs.of(request.jobs) / LEAST_PIECE_S if self._costs.known else workers * PIECES
+        return max(workers, min(workers * PIECES, math.ceil(worth)))
 
     def close(self) -> None:
         for worker in self._crew.workers:
@@ -259,7 +276,7 @@ class RayPort:
             return []
         idle.append(worker)
         if piece:
-            gathered.add(answer)
+            gathered.add(answer.reply())
             self._costs.learn(answer.reports)
         else:
             self._crew.refuse_stranger(answer)
@@ -277,7 +294,7 @@ class RayPort:
         if payload is None:
             self._payload = None
         elif self._payload is None or self._payload[0] != payload.hash:
-            self._payload = (payload.hash, [ray.put(dict(payload.tensors))])
+            self._payload = (payload.hash, [ray.put(flatten_tensors(payload.tensors))])
         return self._payload
 
     def _restart(self, late: list[Any]) -> None:
@@ -303,11 +320,3 @@ class RayPort:
                     next="check that each node has the same fedcil and the data under the same path",
                 ) from None
             self._crew.refuse_stranger(there)
-
-
-def cut(jobs: tuple[Job, ...], pieces: int) -> list[Piece]:
-    """Consecutive runs of a power of two, aligned, so that each comes back as one partial sum."""
-    size = 1
-    while size * pieces < len(jobs):
-        size *= 2
-    return [Piece(jobs[start : start + size]) for start in range(0, len(jobs), size)]

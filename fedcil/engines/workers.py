@@ -6,6 +6,8 @@ import os
 
 from fedcil.scenario import Scenario
 
+PIECES = 4  # a worker's share of a round is cut into so many requests, for balance
+
 
 def worker_count(scenario: Scenario) -> int:
     """``engine.workers``, or one per core this process may use and no more than clients in a round."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,23 @@ def cnn4(channels: int, _: object = None) -> Backbone:
         inputs = outputs
     layers["flat"] = nn.Flatten()
     return Layers(128, layers)
+
+
+class Blank(Backbone):
+    """``megabytes`` of parameters in 20 tensors, and nothing to compute: what an engine carries."""
+
+    def __init__(self, megabytes: int) -> None:
+        super().__init__(1)
+        size = megabytes * 10**6 // (4 * 20)
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(size)) for _ in range(20))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((1, 2, 3))[:, None]
+
+
+def blank(_: int, section: Any) -> Backbone:
+    """``model.width`` counts megabytes."""
+    return Blank(section.width)
 
 
 def backbone(name: str) -> Backbone:

@@ -105,6 +105,7 @@ def _train_ours(
         training=TrainingSection(epochs=1, batch_size=batch),
         lr=0.01,
         augment=lambda images, index, draws: make_batch(images, index, "crop_flip", draws, mean, std),
+        anchor=(),
         key=KEY.at("client"),
         check=lambda: None,
     )

@@ -52,18 +52,23 @@ class Figure:
     """Ours against a baseline: ``ratio`` and ``wall_ratio`` are medians of ours / baseline, pair by pair (smaller is
     better), ``median_s`` our CPU seconds, ``spread`` the range of the ratios over their median."""
 
-    ratio: float
-    wall_ratio: float
+    ratio: float | None
+    wall_ratio: float | None
     median_s: float
-    spread: float
+    spread: float | None
 
     def plus(self, added_s: float, baseline_s: float) -> Figure:
         """With a cost of ``added_s`` CPU seconds that the timed part left out."""
         extra = added_s / baseline_s
+        assert self.ratio is not None
+        assert self.wall_ratio is not None
         return Figure(self.ratio + extra, self.wall_ratio + extra, self.median_s + added_s, self.spread)
 
 
-def against(ours: Sequence[Cost], baseline: Sequence[Cost]) -> Figure:
+def against(ours: Sequence[Cost], baseline: Sequence[Cost] | None) -> Figure:
+    """Without a baseline (a peer that could not be had) there are no ratios."""
+    if baseline is None:
+        return Figure(None, None, median_cpu(ours), None)
     ratios = [a.cpu / b.cpu for a, b in zip(ours, baseline, strict=True)]
     walls = [a.wall / b.wall for a, b in zip(ours, baseline, strict=True)]
     ratio = statistics.median(ratios)

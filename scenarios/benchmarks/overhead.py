@@ -1,0 +1,98 @@
+"""(c) What an engine costs: a round with clients that do no step and send back the model that they got.
+
+CPU seconds are those of all processes, for one client. fedcil's inline and Ray engines against Flower's stock
+simulation with a client that returns the arrays of its message.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from fedcil.engines import Setting
+from fedcil.engines.inline import InlinePort
+from fedcil.experiment import Experiment, open_experiment
+from fedcil.messages import Broadcast, Job, Request
+from fedcil.port import Port, StopSignal
+from fedcil.scenario_file import load_scenario
+from scenarios.benchmarks.peers.session import Session, tree_cpu
+from scenarios.benchmarks.timing import Case, Cost, Figure, against, in_turn, timed
+
+CLASSES = 10
+
+
+def experiment(clients: int, megabytes: int, engine: str, workers: int) -> Experiment:
+    """Two images each, and no epoch."""
+    scenario = {
+        "data": {"name": "synthetic", "classes": CLASSES, "samples_per_class": max(1, 2 * clients // CLASSES)},
+        "stream": {"tasks": 1},
+        "partition": {"name": "iid"},
+        "clients": {"count": clients, "per_round": clients},
+        "model": {"name": "scenarios.benchmarks.nets:blank", "width": megabytes},
+        "method": {"name": "fedavg"},
+        "training": {"epochs": 0},
+        "engine": {"name": engine, "workers": workers},
+    }
+    return open_experiment(load_scenario(scenario))
+
+
+@contextmanager
+def port(engine: str, opened: Experiment) -> Iterator[Port]:
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(opened, None, Path(folder), StopSignal())
+        if engine == "inline":
+            inline = InlinePort(setting)
+            yield inline
+            inline.close()
+        else:
+            from fedcil.engines.ray import Crew, RayPort, cluster, store_bytes
+
+            with cluster(None, 2, 0.0, store_bytes(opened, 2)):
+                over_ray = RayPort(setting, Crew(setting))
+                yield over_ray
+                over_ray.close()
+
+
+def whole_round(opened: Experiment) -> Request:
+    model = opened.first_state().server.model
+    jobs = tuple(Job(client, client) for client in range(opened.scenario.clients.count))
+    return Request(Broadcast(task=0, phase=0, round=0, tensors=model), jobs, len(jobs))
+
+
+def one_round(request: Request, over: Port) -> None:
+    outcome = over.run(request, None, lambda _: None)
+    assert outcome.total is not None
+    assert not outcome.failures
+    outcome.total.mean()
+
+
+def measure(
+    engine: str, clients: int, megabytes: int, repeats: int, log: Path, flower: Path | None
+) -> dict[str, Figure]:
+    """``engine_<engine>_<megabytes>mb_<clients>_vs_flower``; without Flower only what ours costs."""
+    with ExitStack() as stack:
+        opened = experiment(clients, megabytes, engine, 1 if engine == "inline" else 2)
+        over = stack.enter_context(port(engine, opened))
+        work = partial(one_round, whole_round(opened), over)
+        cases: dict[str, Case] = {"ours": timed(work, clients) if engine == "inline" else of_tree(work, clients)}
+        if flower:
+            session = Session(flower, "flower_empty", Path(str(clients)), str(megabytes), "_", log)
+            stack.callback(session.close)
+            cases["flower"] = lambda: Cost(*(seconds / clients for seconds in session.round()))
+        costs = in_turn(cases, repeats)
+    return {f"engine_{engine}_{megabytes}mb_{clients}_vs_flower": against(costs["ours"], costs.get("flower"))}
+
+
+def of_tree(work: Callable[[], object], units: int) -> Case:
+    """Like ``timed``, with the CPU seconds of every process that descends from this one."""
+    plain = timed(work, units)
+
+    def case() -> Cost:
+        before = tree_cpu()
+        wall = plain().wall
+        return Cost((tree_cpu() - before) / units, wall)
+
+    return case
