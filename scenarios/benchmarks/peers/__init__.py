@@ -1,1 +1,6 @@
 """Other simulators, each as a program of its own in an environment of its own, driven line by line (session.py)."""
+
+import os
+
+# Before a peer imports flwr or ray: no reports of usage, no look for updates.
+os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
