@@ -2,5 +2,10 @@
 
 import os
 
-# Before a peer imports flwr or ray: no reports of usage, no look for updates.
-os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+# Before a peer imports its library: no reports of usage, no look for updates, no GPU.
+os.environ |= {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PFL_PYTORCH_DEVICE": "cpu",
+}
