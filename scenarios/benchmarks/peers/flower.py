@@ -44,6 +44,9 @@ def reply(message: Message, arrays: ArrayRecord, examples: int) -> Message:
 class Federation:
     """Rounds of Flower's FedAvg over all nodes, each of which is asked ``turns`` times per round."""
 
+    parameters: tuple[str, ...] = ()
+    """Names of those arrays that are no buffers."""
+
     def __init__(self, grid: Grid, nodes: int, arrays: ArrayRecord, config: ConfigRecord, turns: int = 1) -> None:
         self.grid, self.arrays, self.config, self.turns = grid, arrays, config, turns
         self.strategy = FedAvg(min_train_nodes=nodes, min_available_nodes=nodes)  # waits for them
@@ -64,7 +67,7 @@ class Federation:
         self.arrays = arrays
 
     def weights(self) -> dict[str, np.ndarray[Any, Any]]:
-        return {name: array.numpy() for name, array in self.arrays.items()}
+        return {name: self.arrays[name].numpy() for name in self.parameters}
 
 
 def simulate(server: ServerApp, client: ClientApp, nodes: int) -> None:
@@ -78,8 +81,10 @@ def main() -> None:
 
     @server.main()
     def obey(grid: Grid, _: Context) -> None:
-        arrays = ArrayRecord(model_of(net, mode).state_dict())
-        answer(Federation(grid, clients, arrays, ConfigRecord({"data": data, "net": net, "mode": mode})))
+        model, config = model_of(net, mode), ConfigRecord({"data": data, "net": net, "mode": mode})
+        federation = Federation(grid, clients, ArrayRecord(model.state_dict()), config)
+        federation.parameters = tuple(name for name, _ in model.named_parameters())
+        answer(federation)
 
     simulate(server, app, clients)
 

@@ -34,6 +34,8 @@ class Pfl:
         network.loss = lambda images, labels: cross_entropy(network.train()(images), labels)
         network.metrics = lambda *_: {}
         self.model = PyTorchModel(network, torch.optim.SGD, torch.optim.SGD(network.parameters(), 1.0))
+        if mode == "exact":
+            self.model._model_diff = self.model.get_parameters()  # in float64; pfl's own differences are float32
         users = [
             PyTorchTensorDataset(samples.tensors)
             if isinstance(samples, TensorDataset)
