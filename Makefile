@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test test-all lint format install install-dev results clean
+.PHONY: help demo test test-all bench bench-quick lint format install install-dev results clean
 
 help:           ## print the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -42,6 +42,12 @@ test: lint           ## lint, format, types and the fast tests
 
 test-all: lint       ## everything: all engines, kills, real data
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+bench: install       ## every benchmark with its peers (about 40 minutes); prints the path of the JSON last
+	$(BIN)/python -m scenarios.benchmarks
+
+bench-quick: install ## the client step, a round and the engine in small, under 4 minutes
+	$(BIN)/python -m scenarios.benchmarks --quick --repeats 3
 
 results: install     ## the tables of docs/results.md, resumable
 	$(BIN)/python scenarios/results.py

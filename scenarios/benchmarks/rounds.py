@@ -119,6 +119,14 @@ def weights_differ(data: Path, peer: Session | None = None) -> float:
     return max(float(np.abs(theirs[name] - weight).max()) for name, weight in exact.weights().items())
 
 
+def peer_differs(data: Path, name: str, python: Path, log: Path) -> float:
+    session = Session(python, name, data, SMALL_NET, "exact", log)
+    try:
+        return weights_differ(data, session)
+    finally:
+        session.close()
+
+
 def _our_exact_weights() -> dict[str, np.ndarray[Any, Any]]:
     """fedcil computes in torch's default type; the weights to start from are drawn in float32 by all."""
     start = build(SMALL_NET).double()

@@ -170,6 +170,12 @@ def pool_cost(precision: Precision, images: int = 256) -> float:
     return median_cpu([work() for _ in range(3)])
 
 
+def measure_ours(sizes: Sizes, precision: Precision, repeats: int) -> float:
+    """CPU seconds of a fresh step, by itself."""
+    costs = in_turn({"ours": timed(our_step(sizes, precision, 0), sizes.steps)}, repeats)
+    return median_cpu(costs["ours"])
+
+
 def measure(sizes: Sizes, repeats: int, precisions: tuple[Precision, ...] = ("fp32", "bf16")) -> dict[str, Figure]:
     """``step_<sizes>_<precision>_<fresh or pooled>``; pooled rows carry the pool's cost over a task's steps."""
     cases: dict[str, Case] = {"plain": timed(plain_step(sizes), sizes.steps)}

@@ -1,0 +1,128 @@
+"""Every benchmark, or the quick ones: a table, a figure, and a JSON file whose path is printed last.
+
+    python -m scenarios.benchmarks [--quick] [--only step,rounds,...] [--repeats N] [--output DIR]
+
+Parts: step, floor, boundary, rounds, overhead, workers, memory, whole. Peers get virtual environments below
+``--output``/peers; one that cannot be installed is reported as not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scenarios.benchmarks import boundary, floor, machine, memory, overhead, report, rounds, step, whole, workers
+from scenarios.benchmarks.peers.environments import REQUIREMENTS, environment
+from scenarios.benchmarks.timing import Figure
+
+Rows = dict[str, Any]
+PRECISIONS: tuple[Any, ...] = ("fp32", "bf16")
+
+
+class Bench:
+    """The parts by name; each gives its rows."""
+
+    def __init__(self, quick: bool, repeats: int, output: Path) -> None:
+        self.quick, self.repeats, self.output = quick, repeats, output
+        self.log = output / "peers.log"
+        self.parts: dict[str, Callable[[], Rows]] = {
+            "step": self.step,
+            "rounds": self.rounds,
+            "overhead": self.overhead,
+        }
+        if not quick:
+            self.parts |= {
+                "floor": self.floor,
+                "boundary": self.boundary,
+                "workers": self.workers,
+                "memory": memory.measure,
+                "whole": lambda: whole.measure(("digits_fedavg", "digits_mfcl", "digits_oracle"), 3),
+            }
+
+    def step(self) -> Rows:
+        rows = step.measure(step.SMALL, self.repeats)
+        return rows if self.quick else rows | step.measure(step.FULL, self.repeats)
+
+    def floor(self) -> Rows:
+        """Share of a fresh step's time that its convolutions alone would take."""
+        rows: Rows = {}
+        for precision in PRECISIONS:
+            ours = step.measure_ours(step.FULL, precision, self.repeats)
+            rows[f"floor_fraction_{precision}"] = Figure(
+                floor.step_floor(step.FULL, precision) / ours, None, ours, None
+            )
+        return rows
+
+    def boundary(self) -> Rows:
+        return boundary.measure(128, self.repeats)
+
+    def rounds(self) -> Rows:
+        data = rounds.write_data(self.output / "round.npz")
+        peers = self.peers()
+        for name, python in peers.items():
+            rounds.refuse_disagreement(name, rounds.peer_differs(data, name, python, self.log))
+        rows: Rows = {}
+        for net in ("lenet", "cnn4") if self.quick else ("lenet", "cnn4", "resnet18"):
+            chosen = peers if net != "resnet18" else {}  # a round of a peer's ResNet takes a minute and says no more
+            rows |= rounds.measure(net, data, chosen, self.repeats, self.log)
+        return rows
+
+    def peers(self) -> dict[str, Path]:
+        """Flower runs in this environment; the others have their own."""
+        found = {"flower": Path(sys.executable)}
+        for name in () if self.quick else REQUIREMENTS:
+            python = environment(name, self.output / "peers")
+            found |= {name: python} if python else {}
+        return found
+
+    def overhead(self) -> Rows:
+        rows: Rows = {}
+        sizes = [(10, 1), (100, 1)] if self.quick else [(10, 1), (100, 1), (1000, 1), (10, 45), (100, 45)]
+        for clients, megabytes in sizes:
+            flower = Path(sys.executable) if clients * megabytes <= 1000 else None  # beyond, it holds all replies
+            for engine in ("inline",) if self.quick else ("inline", "ray"):
+                rows |= overhead.measure(engine, clients, megabytes, self.repeats, self.log, flower)
+        return rows
+
+    def workers(self) -> Rows:
+        return workers.measure("cnn4", self.repeats) | workers.measure("resnet18", self.repeats)
+
+
+def main() -> int:
+    options = parse()
+    torch.set_num_threads(1)
+    options.output.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options.quick, options.repeats, options.output.absolute())
+    wanted = options.only.split(",") if options.only else list(bench.parts)
+    rows: Rows = {}
+    for name in wanted:
+        print(f"measuring {name}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+        rows |= {key: asdict(row) if isinstance(row, Figure) else row for key, row in bench.parts[name]().items()}
+    report.print_table(rows)
+    report.draw(rows, options.output / "benchmark.png")
+    path = options.output / ("quick.json" if options.quick else "bench.json")
+    path.write_text(json.dumps({"machine": machine.describe(), **rows}, indent=1))
+    print(path)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="under 4 minutes")
+    parser.add_argument("--only", help="parts, separated by commas")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("runs/bench") / time.strftime("%Y%m%d-%H%M%S"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

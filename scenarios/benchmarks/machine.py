@@ -1,0 +1,30 @@
+"""What the figures were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def describe() -> dict[str, Any]:
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    facts = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    named = {key.strip(): value.strip() for key, value in facts.items()}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": f"{named.get('model name', platform.processor())}, family {named.get('cpu family', '?')}",
+        "cores": os.cpu_count(),
+        "flags": [flag for flag in FLAGS if flag in named.get("flags", "").split()],
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "flwr", "ray", "numpy")},
+    }
