@@ -85,6 +85,9 @@ class Session:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         self._log.close()
 
     def _ask(self, command: str) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""The benchmarks measure what they say: both sides do the same work, and the arithmetic of ratios is right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scenarios.benchmarks import report
+from scenarios.benchmarks.bars import BARS, LEAST, SECONDS
+from scenarios.benchmarks.nets import NETS, build
+from scenarios.benchmarks.peers.session import Session
+from scenarios.benchmarks.rounds import AGREE, weights_differ, write_data
+from scenarios.benchmarks.timing import Cost, Figure, against, in_turn
+
+
+def test_a_round_of_ours_is_a_round_of_the_plain_loop(tmp_path: Path) -> None:
+    """LeNet in float64, the same orders of the same images: weights agree to rounding."""
+    assert weights_differ(write_data(tmp_path / "data.npz")) <= AGREE
+
+
+def test_a_peer_is_driven_line_by_line_and_ends_with_its_session(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data.npz")
+    session = Session(Path(sys.executable), "plainly", data, "lenet", "exact", tmp_path / "log")
+    try:
+        assert weights_differ(data, session) == 0.0
+        cpu, wall = session.round()
+        assert cpu > 0
+        assert wall > 0
+    finally:
+        session.close()
+
+
+def test_every_side_starts_from_the_same_weights() -> None:
+    for net in NETS:
+        one, other = build(net), build(net)
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert sum(parameter.numel() for parameter in build("lenet").parameters()) == 62_006
+
+
+def test_cases_take_turns_and_each_is_first_once() -> None:
+    order: list[str] = []
+
+    def case(name: str) -> Cost:
+        order.append(name)
+        return Cost(1.0, 1.0)
+
+    costs = in_turn({name: lambda name=name: case(name) for name in "abc"}, repeats=3)  # type: ignore[misc]
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert {name: len(each) for name, each in costs.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_ratio_is_the_median_of_pairs() -> None:
+    """1/2, 3/3, 8/4: the median is 1, whatever the medians of the sides are; the range is 1.5."""
+    ours = [Cost(1.0, 2.0), Cost(3.0, 2.0), Cost(8.0, 2.0)]
+    theirs = [Cost(2.0, 1.0), Cost(3.0, 1.0), Cost(4.0, 1.0)]
+    figure = against(ours, theirs)
+    assert (figure.ratio, figure.wall_ratio, figure.median_s, figure.spread) == (1.0, 2.0, 3.0, 1.5)
+    assert against(ours, None) == Figure(None, None, 3.0, None)
+    assert figure.plus(0.5, 2.0) == Figure(1.25, 2.25, 3.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "seconds", "said"),
+    [
+        ("round_lenet_fp32_vs_plain", BARS["round_lenet_fp32_vs_plain"], 9.0, "reached"),
+        ("round_lenet_fp32_vs_plain", 0.9, 0.0, "not reached"),
+        ("floor_fraction_fp32", LEAST["floor_fraction_fp32"] - 0.1, 0.0, "not reached"),
+        ("engine_ray_1mb_100_vs_flower", 0.001, SECONDS["engine_ray_1mb_100_vs_flower"] * 2, "not reached"),
+        ("round_lenet_bf16_vs_plain", 0.1, 0.0, ""),
+        ("round_lenet_fp32_vs_pfl", None, 0.0, ""),  # a peer that could not be had
+    ],
+)
+def test_a_bar_is_reached_or_not(name: str, ratio: float | None, seconds: float, said: str) -> None:
+    row = {"ratio": ratio, "wall_ratio": ratio, "median_s": seconds, "spread": 0.0}
+    assert report.verdict(name, row).split(" <")[0].split(" >")[0] == said
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_table_and_the_path_of_its_json(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scenarios.benchmarks", "--only", "workers,memory", "--repeats", "1"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], cwd=root, capture_output=True, text=True, check=True, timeout=280
+    )
+    *table, path = done.stdout.splitlines()
+    rows = json.loads(Path(path).read_text())
+    assert {"ratio", "wall_ratio", "median_s", "spread"} == rows["two_workers_cnn4"].keys()
+    assert rows["memory_10000"]["more_than_100_mb"] < rows["memory_10000"]["index_mb"] + 30
+    assert any("two_workers_resnet18" in line for line in table)
+    assert (tmp_path / "benchmark.png").stat().st_size > 0
