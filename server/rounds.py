@@ -255,6 +255,7 @@ def round_line(
         "phase": state.cursor.phase,
         "phase_name": phase.name,
         "round": state.cursor.round,
+        "rounds": phase.rounds,
         "status": status,
         "cohort": cohort,
         "answered": [report.client for report in outcome.reports],

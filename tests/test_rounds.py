@@ -209,6 +209,7 @@ def test_a_round_s_line_says_who_was_asked_who_answered_and_what_it_cost(start: 
         "phase": 0,
         "phase_name": "train",
         "round": 0,
+        "rounds": 3,
         "status": "ok",
         "cohort": [0, 1, 2, 3, 4, 5],
         "answered": [1, 3, 5],
