@@ -63,7 +63,10 @@ def describe(line: Mapping[str, Any]) -> str:
         pooled = np.average(row, weights=line["test_images"])
         each = " ".join(f"{100 * value:.0f}" for value in row)
         return f"{task} done      accuracy {100 * pooled:.1f} %  (tasks: {each})"
-    parts = [f"{task} {line['phase_name']} round {line['round'] + 1}/{line['rounds']}", f"{len(line['answered'])} clients"]
+    parts = [
+        f"{task} {line['phase_name']} round {line['round'] + 1}/{line['rounds']}",
+        f"{len(line['answered'])} clients",
+    ]
     if line["loss"] is not None:
         parts.append(f"loss {line['loss']:.3f}")
     if line["failures"]:

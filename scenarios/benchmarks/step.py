@@ -13,10 +13,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch.utils.data import DataLoader
 
 from client.training import local_sgd
 from fedcil.compute import Compute, Precision
@@ -30,9 +28,9 @@ from fedcil.models.network import initialise, load_state, snapshot
 from fedcil.scenario import ModelSection, TrainingSection
 from fedcil.stream import Task
 from scenarios.benchmarks import authors_order
+from scenarios.benchmarks.plain import MEAN, STD, Pictures
 from scenarios.benchmarks.timing import Case, Cost, Figure, against, in_turn, median_cpu, timed
 
-MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 KEY = Key(0).at("benchmark")
 SHAPE = (3, 32, 32)
 TASK = Task(1, 50, 60)  # 50 old classes, 10 new ones
@@ -111,28 +109,6 @@ def _train_ours(
     )
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """PIL images, transformed one by one as in the authors' data code."""
-
-    def __init__(self, samples: Samples) -> None:
-        self.images = [Image.fromarray(image) for image in samples.images.numpy()]
-        self.labels = samples.labels.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[place]), self.labels[place]
-
-
 def plain_step(sizes: Sizes) -> Callable[[], object]:
     """The twin: the same work as the authors' program does it, in fp32."""
     compute = compute_in("fp32")
@@ -141,7 +117,8 @@ def plain_step(sizes: Sizes) -> Callable[[], object]:
     generator = settings.make_generator(compute)
     for name, module in (("student", student), ("teacher", teacher), ("generator", generator)):
         initialise(module, KEY.at(name).torch())
-    pictures = Pictures(stored_images(sizes.real * sizes.steps))
+    samples = stored_images(sizes.real * sizes.steps)
+    pictures = Pictures(samples.images.numpy(), samples.labels.numpy())
     start = snapshot(student)
 
     def batches() -> Iterator[authors_order.Batch]:
