@@ -7,7 +7,7 @@ maximal aligned intervals of leaves, and two siblings are always added left + ri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -26,6 +26,7 @@ class Fold:
 
     leaves: int
     sums: dict[Node, Total | None]
+    own: set[Node] = field(default_factory=set)  # sums in memory that was made here, and may be written to
 
     @classmethod
     def empty(cls, leaves: int) -> Self:
@@ -35,11 +36,11 @@ class Fold:
         """Put one client's tensors, times its weight, at its leaf. ValueError if the leaf was taken."""
         weight, tensors = contribution.weight, contribution.tensors
         scaled = torch._foreach_mul(list(tensors.values()), weight)
-        self._put((0, position), Total(dict(zip(tensors, scaled, strict=True)), weight))
+        self._put((0, position), Total(dict(zip(tensors, scaled, strict=True)), weight), own=True)
 
     def absent(self, position: int) -> None:
         """Say that this leaf will never give anything."""
-        self._put((0, position), None)
+        self._put((0, position), None, own=False)
 
     def merge(self, other: Fold) -> None:
         """Take in another fold of the same tree. ValueError if they overlap: nothing is counted twice."""
@@ -48,7 +49,7 @@ class Fold:
         for node in other.sums:
             self._refuse_overlap(node)
         for node, total in other.sums.items():
-            self._put(node, total)
+            self._put(node, total, own=False)
 
     def total(self) -> Total | None:
         """The sum over all leaves that gave something; missing leaves count as absent. None if none gave."""
@@ -59,14 +60,18 @@ class Fold:
         (result,) = whole.sums.values()
         return result
 
-    def _put(self, node: Node, total: Total | None) -> None:
+    def _put(self, node: Node, total: Total | None, *, own: bool) -> None:
         self._refuse_overlap(node)
         level, index = node
         while (sibling := (level, index ^ 1)) in self.sums:
-            other = self.sums.pop(sibling)
-            total = _add(other, total) if index & 1 else _add(total, other)
+            other, others = self.sums.pop(sibling), sibling in self.own
+            self.own.discard(sibling)
+            left, right = ((other, others), (total, own)) if index & 1 else ((total, own), (other, others))
+            total, own = _add(*left, *right)
             level, index = level + 1, index >> 1
         self.sums[level, index] = total
+        if own:
+            self.own.add((level, index))
 
     def _refuse_overlap(self, node: Node) -> None:
         span = _leaves(node)
@@ -87,11 +92,16 @@ def _next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _add(left: Total | None, right: Total | None) -> Total | None:
+def _add(left: Total | None, left_own: bool, right: Total | None, right_own: bool) -> tuple[Total | None, bool]:
+    """left + right, and whether its memory may be written to: large sums are added in place where they may be."""
     if left is None or right is None:
-        return left if right is None else right
+        return (left, left_own) if right is None else (right, right_own)
     names = list(left.tensors)
     if left.tensors.keys() != right.tensors.keys():
         raise ValueError("contributions with different tensors cannot be summed")
-    sums = torch._foreach_add([left.tensors[n] for n in names], [right.tensors[n] for n in names])
-    return Total(dict(zip(names, sums, strict=True)), left.weight + right.weight)
+    one, two = [left.tensors[n] for n in names], [right.tensors[n] for n in names]
+    weight = left.weight + right.weight
+    if left_own:
+        torch._foreach_add_(one, two)
+        return Total(left.tensors, weight), True
+    return Total(dict(zip(names, torch._foreach_add(one, two), strict=True)), weight), True

@@ -222,3 +222,24 @@ def test_a_thousand_clients_in_random_order_take_no_time() -> None:
         fold.add(position, one)
     assert fold.total().weight == 1000.0  # type: ignore[union-attr]
     assert time.perf_counter() - start < 2.0
+
+
+def test_what_was_merged_or_given_is_never_written_to() -> None:
+    """Sums made by another fold may lie in memory that is read-only, or be counted elsewhere too."""
+    given = [Contribution({"x": torch.full((3,), float(leaf))}, 2.0) for leaf in range(4)]
+    other = Fold.empty(4)
+    other.add(0, given[0])
+    other.add(2, given[2])
+    before = {node: total.tensors["x"].clone() for node, total in other.sums.items() if total}
+    fold = Fold.empty(4)
+    fold.merge(other)
+    fold.add(1, given[1])
+    fold.add(3, given[3])
+    total = fold.total()
+    assert total is not None
+    assert torch.equal(total.tensors["x"], torch.full((3,), 12.0))
+    assert all(torch.equal(other.sums[node].tensors["x"], tensor) for node, tensor in before.items())  # type: ignore[union-attr]
+    assert [c.tensors["x"][0].item() for c in given] == [0.0, 1.0, 2.0, 3.0]
+    again = fold.total()
+    assert again is not None
+    assert torch.equal(again.tensors["x"], total.tensors["x"])
