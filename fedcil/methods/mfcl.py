@@ -31,7 +31,7 @@ from fedcil.messages import Payload, Tensors, count_bytes
 from fedcil.methods.base import Batch, Boundary, Draws, Method, Notice, Prepared, Progress, part, prefixed
 from fedcil.methods.inversion import Weights, generator_loss, to_floats
 from fedcil.models.generator import Generator, default_upsamplings
-from fedcil.models.network import Network, freeze, initialise, load_state, snapshot, state_of
+from fedcil.models.network import Network, allocate, freeze, initialise, load_state, snapshot, state_of
 from fedcil.section import Above0, Count, MethodSettings, NonNegative, Positive
 from fedcil.state import ServerState
 from fedcil.stream import Task
@@ -155,7 +155,7 @@ class MFCL(MethodSettings):
                 upsamplings=self.upsamplings,
                 precision=compute.autocast,
             )
-        return generator.to_empty(device="cpu")
+        return allocate(generator)
 
     def place(self, generator: Generator, compute: Compute) -> Generator:
         return generator.to(compute.device).to(memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ import torch
 
 from fedcil.dotted import load_dotted
 from fedcil.models.cnn import CNN
-from fedcil.models.network import Backbone, Network
+from fedcil.models.network import Backbone, Network, allocate
 from fedcil.models.resnet import resnet8, resnet18
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Architecture:
     def build(self, classes: int, precision: torch.dtype | None = None) -> Network:
         with torch.device("meta"):
             network = Network(self.backbone(), classes, precision)
-        return network.to_empty(device="cpu")
+        return allocate(network)
 
 
 def make_architecture(section: ModelSection, image: Image) -> Architecture:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.fx.experimental.optimization import fuse
 
 from fedcil.messages import Tensors
 
+Module = TypeVar("Module", bound=nn.Module)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -55,6 +56,15 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     """
     named: Iterable[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
     return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
+
+
+def allocate(module: Module) -> Module:
+    """A module made on the meta device, now on the CPU with memory that is not initialised.
+
+    ``Module.to_empty`` does the same, but its ``empty_like`` of a meta tensor imports sympy: half a second.
+    """
+    module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # type: ignore[no-untyped-call]
+    return module
 
 
 def load_state(module: nn.Module, tensors: Tensors) -> None:
@@ -128,7 +138,7 @@ def grow_head(tensors: Tensors, classes: int, generator: torch.Generator) -> dic
     (mfcl section 1: ``Linear(d, V)`` with the default initialisation, old rows written over it).
     """
     weight, bias = tensors["head.weight"], tensors["head.bias"]
-    head = nn.Linear(weight.shape[1], classes, device="meta").to_empty(device="cpu")
+    head = allocate(nn.Linear(weight.shape[1], classes, device="meta"))
     initialise(head, generator)
     new_weight, new_bias = head.weight.detach().to(weight), head.bias.detach().to(bias)
     new_weight[: len(weight)] = weight
