@@ -1,0 +1,163 @@
+"""A node joins a Ray cluster in the middle of a run and leaves again: more workers for a while, the same metrics.
+
+    python scenarios/scalability/nodes.py [--output runs/scalability]
+
+Ray's own cluster of several nodes on one machine. Exit code 1 if the metrics differ from the inline engine's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when ray is imported
+
+import psutil
+from common import Panel, Table, command, draw, environment, new_folder, options, run, say_load
+from ray.cluster_utils import Cluster
+
+SCENARIO = "digits_mfcl"
+OVERRIDES = [
+    "data.classes=4",
+    "stream.tasks=2",
+    "training.rounds=40",
+    "training.epochs=20",
+    "method={name='mfcl', preset='small', steps=5, pool=64}",
+]
+NODE = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+LIMIT_S = 170.0  # of the run on the cluster
+LOOK_S = 0.1
+
+
+class Watch:
+    """The run on the cluster, looked at from outside: rounds recorded, workers alive."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
+        self.process, self.output = process, output
+        self.end = time.monotonic() + LIMIT_S
+        self.workers_in_round: list[int] = []  # as each round's line was seen
+
+    def rounds(self) -> int:
+        files = [path.read_bytes() for path in self.output.glob("*/metrics.jsonl")]
+        return sum(content.count(b'"kind": "round"') for content in files)
+
+    def look(self) -> tuple[int, int]:
+        """(rounds, workers) now."""
+        rounds, alive = self.rounds(), workers()
+        if self.process.poll() is not None and self.workers_in_round:  # its workers went with it
+            alive = self.workers_in_round[-1]
+        self.workers_in_round += [alive] * (rounds - len(self.workers_in_round))
+        return rounds, alive
+
+    def until(self, what: str, reached: Callable[[int, int], bool]) -> int:
+        """Wait; returns the rounds recorded then. RuntimeError if the run ends or takes too long before."""
+        while True:
+            ended = self.process.poll() is not None
+            rounds, alive = self.look()
+            if reached(rounds, alive):
+                return rounds
+            if ended or time.monotonic() > self.end:
+                state = f"ended with {self.process.returncode}" if ended else f"took more than {LIMIT_S:g} s"
+                raise RuntimeError(f"the run {state} before {what} ({rounds} rounds, {alive} workers)")
+            time.sleep(LOOK_S)
+
+    def until_end(self) -> int:
+        while self.process.poll() is None and time.monotonic() < self.end:
+            self.look()
+            time.sleep(LOOK_S)
+        self.look()
+        return self.process.wait(timeout=max(1.0, self.end - time.monotonic()))
+
+
+def workers() -> int:
+    """Ray workers of this run's cluster: they descend from this process."""
+    count = 0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            count += " ".join(child.cmdline()).startswith("ray::ClientWorker")
+    return count
+
+
+def on_a_cluster_that_changes(folder: Path) -> tuple[Path, list[int]]:
+    """(run folder, workers at the end of each round)."""
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    process = None
+    try:
+        overrides = [*OVERRIDES, "engine.name='ray'", f"engine.address='{cluster.address}'"]
+        process = subprocess.Popen(
+            command("run", SCENARIO, overrides, "--no-figures", "--output", str(folder)),
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+        )
+        watch = Watch(process, folder)
+        first = watch.until("a first round", lambda rounds, _: rounds >= 1)
+        print(f"round {first}: a node joins", flush=True)
+        node = cluster.add_node(**NODE)
+        two = watch.until("a second worker", lambda _, alive: alive >= 2)
+        print(f"round {two}: two workers", flush=True)
+        left = watch.until("two rounds with two workers", lambda rounds, _: rounds >= two + 2)
+        print(f"round {left}: the node leaves", flush=True)
+        cluster.remove_node(node)
+        code = watch.until_end()
+        if code:
+            raise RuntimeError(f"the run ended with exit code {code}")
+    finally:
+        if process and process.poll() is None:
+            process.kill()
+            process.wait()
+        cluster.shutdown()
+    (path,) = (path.parent for path in folder.glob("*/metrics.jsonl"))
+    return path, watch.workers_in_round
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    """Everything that was recorded but what it cost."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
+
+
+def seconds(path: Path) -> list[float]:
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [line["cost"]["seconds"] for line in lines if line["kind"] == "round"]
+
+
+def main() -> int:
+    given = options(__doc__).parse_args()
+    say_load()
+    inline = run(new_folder(given.output, "nodes-inline"), [*OVERRIDES, "engine.workers=1"], SCENARIO)
+    path, alive = on_a_cluster_that_changes(new_folder(given.output, "nodes-ray"))
+    table, spent = Table("nodes"), seconds(path)
+    table.rows += [("nodes", float(at), 0, "seconds", value) for at, value in enumerate(spent)]
+    table.rows += [("nodes", float(at), 0, "workers", float(value)) for at, value in enumerate(alive)]
+    table.write(given.output / "nodes.csv")
+    rounds = [float(at) for at in range(len(spent))]
+    draw(
+        given.output / "nodes.png",
+        "A node comes and goes in a run",
+        [
+            Panel({"round": (rounds, spent)}, {}, "round", "wall seconds", log=(False, False), zero=True),
+            Panel(
+                {"workers": (rounds, [float(value) for value in alive])},
+                {"one worker": (rounds, [1.0] * len(rounds))},
+                "round",
+                "Ray workers as the round ended",
+                log=(False, False),
+                zero=True,
+            ),
+        ],
+    )
+    same = metrics(path) == metrics(inline.path)
+    print(f"most workers at once: {max(alive)}; at the end of the last round: {alive[-1]}")
+    print(f"same metrics as inline: {'yes' if same else 'no'}")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
