@@ -1,0 +1,85 @@
+"""A task should cost what the one before it did: CPU seconds of clients and boundary by number of tasks, with MFCL.
+
+    python scenarios/scalability/tasks.py [--output runs/scalability] [--repeats 1]
+
+Two new classes a task; a fixed number of synthetic images in a step. Evaluation is apart: it must grow, since after
+task t the test images of all t tasks are looked at.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+
+from common import Panel, Table, draw, flat, new_folder, options, run, say_fit, say_load, stage_cpu, tiny
+
+import fedcil
+
+TASKS = (2, 5, 10, 25, 50)
+CLIENTS, PER_CLIENT = 10, 20
+METHOD = "method={name='mfcl', preset='small', steps=20, pool=256, synthetic=16}"
+
+
+def client_cpu(finished: fedcil.Run) -> list[float]:
+    """CPU seconds of the client stages of each task, in order."""
+    rounds = finished.kind("round")
+    tasks = range(len(finished.kind("task")))
+    return [sum(stage_cpu(line, "clients") for line in rounds if line["task"] == task) for task in tasks]
+
+
+def main() -> int:
+    parser = options(__doc__)
+    parser.add_argument("--repeats", type=int, default=1)
+    given = parser.parse_args()
+    folder, table = new_folder(given.output, "tasks"), Table("tasks")
+    say_load()
+    for repeat in range(given.repeats):
+        for tasks in TASKS:
+            sizes = tiny(CLIENTS, PER_CLIENT, tasks=tasks, classes=2 * tasks)
+            finished = run(folder, [*sizes, METHOD, "training.rounds=3", "training.epochs=2"])
+            clients = client_cpu(finished)[1:]  # the first task replays nothing
+            boundaries = [line["cost"]["cpu_seconds"] for line in finished.kind("boundary")]
+            evaluations = [line["cost"]["cpu_seconds"] for line in finished.kind("task")]
+            values = {
+                "client CPU s a task": statistics.median(clients),
+                "client CPU s, last tasks": statistics.median(clients[-5:]),
+                "boundary CPU s a task": statistics.median(boundaries),
+                "boundary CPU s, last tasks": statistics.median(boundaries[-5:]),
+                "evaluation CPU ms, last tasks": 1e3 * statistics.median(evaluations[-min(5, tasks - 1) :]),
+                "peak MB": max(line["cost"]["peak_memory_mb"] for line in finished.lines),
+            }
+            table.add(tasks, repeat, values)
+    for quantity in ("client CPU s a task", "client CPU s, last tasks", "boundary CPU s a task"):
+        say_fit(table, quantity, "s", "task of the stream")
+    say_fit(table, "boundary CPU s, last tasks", "s", "task of the stream")
+    say_fit(table, "evaluation CPU ms, last tasks", "ms", "task of the stream")
+    table.write(given.output / "tasks.csv")
+    names = ("client CPU s, last tasks", "boundary CPU s, last tasks")
+    points = {name: table.series(name) for name in names}
+    evaluation = table.series("evaluation CPU ms, last tasks")
+    (first, *_), (cost, *_) = evaluation
+    draw(
+        given.output / "tasks.png",
+        "Tasks of two classes each, MFCL",
+        [
+            Panel(
+                points,
+                {f"ideal: flat ({name.split()[0]})": flat(series) for name, series in points.items()},
+                "tasks of the stream",
+                "CPU seconds of one task (median of the last 5)",
+                (True, False),
+                True,
+            ),
+            Panel(
+                {"evaluation": evaluation},
+                {"ideal: proportional to tasks seen": (evaluation[0], [cost * x / first for x in evaluation[0]])},
+                "tasks of the stream",
+                "CPU ms of one evaluation",
+            ),
+        ],
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

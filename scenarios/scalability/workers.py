@@ -1,0 +1,110 @@
+"""One worker and two: the same 8 clients (strong scaling) and 4 clients a worker (weak), inline and over Ray.
+
+    python scenarios/scalability/workers.py [--output runs/scalability] [--repeats 1]
+
+CPU seconds are those of the run's process and, with Ray, of its workers; Ray's own daemons are left out. Wall seconds
+mean something on an idle machine only; CPU(2) / CPU(1) says how much work two workers add, whatever else runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from common import Panel, Table, command, draw, environment, new_folder, options, say_load, tiny
+
+import fedcil
+
+CLIENTS, PER_CLIENT, SIZE = 8, 128, 32
+ROUNDS = 6
+CASES = {(8, 1): "8 clients, 1 worker", (8, 2): "8 clients, 2 workers", (4, 1): "4 clients, 1 worker"}
+LIMIT_S = 120.0
+
+
+def workers_cpu(pid: int) -> float:
+    """CPU seconds so far of the Ray workers below a process."""
+    seconds = 0.0
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if " ".join(child.cmdline()).startswith("ray::ClientWorker"):
+                times = child.cpu_times()
+                seconds += times.user + times.system
+    return seconds
+
+
+def watched(folder: Path, overrides: list[str]) -> tuple[fedcil.Run, float]:
+    """A run, and CPU seconds a round of its Ray workers (0 without Ray), from the first round's end to the last's."""
+    sets = command("run", "digits_fedavg", overrides, "--no-figures", "--output", str(folder))
+    seen: dict[int, float] = {}  # workers' CPU seconds when so many rounds were first seen recorded
+    with subprocess.Popen(sets, env=environment(), stdout=subprocess.DEVNULL) as process:
+        end = time.monotonic() + LIMIT_S
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                rounds = sum(path.read_bytes().count(b'"kind": "round"') for path in folder.glob("*/metrics.jsonl"))
+                with contextlib.suppress(psutil.Error):
+                    used = workers_cpu(process.pid)
+                    if rounds and (used or not seen):
+                        seen.setdefault(rounds, used)
+                time.sleep(0.02)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+    if process.returncode:
+        raise SystemExit(f"a run ended with exit code {process.returncode}")
+    (path,) = (path.parent for path in folder.glob("*/metrics.jsonl"))
+    first, last = min(seen), max(seen)
+    return fedcil.load(path), (seen[last] - seen[first]) / max(1, last - first)
+
+
+def main() -> int:
+    parser = options(__doc__)
+    parser.add_argument("--repeats", type=int, default=1)
+    given = parser.parse_args()
+    table = Table("workers")
+    for repeat in range(given.repeats):
+        for engine in ("inline", "ray"):
+            for asked, workers in CASES:
+                say_load()
+                overrides = [
+                    *tiny(CLIENTS, PER_CLIENT, tasks=1, size=SIZE),
+                    f"clients.per_round={asked}",
+                    "model.width=32",
+                    f"training.rounds={ROUNDS}",
+                    "training.epochs=2",
+                    f"engine={{name='{engine}', workers={workers}}}",
+                ]
+                finished, elsewhere = watched(new_folder(given.output, "workers"), overrides)
+                rounds = [line["cost"] for line in finished.kind("round")[1:]]
+                values = {
+                    f"{engine}, {asked} clients: wall s a round": statistics.median(c["seconds"] for c in rounds),
+                    f"{engine}, {asked} clients: CPU s a round": statistics.mean(c["cpu_seconds"] for c in rounds)
+                    + elsewhere,
+                }
+                table.add(workers, repeat, values)
+    table.write(given.output / "workers.csv")
+    panels = []
+    for kind in ("CPU", "wall"):
+        points, ideal = {}, {}
+        for engine in ("inline", "ray"):
+            xs, (one, two) = table.series(f"{engine}, 8 clients: {kind} s a round")
+            _, (half,) = table.series(f"{engine}, 4 clients: {kind} s a round")
+            points[f"{engine}, strong: 8 clients"] = (xs, [one, two])
+            points[f"{engine}, weak: 4 a worker"] = (xs, [half, two])
+            ideal[f"ideal, strong ({engine})"] = (xs, [one, one if kind == "CPU" else one / 2])
+            ideal[f"ideal, weak ({engine})"] = (xs, [half, 2 * half if kind == "CPU" else half])
+            print(
+                f"{engine} {kind}: strong (2) / (1) = {two / one:.3f} (ideal {1 if kind == 'CPU' else 0.5}); "
+                f"weak (2) / (1) = {two / half:.3f} (ideal {2 if kind == 'CPU' else 1})"
+            )
+        panels.append(Panel(points, ideal, "workers", f"{kind} seconds a round", (False, False), True))
+    draw(given.output / "workers.png", "Workers on a shared machine of two cores: wall is not measurable", panels)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
