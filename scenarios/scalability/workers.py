@@ -61,6 +61,22 @@ def watched(folder: Path, overrides: list[str]) -> tuple[fedcil.Run, float]:
     return fedcil.load(path), (seen[last] - seen[first]) / max(1, last - first)
 
 
+def picture(table: Table, path: Path) -> None:
+    """Strong and weak scaling, CPU and wall, beside the ideal; the ratios are printed."""
+    panels = []
+    for kind, strong, weak in (("CPU", 1.0, 2.0), ("wall", 0.5, 1.0)):
+        for scaling, asked, ratio in (("strong: 8 clients", 8, strong), ("weak: 4 clients a worker", 4, weak)):
+            points, ideal = {}, {}
+            for engine in ("inline", "ray"):
+                one = table.series(f"{engine}, {asked} clients: {kind} s a round")[1][0]
+                two = table.series(f"{engine}, 8 clients: {kind} s a round")[1][1]
+                points[engine] = ([1.0, 2.0], [one, two])
+                ideal[f"ideal ({engine})"] = ([1.0, 2.0], [one, ratio * one])
+                print(f"{engine}, {scaling}: {kind}(2) / {kind}(1) = {two / one:.3f} (ideal {ratio:g})")
+            panels.append(Panel(points, ideal, f"workers ({scaling})", f"{kind} s a round", (False, False), True))
+    draw(path, "Workers on a shared machine of two cores: CPU is comparable, wall is not", panels)
+
+
 def main() -> int:
     parser = options(__doc__)
     parser.add_argument("--repeats", type=int, default=1)
@@ -87,22 +103,7 @@ def main() -> int:
                 }
                 table.add(workers, repeat, values)
     table.write(given.output / "workers.csv")
-    panels = []
-    for kind in ("CPU", "wall"):
-        points, ideal = {}, {}
-        for engine in ("inline", "ray"):
-            xs, (one, two) = table.series(f"{engine}, 8 clients: {kind} s a round")
-            _, (half,) = table.series(f"{engine}, 4 clients: {kind} s a round")
-            points[f"{engine}, strong: 8 clients"] = (xs, [one, two])
-            points[f"{engine}, weak: 4 a worker"] = (xs, [half, two])
-            ideal[f"ideal, strong ({engine})"] = (xs, [one, one if kind == "CPU" else one / 2])
-            ideal[f"ideal, weak ({engine})"] = (xs, [half, 2 * half if kind == "CPU" else half])
-            print(
-                f"{engine} {kind}: strong (2) / (1) = {two / one:.3f} (ideal {1 if kind == 'CPU' else 0.5}); "
-                f"weak (2) / (1) = {two / half:.3f} (ideal {2 if kind == 'CPU' else 1})"
-            )
-        panels.append(Panel(points, ideal, "workers", f"{kind} seconds a round", (False, False), True))
-    draw(given.output / "workers.png", "Workers on a shared machine of two cores: wall is not measurable", panels)
+    picture(table, given.output / "workers.png")
     return 0
 
 
