@@ -187,8 +187,8 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
 def fill(axis: Axes, panel: Panel) -> None:
     for name, (xs, ys) in panel.points.items():
         axis.plot(xs, ys, "o", label=name)
-    for name, (xs, ys) in panel.ideal.items():
-        axis.plot(xs, ys, "--", color="0.4", linewidth=1, label=name)
+    for place, (name, (xs, ys)) in enumerate(panel.ideal.items()):
+        axis.plot(xs, ys, "--" if place % 2 == 0 else ":", color="0.4", linewidth=1, label=name)
     axis.set(xlabel=panel.x, ylabel=panel.y)
     if panel.log[0]:
         axis.set_xscale("log")

@@ -9,11 +9,26 @@ clients send is added up as it comes in, within the client stage; the reduction 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from common import Panel, Table, draw, measure, new_folder, options, plan, run, say_fit, say_load, tiny
 
 WIDTHS = (4, 8, 16, 32, 64)
 CLIENTS, PER_CLIENT, SIZE = 10, 32, 16
+
+
+def picture(table: Table, path: Path) -> None:
+    """Both costs beside the fit and what is left of it without a constant part; the fits are printed."""
+    panels = []
+    for quantity, unit in (("training CPU s a round", "s"), ("reduce CPU ms a round", "ms")):
+        a, b = say_fit(table, quantity, unit, "parameter")
+        xs, ys = table.series(quantity)
+        lines = {
+            "ideal: proportional, the fit's slope": (xs, [b * x for x in xs]),
+            "fit: a + b n": (xs, [a + b * x for x in xs]),
+        }
+        panels.append(Panel({"measured": (xs, ys)}, lines, "parameters", quantity))
+    draw(path, "Size of the model, 5 clients a round", panels)
 
 
 def main() -> int:
@@ -33,17 +48,9 @@ def main() -> int:
                 "peak MB": costs.memory_mb,
             }
             table.add(plan(overrides)["parameters"], repeat, values)
-    _, train = say_fit(table, "training CPU s a round", "s", "parameter")
-    _, reduce = say_fit(table, "reduce CPU ms a round", "ms", "parameter")
     say_fit(table, "peak MB", "MB", "parameter")
     table.write(given.output / "model_size.csv")
-    quantities = (("training CPU s a round", train), ("reduce CPU ms a round", reduce))
-    panels = []
-    for quantity, slope in quantities:
-        xs, ys = table.series(quantity)
-        ideal = {"ideal: proportional, the fit's slope": (xs, [slope * x for x in xs])}
-        panels.append(Panel({"measured": (xs, ys)}, ideal, "parameters", quantity))
-    draw(given.output / "model_size.png", "Size of the model, 5 clients a round", panels)
+    picture(table, given.output / "model_size.png")
     return 0
 
 
