@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from pathlib import Path
 
 from common import Panel, Table, draw, flat, new_folder, options, run, say_fit, say_load, stage_cpu, tiny
 
@@ -25,6 +26,36 @@ def client_cpu(finished: fedcil.Run) -> list[float]:
     rounds = finished.kind("round")
     tasks = range(len(finished.kind("task")))
     return [sum(stage_cpu(line, "clients") for line in rounds if line["task"] == task) for task in tasks]
+
+
+def picture(table: Table, path: Path) -> None:
+    """Clients and boundary of one task, late in the stream; evaluation apart."""
+    names = ("client CPU s, last tasks", "boundary CPU s, last tasks")
+    points = {name: table.series(name) for name in names}
+    evaluation = table.series("evaluation CPU ms, last tasks")
+    (first, *_), (cost, *_) = evaluation
+    draw(
+        path,
+        "Tasks of two classes each, MFCL",
+        [
+            Panel(
+                points,
+                {f"ideal: flat ({name.split()[0]})": flat(series) for name, series in points.items()},
+                "tasks of the stream",
+                "CPU seconds of one task (median of the last 5)",
+                (False, False),
+                True,
+            ),
+            Panel(
+                {"evaluation": evaluation},
+                {"proportional to tasks seen": (evaluation[0], [cost * x / first for x in evaluation[0]])},
+                "tasks of the stream",
+                "CPU ms of one evaluation",
+                (False, False),
+                True,
+            ),
+        ],
+    )
 
 
 def main() -> int:
@@ -56,30 +87,7 @@ def main() -> int:
     say_fit(table, "boundary CPU s, last tasks", "s", "task of the stream")
     say_fit(table, "evaluation CPU ms, last tasks", "ms", "task of the stream")
     table.write(given.output / "tasks.csv")
-    names = ("client CPU s, last tasks", "boundary CPU s, last tasks")
-    points = {name: table.series(name) for name in names}
-    evaluation = table.series("evaluation CPU ms, last tasks")
-    (first, *_), (cost, *_) = evaluation
-    draw(
-        given.output / "tasks.png",
-        "Tasks of two classes each, MFCL",
-        [
-            Panel(
-                points,
-                {f"ideal: flat ({name.split()[0]})": flat(series) for name, series in points.items()},
-                "tasks of the stream",
-                "CPU seconds of one task (median of the last 5)",
-                (True, False),
-                True,
-            ),
-            Panel(
-                {"evaluation": evaluation},
-                {"ideal: proportional to tasks seen": (evaluation[0], [cost * x / first for x in evaluation[0]])},
-                "tasks of the stream",
-                "CPU ms of one evaluation",
-            ),
-        ],
-    )
+    picture(table, given.output / "tasks.png")
     return 0
 
 
