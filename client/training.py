@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from fedcil.gradients import gradients
 from fedcil.keys import Key
 from fedcil.methods.base import Batch, Method, Prepared, Samples
 from fedcil.models.network import Network, set_norm_momentum
@@ -91,12 +92,13 @@ class LocalSGD:
 
     def step(self, loss: Tensor) -> None:
         """One update; a parameter that the loss does not reach stays as it is, as in torch."""
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        reached = [place for place, gradient in enumerate(gradients) if gradient is not None]
-        momenta = [self.momenta[place] for place in reached]
+        found = {
+            place: gradient for place, gradient in enumerate(gradients(loss, self.parameters)) if gradient is not None
+        }
+        momenta = [self.momenta[place] for place in found]
         sgd(
-            [self.parameters[place] for place in reached],
-            [gradients[place] for place in reached],
+            [self.parameters[place] for place in found],
+            list(found.values()),
             momenta,
             fused=True,
             weight_decay=self.training.weight_decay,
@@ -107,7 +109,7 @@ class LocalSGD:
             maximize=False,
         )
         if self.training.momentum:
-            for place, momentum in zip(reached, momenta, strict=True):
+            for place, momentum in zip(found, momenta, strict=True):
                 self.momenta[place] = momentum
 
 

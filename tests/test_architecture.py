@@ -20,6 +20,7 @@ EXPERIMENT = (
     "fedcil.experiment",
     "fedcil.files",
     "fedcil.gather",
+    "fedcil.gradients",
     "fedcil.methods",
     "fedcil.models",
     "fedcil.partition",
@@ -41,6 +42,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.fold": (("fedcil.messages",), ("torch",)),
     "fedcil.state": (("fedcil.messages",), ("torch",)),
     "fedcil.files": (("fedcil.messages",), ("torch", "safetensors")),
+    "fedcil.gradients": ((), ("torch",)),
     "fedcil.gather": (("fedcil.messages", "fedcil.fold", "fedcil.port"), ()),
     "fedcil.wire": (("fedcil.errors", "fedcil.messages", "fedcil.files"), ("torch", "safetensors")),
     "fedcil.port": (("fedcil.errors", "fedcil.messages"), ()),
@@ -57,7 +59,10 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.data.super_imagenet": ((*BOTTOM, "fedcil.data", "fedcil.files"), ("torch", "numpy", "PIL", "yaml")),
     "fedcil.models": (("fedcil.dotted", "fedcil.messages", "fedcil.models"), ("torch",)),
     "fedcil.compute": (("fedcil.errors", "fedcil.messages", "fedcil.models"), ("torch",)),
-    "fedcil.methods": ((*VALUES, "fedcil.compute", "fedcil.models", "fedcil.methods"), ("torch", "pydantic")),
+    "fedcil.methods": (
+        (*VALUES, "fedcil.compute", "fedcil.gradients", "fedcil.models", "fedcil.methods"),
+        ("torch", "pydantic"),
+    ),
     "fedcil.experiment": (EXPERIMENT, ("numpy", "torch")),
     "fedcil.record": (
         (*EXPERIMENT, "fedcil.metrics", "fedcil.record"),

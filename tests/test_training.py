@@ -23,6 +23,7 @@ from client.states import StateStore
 from client.training import Trained, cut_epoch, grouped, learning_rate, local_sgd
 from fedcil.errors import Stopped
 from fedcil.experiment import Experiment, open_experiment
+from fedcil.gradients import gradients
 from fedcil.keys import Key
 from fedcil.messages import Broadcast, Contribution, Failure, Job, Report, Request, Tensors, content_hash
 from fedcil.methods.base import Batch, Method, Samples
@@ -157,6 +158,35 @@ def test_one_client_with_all_data_is_centralised_sgd_step_for_step(small: Any, m
         torch.testing.assert_close(state_of(ours)[name], tensor, rtol=0, atol=1e-12)
     assert result.steps == len(batches) == 9
     assert result.loss == pytest.approx(sum(losses) / 9, rel=1e-12)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["cnn", "resnet8", "resnet18"])
+def test_gradients_lie_in_memory_as_their_parameters(small: Any, name: str, layout: torch.memory_format) -> None:
+    """A fused optimiser does not look at strides: channels-last gradients of contiguous weights would be scrambled."""
+    model = small.network(3, name).to(memory_format=torch.contiguous_format).train()
+    images = small.images(4).contiguous(memory_format=layout)
+    parameters = list(model.parameters())
+    loss = F.cross_entropy(model(images), small.labels(4, small.first))
+    found = gradients(loss, parameters)
+    if layout == torch.channels_last:
+        raw = torch.autograd.grad(model(images).sum(), parameters)
+        assert any(g.stride() != p.stride() for g, p in zip(raw, parameters, strict=True))
+    flat = [p.detach().clone() for p in parameters]
+    torch._fused_sgd_(
+        flat,
+        found,
+        [],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=1.0,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+    for after, parameter, gradient in zip(flat, parameters, found, strict=True):
+        torch.testing.assert_close(after, parameter.detach() - gradient)
 
 
 def test_each_epoch_has_each_sample_once_in_an_order_of_its_own(small: Any) -> None:

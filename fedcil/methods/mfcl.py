@@ -28,6 +28,7 @@ from fedcil.compute import Compute
 from fedcil.errors import ScenarioError
 from fedcil.keys import Key
 from fedcil.messages import Payload, Tensors, count_bytes
+from fedcil.methods.adam import Adam
 from fedcil.methods.base import Batch, Boundary, Draws, Method, Notice, Prepared, Progress, part, prefixed
 from fedcil.methods.inversion import Weights, generator_loss, to_floats
 from fedcil.models.generator import Generator, default_upsamplings
@@ -217,7 +218,7 @@ class MFCL(MethodSettings):
     ) -> dict[str, list[float]]:
         """Adam on the generator alone; returns each term at ten evenly spaced steps and the last."""
         generator.train()
-        optimizer = torch.optim.Adam(generator.parameters(), self.generator_lr, fused=True)
+        optimizer = Adam(generator.parameters(), self.generator_lr)
         weights = self.loss_weights()
         device = classifier.head.weight.device
         log: dict[str, list[float]] = {}
@@ -226,9 +227,7 @@ class MFCL(MethodSettings):
             draws = key.at("latents", step).torch(device)
             latents = torch.randn(self.generator_batch, self.latent, generator=draws, device=device)
             loss, terms = generator_loss(classifier, generator(latents), weights)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            optimizer.step(loss)
             shown = to_floats(terms) if step % every == 0 or step == self.steps - 1 else {}
             for name, value in shown.items():
                 log.setdefault(name, []).append(value)

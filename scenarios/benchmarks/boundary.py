@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedcil.compute import Precision
+from fedcil.methods.adam import Adam
 from fedcil.methods.inversion import blur, generator_loss
 from fedcil.methods.mfcl import MFCL
 from fedcil.models.network import initialise, snapshot
@@ -33,15 +34,13 @@ def our_boundary(precision: Precision, batch: int) -> Callable[[], object]:
     generator = settings.make_generator(compute)
     initialise(generator, KEY.at("generator").torch())
     generator = settings.place(generator, compute).train()
-    optimizer = torch.optim.Adam(generator.parameters(), settings.generator_lr, fused=True)
+    optimizer = Adam(generator.parameters(), settings.generator_lr)
     weights = settings.loss_weights()
 
     def step() -> None:
         latents = torch.randn(batch, settings.latent)
         loss, _ = generator_loss(classifier, generator(latents), weights)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        optimizer.step(loss)
 
     return step
 
