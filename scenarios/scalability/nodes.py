@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -130,6 +131,7 @@ def seconds(path: Path) -> list[float]:
 
 def main() -> int:
     given = options(__doc__).parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down then, too
     say_load()
     inline = run(new_folder(given.output, "nodes-inline"), [*OVERRIDES, "engine.workers=1"], SCENARIO)
     path, alive = on_a_cluster_that_changes(new_folder(given.output, "nodes-ray"))
