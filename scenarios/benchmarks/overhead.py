@@ -6,7 +6,9 @@ simulation with a client that returns the arrays of its message.
 
 from __future__ import annotations
 
+import gc
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -62,6 +64,11 @@ def whole_round(opened: Experiment) -> Request:
     return Request(Broadcast(task=0, phase=0, round=0, tensors=model), jobs, len(jobs))
 
 
+def rounds(request: Request, over: Port, turns: int) -> None:
+    for _ in range(turns):
+        one_round(request, over)
+
+
 def one_round(request: Request, over: Port) -> None:
     outcome = over.run(request, None, lambda _: None)
     assert outcome.total is not None
@@ -76,8 +83,9 @@ def measure(
     with ExitStack() as stack:
         opened = experiment(clients, megabytes, engine, 1 if engine == "inline" else 2)
         over = stack.enter_context(port(engine, opened))
-        work = partial(one_round, whole_round(opened), over)
-        cases: dict[str, Case] = {"ours": timed(work, clients) if engine == "inline" else of_tree(work, clients)}
+        turns = max(1, 1000 // (clients * megabytes))  # enough to be told from the ticks of CPU clocks
+        work = partial(rounds, whole_round(opened), over, turns)
+        cases: dict[str, Case] = {"ours": (timed if engine == "inline" else of_tree)(work, clients * turns)}
         if flower:
             session = Session(flower, "flower_empty", Path(str(clients)), str(megabytes), "_", log)
             stack.callback(session.close)
@@ -88,11 +96,11 @@ def measure(
 
 def of_tree(work: Callable[[], object], units: int) -> Case:
     """Like ``timed``, with the CPU seconds of every process that descends from this one."""
-    plain = timed(work, units)
 
     def case() -> Cost:
-        before = tree_cpu()
-        wall = plain().wall
-        return Cost((tree_cpu() - before) / units, wall)
+        gc.collect()
+        wall, cpu = time.perf_counter(), tree_cpu()
+        work()
+        return Cost((tree_cpu() - cpu) / units, (time.perf_counter() - wall) / units)
 
     return case
