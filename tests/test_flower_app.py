@@ -62,6 +62,7 @@ def test_flwr_run_gives_the_metrics_of_the_inline_engine(tmp_path: Path) -> None
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ADDRESS": "local",  # not another test's cluster
         "FEDCIL_CLIENT_HOME": str(tmp_path / "clients"),
     }
     copy_app(tmp_path / "app")

@@ -77,6 +77,7 @@ def cluster(
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
             ray.init(
+                address="local",  # not somebody's cluster that happens to run on this machine
                 num_cpus=workers,
                 object_store_memory=store_memory,
                 include_dashboard=False,
