@@ -38,10 +38,11 @@ format: install-dev  ## mend what can be mended
 	$(BIN)/ruff format .
 
 test: lint           ## lint, format, types and the fast tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-all: lint       ## everything: all engines, kills, real data
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 -m 'not engines'
+	$(BIN)/python -m pytest -m engines
 
 bench: install       ## every benchmark with its peers (about 40 minutes); prints the path of the JSON last
 	$(BIN)/python -m scenarios.benchmarks

@@ -17,7 +17,7 @@ import pytest
 from fedcil.errors import RunFailed
 from fedcil.messages import Job, Report
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.xdist_group("engines")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.engines]
 
 METHODS = {
     "mfcl": "{name='mfcl', preset='small', steps=5, pool=64}",
