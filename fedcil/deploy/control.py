@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import ssl
 import subprocess
+import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedcil.deploy.processes import flower_environment, program
-from fedcil.errors import FedcilError
+from fedcil.errors import FedcilError, RunFailed
+from fedcil.port import StopSignal
 
+START_S = 120.0  # until a SuperLink that was started is healthy
+POLL_S = 0.2
 ANSWER_S = 60.0  # each call is a process that costs about a second of CPU
 APP = Path(__file__).parent / "app"
 CONNECTION = "fedcil"
@@ -115,3 +119,18 @@ def healthy(url: str, ca: Path | None, timeout_s: float = 3.0) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
+
+
+def wait_healthy(control: Control, stop: StopSignal, tend: Callable[[], None] = lambda: None) -> None:
+    """Until the SuperLink answers. Raises Stopped, or RunFailed after ``START_S``."""
+    started = time.monotonic()
+    while not control.healthy():
+        tend()
+        stop.check()
+        if time.monotonic() - started > START_S:
+            raise RunFailed(
+                f"no healthy SuperLink at {control.address} within {START_S:.0f} s",
+                where=str(control.ca),
+                next="its log says why",
+            )
+        time.sleep(POLL_S)

@@ -6,24 +6,19 @@ watched, and ended in order. Everything they leave is below ``<run folder>/deplo
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcil.deploy.control import Control
+from fedcil.deploy.control import Control, wait_healthy
 from fedcil.deploy.node import Node
 from fedcil.deploy.pki import Pki, make_pki
 from fedcil.deploy.processes import Keeper, Role, flower_environment, free_port, server_app, superlink
 from fedcil.deploy.supervisor import Supervisor
-from fedcil.errors import RunFailed, Stopped
 from fedcil.port import StopSignal
 from fedcil.record.run import Run
 
 LOOPBACK = "127.0.0.1"
-START_S = 120.0  # until the SuperLink is healthy
-POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +46,6 @@ class Topology:
 def deploy_local(
     run: Path,
     nodes: int,
-    data_root: Path | None,
     stop: StopSignal,
     say: Callable[[str], None],
     progress: Callable[[], None],
@@ -60,11 +54,9 @@ def deploy_local(
     folder = (run / "deployment").absolute()
     pki = make_pki(folder / "pki", hosts=(LOOPBACK, "localhost"), nodes=nodes)
     topology, keeper = Topology(folder, nodes, free_port(), pki), Keeper()
-    if data_root is not None:
-        os.environ["FEDCIL_DATA_ROOT"] = str(data_root.absolute())
     try:
         start_servers(topology, keeper)
-        wait_healthy(topology, keeper, stop)
+        wait_healthy(topology.control, stop, keeper.tend)
         for slot in range(nodes):
             topology.control.register(pki.node_public(slot))
             start_node(topology, keeper, slot, f"partition-id={slot} num-partitions={nodes}")
@@ -85,18 +77,3 @@ def start_node(topology: Topology, keeper: Keeper, slot: int, share: str) -> Non
     node = Node(slot, topology.folder / "nodes" / f"{slot:04d}", share)
     for role in node.roles(topology.pki, topology.address, free_port(), topology.logs):
         keeper.start(role)
-
-
-def wait_healthy(topology: Topology, keeper: Keeper, stop: StopSignal) -> None:
-    started = time.monotonic()
-    while not topology.control.healthy():
-        keeper.tend()
-        if stop.event.is_set():
-            raise Stopped(stop.exit_code[0])
-        if time.monotonic() - started > START_S:
-            raise RunFailed(
-                f"the SuperLink was not healthy within {START_S:.0f} s",
-                where=str(topology.logs / "superlink.log"),
-                next="its log says why",
-            )
-        time.sleep(POLL_S)

@@ -40,9 +40,7 @@ class Node:
         secret = new_secret(self.home / "superexec.secret")
         config = f'{self.share} home="{self.home.absolute()}"'
         name = f"node-{self.slot}"
-        yield Role(
-            name, supernode(pki, self.slot, address, port, secret, config), logs / f"{name}.log", environment
-        )
+        yield Role(name, supernode(pki, self.slot, address, port, secret, config), logs / f"{name}.log", environment)
         yield Role(f"{name}-app", client_app(port, secret), logs / f"{name}-app.log", environment)
 
 

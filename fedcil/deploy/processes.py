@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import secrets
@@ -116,12 +117,15 @@ def start(role: Role) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             env=dict(role.environment),
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - one system call
         )
 
 
 def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_LIBC = ctypes.CDLL(None)
 
 
 def end(process: subprocess.Popen[bytes], grace_s: float = GRACE_S) -> None:
@@ -132,10 +136,8 @@ def end(process: subprocess.Popen[bytes], grace_s: float = GRACE_S) -> None:
             process.wait(grace_s)
         except subprocess.TimeoutExpired:
             process.kill()
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -119,4 +119,3 @@ class Supervisor:
         if not run.finished:
             raise RunFailed("Flower says that the run is complete, but it has no summary", where=str(self._folder))
         return run
-

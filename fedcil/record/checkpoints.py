@@ -100,6 +100,7 @@ class CheckpointFolder:
             client_state_bytes={int(client): size for client, size in plain["client_state_bytes"].items()},
             holders=frozenset(plain["holders"]),
             short_rounds=plain["short_rounds"],
+            nodes={node: tuple(clients) for node, clients in plain.get("nodes", {}).items()},
         )
         return Checkpoint(state, plain["metrics_length"], plain["identity"])
 
@@ -159,5 +160,6 @@ def _to_json(checkpoint: Checkpoint, groups: Mapping[str, str | None]) -> dict[s
         "client_state_bytes": {str(client): size for client, size in state.client_state_bytes.items()},
         "holders": sorted(state.holders),
         "short_rounds": state.short_rounds,
+        "nodes": {node: list(clients) for node, clients in state.nodes.items()},
         "metrics_length": checkpoint.metrics_length,
     }
