@@ -20,8 +20,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fedcil.errors import MessageRefused
-from fedcil.files import tensor_bytes
 from fedcil.messages import Broadcast, Contribution, Failure, Job, Payload, Report, Tensors
+from fedcil.tensor_files import tensor_bytes
 
 MAGIC = b"fedcil01"
 DIGEST_BYTES = 16

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fedcil.errors import NotResumable
-from fedcil.files import read_tensors, write_atomic, write_tensors
+from fedcil.files import write_atomic
 from fedcil.messages import Payload, Tensors, content_hash
 from fedcil.state import Cursor, RunState, ServerState
+from fedcil.tensor_files import read_tensors, write_tensors
 
 FORMAT = 1
 KEPT = 2
