@@ -83,7 +83,10 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "client.app": ((*EXPERIMENT, "fedcil.wire", "fedcil.hello", "client"), ("flwr", "numpy")),
     # Flower's programs are called as programs; a node's own processes load no torch.
     "fedcil.deploy": (("fedcil.errors", "fedcil.files", "fedcil.port", "fedcil.deploy"), ("cryptography", "filelock")),
-    "fedcil.deploy.supervisor": (("fedcil.errors", "fedcil.port", "fedcil.record", "fedcil.deploy"), ()),
+    "fedcil.deploy.supervisor": (
+        ("fedcil.errors", "fedcil.files", "fedcil.port", "fedcil.record", "fedcil.deploy"),
+        (),
+    ),
     "fedcil.deploy.local": (("fedcil.port", "fedcil.record.run", "fedcil.deploy"), ()),
     "fedcil.engines": (("fedcil", "server", "client"), ("torch", "numpy")),
     "fedcil.engines.ray": (("fedcil", "server", "client"), ("ray",)),

@@ -110,13 +110,3 @@ def supervise(
         figures=figures,
         json=json,
     )
-
-
-@app.command()
-@guarded
-def health(
-    url: Annotated[str, typer.Argument(help="https://HOST:PORT/health of a SuperLink, http://... of a SuperNode.")],
-    ca: Annotated[Path | None, typer.Option(help="The authority that signed its certificate.")] = None,
-) -> None:
-    """Exit code 0 if a Flower process answers its health check (for container engines)."""
-    roles.health(url=url, ca=ca)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedcil.cli.guard import stoppable
-from fedcil.errors import InputError, RunFailed, ScenarioError, located
+from fedcil.errors import InputError, ScenarioError, located
 
 if TYPE_CHECKING:
     from fedcil.deploy.control import Control
+    from fedcil.deploy.pki import Pki
     from fedcil.port import StopSignal
     from fedcil.record.run import Run
     from fedcil.scenario import Scenario
@@ -86,19 +87,10 @@ def node(*, superlink: str, pki: Path, homes: Path, slots: int, share: str, port
         serve(Pki(pki), superlink, homes, slots, port, share, stop)
 
 
-def health(*, url: str, ca: Path | None) -> None:
-    from fedcil.deploy.control import healthy
-
-    if not healthy(url, ca):
-        raise RunFailed("no answer to the health check", where=url)
-
-
-def enrol(control: Control, keys: object, nodes: int, stop: StopSignal) -> None:
+def enrol(control: Control, keys: Pki, nodes: int, stop: StopSignal) -> None:
     """Register the keys that may join; keys that are registered already stay as they are."""
     from fedcil.deploy.control import wait_healthy
-    from fedcil.deploy.pki import Pki
 
-    assert isinstance(keys, Pki)
     wait_healthy(control, stop)
     for slot in range(nodes):
         control.register(keys.node_public(slot))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import ssl
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedcil.deploy.health import healthy
 from fedcil.deploy.processes import flower_environment, program
 from fedcil.errors import FedcilError, RunFailed
 from fedcil.port import StopSignal
@@ -21,6 +20,8 @@ POLL_S = 0.2
 ANSWER_S = 60.0  # each call is a process that costs about a second of CPU
 APP = Path(__file__).parent / "app"
 CONNECTION = "fedcil"
+UNKNOWN = "unknown"
+NO_SUCH_RUN = "Run ID not found"
 KNOWN = "already"  # in the answer to a key that is registered
 
 
@@ -48,8 +49,13 @@ class Control:
         return str(answer["run-id"])
 
     def status(self, run: str) -> str:
-        """``running``, ``finished:completed``, ``finished:failed``, ...: what Flower says of the run."""
-        answer = self._call(["list", CONNECTION, "--run-id", run])
+        """``running``, ``finished:completed``, ``finished:failed``, ...; ``unknown`` if there is no such run."""
+        try:
+            answer = self._call(["list", CONNECTION, "--run-id", run])
+        except ControlFailed as error:
+            if NO_SUCH_RUN in error.what:
+                return UNKNOWN
+            raise
         return str(answer["runs"][0]["status"])
 
     def stop(self, run: str) -> None:
@@ -109,16 +115,6 @@ def _last_object(text: str) -> dict[str, Any]:
     except ValueError:
         found = {}
     return found if isinstance(found, dict) else {}
-
-
-def healthy(url: str, ca: Path | None, timeout_s: float = 3.0) -> bool:
-    """Whether a Flower process answers its health check."""
-    context = ssl.create_default_context(cafile=str(ca)) if url.startswith("https") and ca else None
-    try:
-        with urllib.request.urlopen(url, timeout=timeout_s, context=context) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 def wait_healthy(control: Control, stop: StopSignal, tend: Callable[[], None] = lambda: None) -> None:

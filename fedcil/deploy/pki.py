@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from filelock import FileLock
 
+from fedcil.errors import InputError
 from fedcil.files import write_atomic
 
 PEM = serialization.Encoding.PEM
@@ -67,19 +68,26 @@ class Pki:
 
 
 def make_pki(folder: Path, *, hosts: Sequence[str], nodes: int, days: float = 365.0) -> Pki:
-    """Everything that is not there yet; running it again changes nothing.
+    """Everything that is not there yet; running it again changes nothing. InputError where it cannot be written.
 
     ``hosts``: every name and address by which the SuperLink is called. ``nodes``: how many may join.
     """
     pki = Pki(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        authority = _authority(pki, days)
-        _server_certificate(pki, authority, hosts, days)
-        if not pki.secret.exists():
-            _write(pki.secret, secrets.token_bytes(SECRET_BYTES))
-        for slot in range(nodes):
-            _node_key(pki, slot)
+    try:
+        pki.ca_key.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(pki.ca_key.parent / ".lock"):
+            authority = _authority(pki, days)
+            _server_certificate(pki, authority, hosts, days)
+            if not pki.secret.exists():
+                _write(pki.secret, secrets.token_bytes(SECRET_BYTES))
+            for slot in range(nodes):
+                _node_key(pki, slot)
+    except OSError as error:
+        raise InputError(
+            f"certificates and keys cannot be written: {error.strerror}",
+            where=str(error.filename or folder),
+            next="make the folder writable, or give another",
+        ) from None
     return pki
 
 

@@ -12,14 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedcil.deploy.control import Control, ControlFailed
+from fedcil.deploy.control import UNKNOWN, Control, ControlFailed
 from fedcil.errors import RunFailed, Stopped, rebuilt
+from fedcil.files import write_atomic
 from fedcil.port import StopSignal
 from fedcil.record.folder import METRICS, PROBLEM
 from fedcil.record.run import Run
 
 POLL_S = 0.5
-LOOK_S = 3.0  # between two looks at Flower's status
+LOOK_S = 2.0  # between two looks at the run
+QUIET_S = 15.0  # a run that wrote nothing for so long is asked about
+SUBMISSION = "submission.json"
+RUNNING = "running"
 MOST_ATTEMPTS = 5  # without a new line in metrics.jsonl in between
 FINISHED = "finished"
 COMPLETED = "finished:completed"
@@ -41,8 +45,9 @@ class Supervisor:
         self._folder = folder
         self._config: dict[str, str | int] = {"folder": str(folder.absolute()), "min-clients": min_clients}
         self._say = say
-        self._attempt: Attempt | None = None
-        self._fruitless, self._seen = 0, 0
+        self._attempt = self._earlier_attempt()
+        self._fruitless, self._seen = 0, self._size()
+        self._last_size, self._grew = self._seen, -QUIET_S
 
     def run(self, stop: StopSignal, tend: Callable[[], None], progress: Callable[[], None]) -> Run:
         """Until the run is finished. ``tend`` and ``progress`` are called all the while.
@@ -66,32 +71,56 @@ class Supervisor:
 
     def _look(self) -> str | None:
         """Flower's status of the run; a run that is not going on is submitted."""
+        if not self._control.healthy():
+            self._lose()
+            return None
+        if self._attempt and not self._attempt.lost and self._growing():
+            return RUNNING  # asking Flower costs a process; what is written says the same
         try:
             status = self._control.status(self._attempt.run) if self._attempt else None
-            if self._attempt and not self._attempt.lost and status and not status.startswith(FINISHED):
+            going_on = status not in (None, UNKNOWN) and not str(status).startswith(FINISHED)
+            if status == COMPLETED or (going_on and self._attempt and not self._attempt.lost):
                 return status
-            if status != COMPLETED:
-                self._refuse_problem()
-                self._submit(status)
+            self._refuse_problem()
+            self._submit(status, going_on)
             return status
         except ControlFailed as error:
-            if self._attempt and not self._attempt.lost:
-                self._say(f"the SuperLink does not answer ({error.what})")
-                self._attempt = replace(self._attempt, lost=True)
+            self._lose(error.what)
             return None
 
-    def _submit(self, status: str | None) -> None:
+    def _growing(self) -> bool:
+        """Whether the run wrote something lately, and is not at its end."""
+        size = self._size()
+        if size != self._last_size:
+            self._last_size, self._grew = size, time.monotonic()
+        return time.monotonic() - self._grew < QUIET_S and not Run(self._folder).finished
+
+    def _lose(self, reason: str = "no answer to its health check") -> None:
+        if self._attempt and not self._attempt.lost:
+            self._say(f"the SuperLink is away ({reason})")
+            self._attempt = replace(self._attempt, lost=True)
+
+    def _submit(self, status: str | None, going_on: bool) -> None:
         if self._attempt is not None:
             self._count_attempt()
-            self._say(f"the run was cut off ({status or 'unknown to the SuperLink'}); submitting it again")
-            if status and not status.startswith(FINISHED):
+            self._say(f"the run was cut off ({status}); submitting it again")
+            if going_on:
                 self._control.stop(self._attempt.run)
         self._attempt = Attempt(self._control.submit(self._config))
+        write_atomic(self._folder / SUBMISSION, json.dumps({"run": self._attempt.run}).encode())
+
+    def _earlier_attempt(self) -> Attempt | None:
+        """What a supervisor before this one submitted; it may be going on."""
+        path = self._folder / SUBMISSION
+        return Attempt(json.loads(path.read_text())["run"]) if path.exists() else None
+
+    def _size(self) -> int:
+        metrics = self._folder / METRICS
+        return metrics.stat().st_size if metrics.exists() else 0
 
     def _count_attempt(self) -> None:
         """RunFailed if attempt after attempt adds no round."""
-        metrics = self._folder / METRICS
-        size = metrics.stat().st_size if metrics.exists() else 0
+        size = self._size()
         self._fruitless = self._fruitless + 1 if size <= self._seen else 0
         self._seen = max(size, self._seen)
         if self._fruitless >= MOST_ATTEMPTS:
