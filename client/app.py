@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.handle import Shared, Worker, do_job
+from client.share import own_clients
 from client.states import StateStore
 from fedcil.experiment import open_experiment
 from fedcil.files import write_atomic
@@ -43,16 +43,6 @@ def hello(message: Message, context: Context) -> Message:
     samples = {client: tuple(counts[client].tolist()) for client in share}
     packet = pack_hello(Hello(samples, experiment.data.digest, fixed=own is not None))
     return Message(RecordDict({"hello": packet_record(packet)}), reply_to=message)
-
-
-def own_clients(config: Mapping[str, object], count: int) -> list[int] | None:
-    """``client-ids="0-9,12"``, or partition i of n: the clients i, i + n, ...; None: any that are free."""
-    if "client-ids" in config:
-        spans = [span.partition("-") for span in str(config["client-ids"]).split(",")]
-        return sorted({client for first, _, last in spans for client in range(int(first), int(last or first) + 1)})
-    if "partition-id" in config:
-        return list(range(int(str(config["partition-id"])), count, int(str(config["num-partitions"]))))
-    return None
 
 
 @app.train()

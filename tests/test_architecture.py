@@ -81,6 +81,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "server.roster": (("fedcil.errors", "fedcil.hello"), ()),
     "client": ((*EXPERIMENT, "fedcil.wire", "client"), ("torch", "numpy")),
     "client.app": ((*EXPERIMENT, "fedcil.wire", "fedcil.hello", "client"), ("flwr", "numpy")),
+    "client.share": ((), ()),
     # Flower's programs are called as programs; a node's own processes load no torch.
     "fedcil.deploy": (("fedcil.errors", "fedcil.files", "fedcil.port", "fedcil.deploy"), ("cryptography", "filelock")),
     "fedcil.deploy.supervisor": (

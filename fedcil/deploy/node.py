@@ -34,14 +34,16 @@ class Node:
     home: Path
     share: str
 
-    def roles(self, pki: Pki, address: str, port: int, logs: Path) -> Iterable[Role]:
+    def roles(self, pki: Pki, address: str, port: int, logs: Path | None = None) -> Iterable[Role]:
         """The two processes; ``port`` is for them to talk to each other on loopback."""
         environment = flower_environment(self.home / "flower")
         secret = new_secret(self.home / "superexec.secret")
         config = f'{self.share} home="{self.home.absolute()}"'
-        name = f"node-{self.slot}"
-        yield Role(name, supernode(pki, self.slot, address, port, secret, config), logs / f"{name}.log", environment)
-        yield Role(f"{name}-app", client_app(port, secret), logs / f"{name}-app.log", environment)
+        for name, command in (
+            (f"node-{self.slot}", supernode(pki, self.slot, address, port, secret, config)),
+            (f"node-{self.slot}-app", client_app(port, secret)),
+        ):
+            yield Role(name, command, logs / f"{name}.log" if logs else None, environment)
 
 
 def take_slot(homes: Path, slots: int) -> tuple[int, FileLock]:
@@ -66,7 +68,7 @@ def serve(pki: Pki, address: str, homes: Path, slots: int, port: int, share: str
     slot, lock = take_slot(homes, slots)
     node, keeper = Node(slot, homes / f"{slot:04d}", share), Keeper()
     try:
-        for role in node.roles(pki, address, port, node.home / "logs"):
+        for role in node.roles(pki, address, port):
             keeper.start(role)
         while not stop.event.is_set():
             keeper.tend()

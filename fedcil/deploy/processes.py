@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from fedcil.deploy.pki import Pki
 from fedcil.files import write_atomic
@@ -28,11 +29,11 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A program with its arguments, and the file that gets what it says."""
+    """A program with its arguments, and the file that gets what it says (none: where this process says things)."""
 
     name: str
     command: tuple[str, ...]
-    log: Path
+    log: Path | None
     environment: Mapping[str, str]
 
 
@@ -106,19 +107,25 @@ def free_port() -> int:
 
 def start(role: Role) -> subprocess.Popen[bytes]:
     """In a session of its own, so that it can be ended with everything it starts; it does not outlive this process."""
-    role.log.parent.mkdir(parents=True, exist_ok=True)
-    with role.log.open("ab") as log:
-        log.write(f"--- {time.strftime('%H:%M:%S')} {shlex.join(role.command)}\n".encode())
-        log.flush()
+    with contextlib.ExitStack() as files:
+        log = files.enter_context(open_log(role.log, role.command)) if role.log else None
         return subprocess.Popen(
             role.command,
             stdin=subprocess.DEVNULL,
             stdout=log,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT if log else None,
             env=dict(role.environment),
             start_new_session=True,
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - one system call
         )
+
+
+def open_log(path: Path, command: Sequence[str]) -> IO[bytes]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = path.open("ab")
+    log.write(f"--- {time.strftime('%H:%M:%S')} {shlex.join(command)}\n".encode())
+    log.flush()
+    return log
 
 
 def _end_with_parent() -> None:
