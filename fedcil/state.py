@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -47,3 +47,14 @@ class RunState:
     client_state_bytes: Mapping[int, int] = field(default_factory=dict)
     holders: frozenset[int] = frozenset()  # clients that were sent this task's payload
     short_rounds: int = 0  # rounds without quorum in a row
+
+    def without(self, gone: Callable[[int], bool]) -> RunState:
+        """The same, with nothing left that is about clients who are gone for good."""
+        if not any(gone(client) for client in self.client_states.keys() | self.holders):
+            return self
+        return replace(
+            self,
+            client_states={client: name for client, name in self.client_states.items() if not gone(client)},
+            client_state_bytes={client: size for client, size in self.client_state_bytes.items() if not gone(client)},
+            holders=frozenset(client for client in self.holders if not gone(client)),
+        )

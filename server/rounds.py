@@ -97,7 +97,9 @@ def open_session(
         watcher=watcher or Nobody(),
         stop=stop or StopSignal(),
         evaluator=Evaluator(experiment),
-        availability=make_availability(scenario.availability, scenario.clients.count, experiment.key),
+        availability=make_availability(
+            scenario.availability, scenario.clients.count, experiment.key, experiment.timeline
+        ),
     )
 
 
@@ -175,6 +177,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
         line |= {"accuracy": evaluation.accuracy, "task_aware": evaluation.task_aware}
     clock.stage("evaluate")
     after = replace(advance(state, cohort, outcome, phase, status), server=server)
+    after = forget_leavers(after, experiment)
     line["client_state_bytes"] = sum(after.client_state_bytes.values())
     line["cost"] = clock.read() | {"wire_bytes": outcome.wire_bytes}
     session.record([line])
@@ -193,7 +196,8 @@ def choose_cohort(session: Session, cursor: Cursor, task: Task, phase: Phase) ->
     scenario = experiment.scenario
     here = session.availability(cursor.task, cursor.phase, cursor.round)
     present = here & session.port.reachable()
-    candidates = eligible(present, experiment.counts(task))
+    number = experiment.timeline.number(cursor.task, cursor.phase, cursor.round)
+    candidates = eligible(present, experiment.counts_at(task, number))
     place = ("task", cursor.task, "phase", cursor.phase, "round", cursor.round, "cohort")
     return choose(candidates, phase, scenario.clients.per_round, experiment.key.at(*place))
 
@@ -240,6 +244,13 @@ def advance(state: RunState, cohort: tuple[int, ...], outcome: Outcome, phase: P
         holders=state.holders | set(cohort) if state.server.payload else state.holders,
         short_rounds=0 if status == "ok" else state.short_rounds + 1,
     )
+
+
+def forget_leavers(state: RunState, experiment: Experiment) -> RunState:
+    """Who has left when the next round begins takes along what it kept."""
+    cursor = state.cursor
+    number = experiment.timeline.number(cursor.task, cursor.phase, cursor.round)
+    return state.without(lambda client: experiment.population.gone(client, number))
 
 
 def round_line(
@@ -315,6 +326,7 @@ def end_task(session: Session, state: RunState, task: Task) -> RunState:
         session.watcher.recorded(lines[-1])
     session.record(lines)
     after = replace(state, server=server, cursor=Cursor(task.index + 1), holders=frozenset())
+    after = forget_leavers(after, experiment)
     session.save(after)
     return after
 

@@ -24,9 +24,11 @@ EXPERIMENT = (
     "fedcil.methods",
     "fedcil.models",
     "fedcil.partition",
+    "fedcil.population",
     "fedcil.port",
     "fedcil.scenario",
     "fedcil.scenario_file",
+    "fedcil.timeline",
 )
 
 # room -> what it may import of the project (a name allows everything below it) and which libraries
@@ -48,7 +50,10 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.port": (("fedcil.errors", "fedcil.messages"), ()),
     "fedcil.stream": (BOTTOM, ("numpy",)),
     "fedcil.partition": ((*BOTTOM, "fedcil.stream"), ("numpy",)),
-    "fedcil.availability": (BOTTOM, ("numpy",)),
+    "fedcil.timeline": ((), ()),
+    "fedcil.population": ((*BOTTOM, "fedcil.timeline"), ("numpy",)),
+    "fedcil.traces": (("fedcil.errors",), ("numpy",)),
+    "fedcil.availability": ((*BOTTOM, "fedcil.timeline", "fedcil.traces"), ("numpy",)),
     "fedcil.scenario": ((*BOTTOM, "fedcil.methods"), ("pydantic",)),
     "fedcil.scenario_file": ((*BOTTOM, "fedcil.scenario"), ("pydantic",)),
     "fedcil.data": (

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from fedcil.errors import InputError, RunFailed, Stopped, TooFewClients
-from fedcil.experiment import Experiment, open_experiment
+from fedcil.experiment import Experiment, make_timeline, open_experiment
 from fedcil.gather import Gathered
 from fedcil.messages import Contribution, Outcome, Payload, Report, Request, content_hash, count_bytes
 from fedcil.methods.base import Boundary, Notice, Phase
+from fedcil.population import make_population
 from fedcil.port import ClientDone, StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.scenario_file import load_scenario
@@ -148,7 +149,11 @@ def bits(state: RunState | None) -> Any:
 
 
 def phased(opened: Experiment, *phases: Phase) -> Experiment:
-    return replace(opened, method=replace(opened.method, phases=lambda task, rounds: phases))
+    method = replace(opened.method, phases=lambda task, rounds: phases)
+    scenario = opened.scenario
+    timeline = make_timeline(method, opened.stream, scenario.training.rounds)
+    population = make_population(scenario.population, scenario.clients.count, timeline, opened.key)
+    return replace(opened, method=method, population=population)
 
 
 TWO_PHASES = (Phase(name="train", rounds=2), Phase(name="remember", rounds=1, who="all", work="remember"))
