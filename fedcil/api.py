@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def resume(
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)
     folder, state = RunFolder.reopen(old.path, experiment)
-    state = replace(state, server=state.server.to(experiment.compute.device))  # checkpoints are read on the CPU
+    state = state.to(experiment.compute.device)  # checkpoints are read on the CPU
     return _carry_on(experiment, folder, state, root, figures, watcher, stop)
 
 

@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializeAsAny,
+    Strict,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -51,6 +52,8 @@ PARTITIONS = ("dirichlet_equal", "dirichlet", "iid", "shards", "classes", "quant
 MODELS = ("cnn", "resnet8", "resnet18")
 Threads = Annotated[int, Field(ge=1, le=256)]
 AtLeast1 = Annotated[float, Field(ge=1.0)]
+Tier = Annotated[tuple[Above0, Above0, Above0, Above0], Strict(False)]
+Tiers = Annotated[tuple[Tier, ...], Strict(False), Field(min_length=1)]
 
 
 DOTTED = {"type": "string", "pattern": ":"}  # package.module:function
@@ -132,6 +135,10 @@ class ClientsSection(Section):
 
     count: Annotated[int, Field(ge=1, le=10**7)] = 20
     per_round: Positive = 5
+    over_sample: AtLeast1 = Field(
+        1.0, description="ask so many times more; the round closes when per_round are in (needs [clock])"
+    )
+    dropout: Share = Field(0.0, description="chance that a client vanishes in mid-round")
 
 
 class PopulationSection(Section):
@@ -187,6 +194,36 @@ class AvailabilitySection(Section):
             raise ValueError("file belongs to name = 'recorded' and 'trace', which need it")
         if self.name == "diurnal" and not self.amplitude <= min(self.share, 1 - self.share) + 1e-9:
             raise ValueError("share - amplitude and share + amplitude must lie in 0 to 1")
+        return self
+
+
+class ClockSection(Section):
+    """``[clock]``: a simulated clock that decides who is back in time (fedcil/clock.py). Off by default."""
+
+    name: Literal["off", "lognormal", "tiers"] = "off"
+    samples_per_s: Above0 | None = Field(None, description="lognormal: median training speed of a client")
+    speed_sigma: NonNegative = Field(1.0, description="lognormal: deviation of the logarithm of speeds")
+    down_bytes_per_s: Above0 | None = Field(None, description="lognormal: median rate to a client")
+    up_bytes_per_s: Above0 | None = Field(None, description="lognormal: median rate from a client")
+    network_sigma: NonNegative = Field(1.0, description="lognormal: deviation of the logarithm of rates")
+    tiers: Tiers | None = Field(
+        None, description="tiers: rows of [share of clients, samples a second, bytes down a second, bytes up a second]"
+    )
+    deadline_s: Above0 | None = Field(None, description="simulated seconds after which a round closes")
+    late: Literal["drop", "fold"] = Field(
+        "drop", description="updates that are late: never made, or folded into the round in which they arrive"
+    )
+    staleness: NonNegative = Field(0.5, description="late = fold: weight (1 + rounds late) ** -staleness")
+
+    @model_validator(mode="after")
+    def _numbers_given(self) -> Self:
+        medians = (self.samples_per_s, self.down_bytes_per_s, self.up_bytes_per_s)
+        if self.name == "lognormal" and None in medians:
+            raise ValueError("lognormal needs samples_per_s, down_bytes_per_s and up_bytes_per_s")
+        if (self.name == "tiers") != (self.tiers is not None):
+            raise ValueError("tiers belongs to name = 'tiers', which needs it")
+        if self.name == "off" and (self.deadline_s or self.late != "drop"):
+            raise ValueError("deadline_s and late need a clock; allowed: name = 'lognormal' or 'tiers'")
         return self
 
 
@@ -286,6 +323,7 @@ class Scenario(Section):
     clients: ClientsSection = ClientsSection()
     population: PopulationSection = PopulationSection()
     availability: AvailabilitySection = AvailabilitySection()
+    clock: ClockSection = ClockSection()
     model: ModelSection = ModelSection()
     method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(_load_method)]
     training: TrainingSection = TrainingSection()
@@ -298,6 +336,8 @@ class Scenario(Section):
             raise ValueError(
                 f"clients.per_round = {self.clients.per_round} is more than clients.count = {self.clients.count}"
             )
+        if self.clients.over_sample > 1 and self.clock.name == "off":
+            raise ValueError("clients.over_sample needs a clock: clock.name says who of them is in first")
         self._refuse_small_population()
         if self.engine.gpus_per_worker > 0 and self.device == "cpu":
             raise ValueError("engine.gpus_per_worker needs device = 'cuda' or 'auto'")

@@ -53,6 +53,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.timeline": ((), ()),
     "fedcil.population": ((*BOTTOM, "fedcil.timeline"), ("numpy",)),
     "fedcil.traces": (("fedcil.errors",), ("numpy",)),
+    "fedcil.clock": (("fedcil.keys",), ("numpy",)),
     "fedcil.availability": ((*BOTTOM, "fedcil.timeline", "fedcil.traces"), ("numpy",)),
     "fedcil.scenario": ((*BOTTOM, "fedcil.methods"), ("pydantic",)),
     "fedcil.scenario_file": ((*BOTTOM, "fedcil.scenario"), ("pydantic",)),
@@ -74,7 +75,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch", "numpy", "safetensors", "filelock", "matplotlib", "PIL", "jinja2", "rich"),
     ),
     "server": (
-        (*EXPERIMENT, "fedcil.availability", "fedcil.wire", "fedcil.record", "server"),
+        (*EXPERIMENT, "fedcil.availability", "fedcil.clock", "fedcil.wire", "fedcil.record", "server"),
         ("torch", "numpy"),
     ),
     "server.app": ((*EXPERIMENT, "fedcil.record", "server"), ("flwr",)),

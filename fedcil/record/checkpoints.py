@@ -15,8 +15,8 @@ from typing import Any
 
 from fedcil.errors import NotResumable
 from fedcil.files import read_tensors, write_atomic, write_tensors
-from fedcil.messages import Payload, Tensors, content_hash
-from fedcil.state import Cursor, RunState, ServerState
+from fedcil.messages import Payload, Tensors, Total, content_hash
+from fedcil.state import Cursor, Pending, RunState, ServerState
 
 FORMAT = 1
 KEPT = 2
@@ -52,7 +52,8 @@ class CheckpointFolder:
             "memory": self._put(server.memory),
             "payload": self._put(server.payload.tensors, server.payload.hash) if server.payload else None,
         }
-        plain = _to_json(checkpoint, groups)
+        pending = [_pending_to_json(late, self._put(late.total.tensors)) for late in checkpoint.state.pending]
+        plain = _to_json(checkpoint, groups) | {"pending": pending}
         plain["digest"] = _digest(plain)
         write_atomic(self._state_path(last + 1), json.dumps(plain, indent=1).encode())
         self._last = last + 1
@@ -100,8 +101,15 @@ class CheckpointFolder:
             client_state_bytes={int(client): size for client, size in plain["client_state_bytes"].items()},
             holders=frozenset(plain["holders"]),
             short_rounds=plain["short_rounds"],
+            simulated_s=plain.get("simulated_s", 0.0),  # checkpoints from before there was a clock have none
+            pending=tuple(self._read_pending(late) for late in plain.get("pending", ())),
         )
         return Checkpoint(state, plain["metrics_length"], plain["identity"])
+
+    def _read_pending(self, plain: Mapping[str, Any]) -> Pending:
+        total = Total(self._get(plain["tensors"]), plain["weight"])
+        fields = {name: plain[name] for name in ("client", "number", "arrives_s", "samples")}
+        return Pending(**fields, total=total)
 
     def _put(self, tensors: Tensors, name: str | None = None) -> str:
         name = name or content_hash(tensors)
@@ -123,7 +131,10 @@ class CheckpointFolder:
             self._state_path(number).unlink()
         named: set[str] = set()
         for number in numbers[-KEPT:]:
-            named |= set(filter(None, json.loads(self._state_path(number).read_text())["tensors"].values()))
+            plain = json.loads(self._state_path(number).read_text())
+            named |= set(filter(None, plain["tensors"].values())) | {
+                late["tensors"] for late in plain.get("pending", ())
+            }
         self._intact &= named
         for path in self.folder.iterdir():
             left_by_a_kill = path.name.startswith(".")
@@ -159,5 +170,11 @@ def _to_json(checkpoint: Checkpoint, groups: Mapping[str, str | None]) -> dict[s
         "client_state_bytes": {str(client): size for client, size in state.client_state_bytes.items()},
         "holders": sorted(state.holders),
         "short_rounds": state.short_rounds,
+        "simulated_s": state.simulated_s,
         "metrics_length": checkpoint.metrics_length,
     }
+
+
+def _pending_to_json(late: Pending, tensors: str) -> dict[str, Any]:
+    plain = {"client": late.client, "number": late.number, "arrives_s": late.arrives_s, "samples": late.samples}
+    return plain | {"weight": late.total.weight, "tensors": tensors}
