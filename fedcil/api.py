@@ -10,7 +10,7 @@ from fedcil.engines import Setting, load_engine, serve
 from fedcil.errors import FedcilError, NotResumable, located
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.port import Port, StopSignal
-from fedcil.record.folder import RunFolder, refuse_changes
+from fedcil.record.folder import CLIENT_STATES, RunFolder, refuse_changes
 from fedcil.record.run import Run, open_run
 from fedcil.record.summary import finish
 from fedcil.scenario import Scenario
@@ -94,7 +94,7 @@ def _carry_on(
 ) -> Run:
     """Serve the round loop from ``state`` to the end and write what a finished run has."""
     stop = stop or StopSignal()
-    setting = Setting(experiment, data_root, folder.path / "client_states", stop)
+    setting = Setting(experiment, data_root, folder.path / CLIENT_STATES, stop)
 
     def loop(port: Port) -> None:
         run_tasks(open_session(experiment, folder, port, watcher, stop), state)

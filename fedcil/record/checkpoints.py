@@ -38,6 +38,7 @@ class CheckpointFolder:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self._last: int | None = None  # the state that was saved or loaded last; later ones are damaged
+        self.client_states: frozenset[str] = frozenset()  # named by the checkpoints that are kept, as of the last save
         self._intact: set[str] = set()  # tensors that were written or read whole since this was opened
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -129,12 +130,10 @@ class CheckpointFolder:
         numbers = self._numbers()
         for number in numbers[:-KEPT]:
             self._state_path(number).unlink()
-        named: set[str] = set()
-        for number in numbers[-KEPT:]:
-            plain = json.loads(self._state_path(number).read_text())
-            named |= set(filter(None, plain["tensors"].values())) | {
-                late["tensors"] for late in plain.get("pending", ())
-            }
+        kept = [json.loads(self._state_path(number).read_text()) for number in numbers[-KEPT:]]
+        named = {name for plain in kept for name in plain["tensors"].values() if name}
+        named |= {late["tensors"] for plain in kept for late in plain.get("pending", ())}
+        self.client_states = frozenset(name for plain in kept for name in plain["client_states"].values())
         self._intact &= named
         for path in self.folder.iterdir():
             left_by_a_kill = path.name.startswith(".")
