@@ -268,13 +268,27 @@ def test_everything_at_once_happens(whole: Run) -> None:
         assert any(line["arrived"] for line in whole.kind("round"))
 
 
+def stopped(method: str, count: int, output: Path) -> Path:
+    """The folder of a run that was stopped after so many lines."""
+    stop = StopSignal()
+    watcher = StopAfter(count, stop)
+    with pytest.raises(Stopped):
+        fedcil.run(scenario(method, **CHURN), output=output, figures=False, watcher=watcher, stop=stop)
+    (folder,) = output.iterdir()
+    return folder
+
+
 @pytest.mark.parametrize("count", [2, 4, 9])
 def test_a_stopped_run_goes_on_with_its_late_updates(whole: Run, count: int, tmp_path: Path) -> None:
-    method = whole.scenario.name
-    count, stop = min(count, len(whole.lines) - 1), StopSignal()
-    with pytest.raises(Stopped):
-        fedcil.run(scenario(method, **CHURN), output=tmp_path, figures=False, watcher=StopAfter(count, stop), stop=stop)
-    (folder,) = tmp_path.iterdir()
+    folder = stopped(whole.scenario.name, min(count, len(whole.lines) - 1), tmp_path)
+    assert lines(fedcil.resume(folder, figures=False)) == lines(whole)
+
+
+def test_what_the_checkpoint_before_the_last_needs_is_still_there(whole: Run, tmp_path: Path) -> None:
+    """Leavers' states and late updates are removed only when neither of two checkpoints names them."""
+    folder = stopped(whole.scenario.name, min(9, len(whole.lines) - 1), tmp_path)
+    newest = max((folder / "checkpoints").glob("state-*.json"), key=lambda path: int(path.stem[6:]))
+    newest.write_text("{")
     assert lines(fedcil.resume(folder, figures=False)) == lines(whole)
 
 
