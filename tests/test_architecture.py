@@ -89,6 +89,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.cli": (("fedcil",), ("typer", "rich", "numpy", "torch")),
     "fedcil.__main__": (("fedcil.cli",), ()),
     "scenarios": (("fedcil.api", "fedcil.record", "fedcil.scenario_file", "fedcil"), ()),
+    "scenarios.turnover": (("fedcil",), ("matplotlib",)),
     # A benchmark times parts of the machine, so it may reach all of them.
     "scenarios.benchmarks": (
         ("fedcil", "client", "server", "scenarios.benchmarks"),
