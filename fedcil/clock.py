@@ -8,6 +8,7 @@ and FLASH (2006.06983) publish traces of phones, whose speeds spread over more t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -56,6 +57,11 @@ def make_devices(section: ClockSection, clients: int, key: Key) -> Devices | Non
         down=(section.down_bytes_per_s or 0.0) * factor,
         up=(section.up_bytes_per_s or 0.0) * factor,
     )
+
+
+def asked_clients(per_round: int, over_sample: float) -> int:
+    """How many are asked so that ``per_round`` may answer (Bonawitz et al., arXiv 1902.01046: 130 % of the target)."""
+    return math.ceil(per_round * over_sample - 1e-9)  # 10 times 1.1 is more than 11 in binary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,10 +43,15 @@ class Population:
 
     def sharing(self, task: int) -> Ints:
         """Ids of those who share the task's samples, sorted: its members at any time, but those who stay behind."""
-        span = self.timeline.span(task)
-        mask = (self.arrives < span.stop) & (span.start < self.leaves)
+        mask = self.members(task)
         mask[list(self.behind[task])] = False
         return np.flatnonzero(mask)
+
+    def members(self, task: int) -> NDArray[np.bool_]:
+        """Who is a member at any time of the task, (clients,)."""
+        span = self.timeline.span(task)
+        mask: NDArray[np.bool_] = (self.arrives < span.stop) & (span.start < self.leaves)
+        return mask
 
     def source(self, client: int, task: int) -> int:
         """The task whose samples a client has in this one: an earlier one if it stayed behind."""

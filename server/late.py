@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +35,6 @@ class Answered:
     def count(self) -> int:
         """Answers that count in this round."""
         return len(self.outcome.reports) + len(self.arrived)
-
-
-def asked_clients(per_round: int, over_sample: float) -> int:
-    """How many are asked so that ``per_round`` may answer (arXiv 1902.01046, section 2.2: 130 %)."""
-    return math.ceil(per_round * over_sample - 1e-9)  # 10 times 1.1 is more than 11 in binary
 
 
 def make_schedule(

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from fedcil.availability import Availability, make_availability
-from fedcil.clock import Devices, make_devices
+from fedcil.clock import Devices, asked_clients, make_devices
 from fedcil.errors import RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment
 from fedcil.messages import UNEXPECTED, Outcome, Payload, Request, count_bytes
@@ -34,7 +34,6 @@ from server.cohort import choose, eligible
 from server.evaluation import Evaluator
 from server.late import (
     Answered,
-    asked_clients,
     hold_round,
     make_schedule,
     number_of,

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import fedcil
+from fedcil.clock import asked_clients
 from fedcil.errors import ScenarioError, Stopped
 from fedcil.messages import Total
 from fedcil.port import StopSignal
 from fedcil.record.run import Run
 from fedcil.scenario_file import load_scenario
 from fedcil.state import Pending
-from server.late import asked_clients, stale_weight, with_late
+from server.late import stale_weight, with_late
 
 Lines = list[dict[str, Any]]
 CLOCK = {"name": "lognormal", "samples_per_s": 10.0, "down_bytes_per_s": 1e4, "up_bytes_per_s": 1e4}
