@@ -39,11 +39,11 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
-    """An update that was made in round ``number`` of the run and is on its way until ``arrives_s`` (simulated)."""
+    """An update that was made in round ``number`` of the run and needs ``left_s`` simulated seconds of later rounds."""
 
     client: int
     number: int
-    arrives_s: float
+    left_s: float
     samples: int
     total: Total
 
@@ -61,7 +61,6 @@ class RunState:
     client_state_bytes: Mapping[int, int] = field(default_factory=dict)
     holders: frozenset[int] = frozenset()  # clients that were sent this task's payload
     short_rounds: int = 0  # rounds without quorum in a row
-    simulated_s: float = 0.0  # what the simulated clock says
     pending: tuple[Pending, ...] = ()  # late updates, in the order in which they were asked for
 
     def to(self, device: torch.device) -> RunState:

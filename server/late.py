@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedcil.clock import Devices, Schedule, close_round
@@ -46,7 +46,7 @@ def make_schedule(
     if devices is None:
         return Schedule(on_time=tuple(c for c in cohort if c not in broken), dropped=tuple(sorted(broken)))
     if not cohort:  # nobody is free: the round is as long as the wait for the next late update
-        return Schedule(on_time=(), seconds=min((p.arrives_s - state.simulated_s for p in state.pending), default=0.0))
+        return Schedule(on_time=(), seconds=min((late.left_s for late in state.pending), default=0.0))
     durations = work_seconds(experiment, devices, state, task, phase, cohort)
     return close_round(durations, broken, wanted_answers(clients.per_round, phase, cohort), clock.deadline_s)
 
@@ -90,9 +90,10 @@ def hold_round(
     folds = clock.late == "fold" and phase.work == "train" and phase.fold == "mean"
     outcome = ask(make_request(state, schedule.on_time))
     made = [ask(make_request(state, (client,))) for client in schedule.late] if folds else []
-    new = [as_pending(each, number, state.simulated_s, schedule) for each in made if each.total]
-    end = state.simulated_s + (schedule.seconds or 0.0)
-    arrived = tuple(late for late in state.pending if late.arrives_s <= end)
+    seconds = schedule.seconds or 0.0
+    arrived = tuple(late for late in state.pending if late.left_s <= seconds)
+    pending = [replace(late, left_s=late.left_s - seconds) for late in state.pending if late.left_s > seconds]
+    pending += [as_pending(each, number, schedule.late, seconds) for each in made if each.total]
     failed = [failure for each in (outcome, *made) for failure in each.failures]
     failed += [Failure(client, "dropout", "vanished in mid-round") for client in schedule.dropped]
     failed += [] if folds else [too_late(client, seconds, schedule) for client, seconds in schedule.late.items()]
@@ -102,8 +103,7 @@ def hold_round(
         failures=tuple(sorted(failed, key=lambda failure: failure.client)),
         wire_bytes=sum(each.wire_bytes for each in (outcome, *made)),
     )
-    waiting = tuple(late for late in state.pending if late.arrives_s > end)
-    return Answered(cohort, schedule, outcome, len(schedule.on_time) + len(made), arrived, (*waiting, *new))
+    return Answered(cohort, schedule, outcome, len(schedule.on_time) + len(made), arrived, tuple(pending))
 
 
 def number_of(experiment: Experiment, state: RunState) -> int:
@@ -140,13 +140,13 @@ def too_late(client: int, seconds: float, schedule: Schedule) -> Failure:
     return Failure(client, "late", reason)
 
 
-def as_pending(outcome: Outcome, number: int, now: float, schedule: Schedule) -> Pending:
+def as_pending(outcome: Outcome, number: int, done_after: Mapping[int, float], seconds: float) -> Pending:
     """One client's update. Tensors are copied: an engine may lend its own memory for the length of a round."""
     assert outcome.total is not None
     (report,), total = outcome.reports, outcome.total
     own = Total({name: tensor.clone() for name, tensor in total.tensors.items()}, total.weight)
-    arrives = now + schedule.late[report.client]
-    return Pending(client=report.client, number=number, arrives_s=arrives, samples=report.samples, total=own)
+    left = done_after[report.client] - seconds
+    return Pending(client=report.client, number=number, left_s=left, samples=report.samples, total=own)
 
 
 def stale_weight(late: Pending, number: int, staleness: float) -> float:

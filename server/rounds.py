@@ -240,7 +240,7 @@ def evaluation_due(cursor: Cursor, phase: Phase, every: int) -> bool:
 
 
 def advance(state: RunState, answered: Answered, phase: Phase, status: str) -> RunState:
-    """Everything of the state but the model: cursor, who holds what, rounds without quorum, the simulated clock."""
+    """Everything of the state but the model: cursor, who holds what, rounds without quorum, late updates."""
     cursor = Cursor(state.cursor.task, state.cursor.phase, state.cursor.round + 1)
     if cursor.round == phase.rounds:
         cursor = Cursor(cursor.task, cursor.phase + 1, 0)
@@ -252,7 +252,6 @@ def advance(state: RunState, answered: Answered, phase: Phase, status: str) -> R
         client_state_bytes={**state.client_state_bytes, **{c: r.state_bytes for c, r in kept.items()}},
         holders=state.holders | set(answered.cohort) if state.server.payload else state.holders,
         short_rounds=0 if status == "ok" else state.short_rounds + 1,
-        simulated_s=state.simulated_s + (answered.schedule.seconds or 0.0),
         pending=answered.pending if cursor.phase == state.cursor.phase else (),  # they do not outlive their phase
     )
 

@@ -32,19 +32,28 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def scenario(method: str, seed: int = 0) -> dict[str, Any]:
-    """Of 200 members 60 leave and 60 join before every round but the first: 200 + 19 * 60 ids."""
+DATA = {"name": "synthetic", "classes": 10, "image_size": 4, "test_per_class": 5}
+
+
+def scenario(method: str, seed: int = 0, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Of 200 members 60 leave and 60 join before every round but the first: 200 + 19 * 60 ids with 4 rounds a task."""
     return {
         "name": method,
         "seed": seed,
-        "data": {"name": "synthetic", "classes": 10, "samples_per_class": 800, "image_size": 4, "test_per_class": 5},
+        "data": {
+            "name": "synthetic",
+            "classes": 10,
+            "samples_per_class": 200 * rounds,
+            "image_size": 4,
+            "test_per_class": 5,
+        },
         "stream": {"tasks": TASKS},
         "partition": {"name": "iid"},
         "population": {"name": "turnover", "size": MEMBERS, "replaced_per_task": 0.3, "replaced_per_round": 0.3},
-        "clients": {"count": MEMBERS + 60 * (TASKS * ROUNDS - 1), "per_round": 10},
+        "clients": {"count": MEMBERS + 60 * (TASKS * rounds - 1), "per_round": 10},
         "model": {"width": 2},
         "method": {"name": method, **METHODS[method]},
-        "training": {"rounds": ROUNDS, "epochs": 1, "batch_size": 4},
+        "training": {"rounds": rounds, "epochs": 1, "batch_size": 4},
         "engine": {"workers": 1},
         "server": {"evaluate_every": 0},
     }
@@ -117,10 +126,29 @@ def test_nothing_fails_and_nothing_is_left(method: str, tmp_path: Path, kept_ali
         assert_memory_leaves(finished)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_growing_groups_run_with_every_method(method: str, tmp_path: Path) -> None:
+    """A third stays behind at each border; they are asked by methods that can use what they have, and by no other."""
+    growing = {
+        "population": {"name": "growing", "size": 12, "newcomers": 4, "move_on": 0.67},
+        "clients": {"count": 12 + 4 * (TASKS - 1), "per_round": 10},
+        "data": DATA | {"samples_per_class": 60},
+    }
+    finished = fedcil.run(scenario(method) | growing, output=tmp_path, figures=False)
+    opened = open_experiment(load_scenario(finished.path / "scenario.toml"))
+    stayed = 0
+    for line in finished.kind("round"):
+        assert line["status"] == "ok"
+        assert line["failures"] == []
+        assert max(line["cohort"]) < 12 + 4 * line["task"]
+        stayed += len(opened.population.behind[line["task"]].intersection(line["cohort"]))
+    assert bool(stayed) == (method in ("fedavg", "fedprox", "oracle", "feder"))
+
+
 def test_full_turnover_makes_oracle_fedavg(tmp_path: Path) -> None:
     """All data "so far" of clients who were never here before are the data of this task."""
     everyone = {"population": {"name": "turnover", "size": 20, "replaced_per_task": 1.0}, "clients": {"count": 100}}
-    everyone["data"] = scenario("fedavg")["data"] | {"samples_per_class": 100}
+    everyone["data"] = DATA | {"samples_per_class": 100}
     lines = []
     for method in ("fedavg", "oracle"):
         finished = fedcil.run(scenario(method) | everyone, output=tmp_path, figures=False)
@@ -143,8 +171,9 @@ def test_an_oracle_loses_the_data_of_those_who_leave(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("seed", range(1, 20))
-def test_twenty_seeds(seed: int, tmp_path: Path) -> None:
-    finished = fedcil.run(scenario("feder", seed), output=tmp_path, figures=False)
+def test_more_seeds_with_20_rounds_a_task(seed: int, tmp_path: Path) -> None:
+    """6140 clients, of whom 200 are there at a time."""
+    finished = fedcil.run(scenario("feder", seed, rounds=20), output=tmp_path, figures=False)
     assert_churned(finished)
     files = {path.stem for path in (finished.path / "client_states").glob("*")}
     assert files == named_states(finished)

@@ -102,14 +102,13 @@ class CheckpointFolder:
             client_state_bytes={int(client): size for client, size in plain["client_state_bytes"].items()},
             holders=frozenset(plain["holders"]),
             short_rounds=plain["short_rounds"],
-            simulated_s=plain.get("simulated_s", 0.0),  # checkpoints from before there was a clock have none
             pending=tuple(self._read_pending(late) for late in plain.get("pending", ())),
         )
         return Checkpoint(state, plain["metrics_length"], plain["identity"])
 
     def _read_pending(self, plain: Mapping[str, Any]) -> Pending:
         total = Total(self._get(plain["tensors"]), plain["weight"])
-        fields = {name: plain[name] for name in ("client", "number", "arrives_s", "samples")}
+        fields = {name: plain[name] for name in ("client", "number", "left_s", "samples")}
         return Pending(**fields, total=total)
 
     def _put(self, tensors: Tensors, name: str | None = None) -> str:
@@ -169,11 +168,10 @@ def _to_json(checkpoint: Checkpoint, groups: Mapping[str, str | None]) -> dict[s
         "client_state_bytes": {str(client): size for client, size in state.client_state_bytes.items()},
         "holders": sorted(state.holders),
         "short_rounds": state.short_rounds,
-        "simulated_s": state.simulated_s,
         "metrics_length": checkpoint.metrics_length,
     }
 
 
 def _pending_to_json(late: Pending, tensors: str) -> dict[str, Any]:
-    plain = {"client": late.client, "number": late.number, "arrives_s": late.arrives_s, "samples": late.samples}
+    plain = {"client": late.client, "number": late.number, "left_s": late.left_s, "samples": late.samples}
     return plain | {"weight": late.total.weight, "tensors": tensors}
