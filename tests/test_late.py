@@ -313,3 +313,25 @@ def test_nothing_of_late_updates_is_left_when_the_run_is_over(whole: Run) -> Non
     checkpoints = whole.path / "checkpoints"
     states = sorted(checkpoints.glob("state-*.json"), key=lambda path: int(path.stem[6:]))
     assert '"pending": []' in states[-1].read_text()
+
+
+def test_the_timeline_in_the_docs_is_what_happens(tmp_path: Path) -> None:
+    """docs/availability.md, "Late updates"."""
+    text = (Path(__file__).parent.parent / "docs" / "availability.md").read_text()
+    example = text.partition("The first two rounds of `digits_fedavg` with ")[2]
+    sets = example.partition(":\n\n```")[0].replace("\n", " ").split("`")[1::2]
+    stop = StopSignal()
+    with pytest.raises(Stopped):
+        fedcil.run(
+            "digits_fedavg", overrides=sets, output=tmp_path, figures=False, watcher=StopAfter(3, stop), stop=stop
+        )
+    (folder,) = tmp_path.iterdir()
+    first, second, third = Run(folder).kind("round")
+    assert [round(line["simulated_seconds"], 1) for line in (first, second)] == [17.6, 10.3]  # 27.9 together
+    assert (first["answered"], first["pending"]) == ([0, 5, 9, 10, 19], [1, 17])
+    assert [failure["client"] for failure in first["failures"]] == [14]
+    assert [late["client"] for late in second["arrived"]] == [17]
+    weights = {late["client"]: round(late["weight"], 2) for late in third["arrived"]}
+    assert weights == {1: 0.58, 5: 0.71, 12: 0.71, 14: 0.71}
+    for client in (0, 1, 5, 9, 10, 14, 17, 19):
+        assert f"client {client:2d} " in example
