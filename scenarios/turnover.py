@@ -23,7 +23,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fedcil import Run, load
-from fedcil.record.figures import FAINT, GREY, INK, PALETTE, save_png
+from fedcil.record.figures import FAINT, INK, PALETTE, save_png
 
 METHODS = {  # name in the figure -> [method]
     "MFCL": "{name='mfcl', preset='small'}",
@@ -151,14 +151,14 @@ def draw(output: Path) -> Figure:
         panels[1][column].set_xlabel(sweep.label)
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
-    figure.supxlabel(CAPTION, fontsize=8, color=GREY, x=0.01, ha="left")
+    figure.supxlabel(CAPTION, fontsize=8, color=INK, x=0.01, ha="left")
     return figure
 
 
 CAPTION = (
     "Digits, 5 tasks of 2 classes, 5 clients a round, 10 rounds a task; mean and sample deviation over seeds 0, 1, 2.\n"
     "MFCL and FedLwF are flat by design: their clients keep nothing, what is known of old classes is on the server.\n"
-    "FedER keeps exemplars on the clients: who leaves takes them along, and with all replaced FedAvg is left.\n"
+    "FedER keeps exemplars on the clients: who leaves takes them along, and with all replaced it is where FedAvg is.\n"
     "In (ii) a task's samples are cut among all who come by, so each round sees a smaller part of them."
 )
 
@@ -167,8 +167,9 @@ def draw_panel(axes: Any, sweep: Sweep, metric: str, output: Path) -> None:
     for place, method in enumerate(METHODS):
         pairs = [mean_and_deviation(Point(sweep, percent, method), metric, output) for percent in sweep.percents]
         means, deviations = zip(*pairs, strict=True)
+        beside = (place - (len(METHODS) - 1) / 2) * 0.012 * max(sweep.percents)  # so that no bar hides another
         axes.errorbar(
-            sweep.percents,
+            [percent + beside for percent in sweep.percents],
             means,
             deviations,
             color=PALETTE[place],
