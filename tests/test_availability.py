@@ -149,7 +149,7 @@ MODELS = {
 PLACES = st.tuples(st.integers(0, 19), st.integers(0, 1), st.integers(0, 29)).filter(lambda p: not (p[1] and p[2]))
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(name=st.sampled_from(sorted(MODELS)), places=st.lists(PLACES, min_size=1, max_size=6), seed=st.integers(0, 3))
 def test_no_model_remembers_what_it_was_asked(name: str, places: list[tuple[int, int, int]], seed: int) -> None:
     """In any order, again and again, and in a fresh process: the place decides."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcil.clock import Devices, close_round, make_devices
@@ -115,6 +115,7 @@ def test_ties_are_taken_by_id() -> None:
     assert (closed.on_time, closed.late) == ((2, 5), {8: 1.0})
 
 
+@settings(deadline=None)
 @given(
     seconds=st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.5, 9.0]), min_size=1, max_size=12),
     broken=st.sets(st.integers(0, 11)),

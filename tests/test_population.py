@@ -46,6 +46,7 @@ def ids(mask: Any) -> set[int]:
     return set(np.flatnonzero(mask).tolist())
 
 
+@settings(deadline=None)
 @given(section=TURNOVER, timeline=TIMELINES, seed=st.integers(0, 9), spare=st.integers(0, 3))
 def test_turnover_keeps_the_size_and_replaces_whom_it_says(
     section: PopulationSection, timeline: Timeline, seed: int, spare: int
@@ -66,6 +67,7 @@ def test_turnover_keeps_the_size_and_replaces_whom_it_says(
     assert known == len(population.arrives) - spare
 
 
+@settings(deadline=None)
 @given(section=GROWING, timeline=TIMELINES, seed=st.integers(0, 9))
 def test_growing_groups_are_new_between_and_old(section: PopulationSection, timeline: Timeline, seed: int) -> None:
     """GLFC's three groups: U_n shares the new task, so does U_b, and U_o stays with what it has."""
@@ -100,6 +102,7 @@ def test_who_stays_behind_keeps_the_samples_of_the_last_task_it_took_part_in() -
     assert len({population.source(client, 5) for client in range(10)}) > 2
 
 
+@settings(deadline=None)
 @given(section=TURNOVER | GROWING, timeline=TIMELINES, seed=st.integers(0, 3))
 def test_a_population_is_a_function_of_its_arguments(section: PopulationSection, timeline: Timeline, seed: int) -> None:
     one, two = made(section, timeline, seed), made(section, timeline, seed)
@@ -147,7 +150,7 @@ def test_a_fixed_population_is_everyone_and_costs_no_memory() -> None:
 # The partition among members
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(section=TURNOVER | GROWING, timeline=TIMELINES, seed=st.integers(0, 3), rule=st.sampled_from(sorted(RULES)))
 def test_samples_go_to_members_only_and_each_to_one(
     section: PopulationSection, timeline: Timeline, seed: int, rule: str

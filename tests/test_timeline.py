@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcil.timeline import Timeline
@@ -10,6 +10,7 @@ from fedcil.timeline import Timeline
 LENGTHS = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS)
 def test_rounds_are_numbered_in_the_order_in_which_they_come(lengths: list[list[int]]) -> None:
     timeline = Timeline.of(lengths)
@@ -18,6 +19,7 @@ def test_rounds_are_numbered_in_the_order_in_which_they_come(lengths: list[list[
     assert [timeline.lengths(task) for task in range(len(lengths))] == lengths
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS)
 def test_behind_a_task_comes_the_next_one_and_behind_the_last_the_end(lengths: list[list[int]]) -> None:
     timeline = Timeline.of(lengths)
