@@ -97,9 +97,9 @@ def hold_round(
     failed = [failure for each in (outcome, *made) for failure in each.failures]
     failed += [Failure(client, "dropout", "vanished in mid-round") for client in schedule.dropped]
     failed += [] if folds else [too_late(client, seconds, schedule) for client, seconds in schedule.late.items()]
-    outcome = Outcome(
+    outcome = replace(
+        outcome,
         total=with_late(outcome.total, arrived, number, clock.staleness),
-        reports=outcome.reports,
         failures=tuple(sorted(failed, key=lambda failure: failure.client)),
         wire_bytes=sum(each.wire_bytes for each in (outcome, *made)),
     )
