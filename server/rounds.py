@@ -7,6 +7,7 @@ where it runs and what a method does at a boundary is not its business.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import resource
 import sys
@@ -22,15 +23,18 @@ import torch
 from fedcil.availability import Availability, make_availability
 from fedcil.errors import RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment
-from fedcil.messages import UNEXPECTED, Broadcast, Job, Outcome, Payload, Request, count_bytes
+from fedcil.messages import BORDER, UNEXPECTED, Broadcast, Job, Outcome, Payload, Request, count_bytes
 from fedcil.methods.base import Phase
 from fedcil.port import Port, StopSignal
 from fedcil.record.folder import RunFolder
+from fedcil.rule import PLAIN, Rule
 from fedcil.state import Cursor, RunState
 from fedcil.stream import Task
 from server import boundary
 from server.cohort import choose, eligible
 from server.evaluation import Evaluator
+
+LOG = logging.getLogger("fedcil.border")
 
 
 class Watcher(Protocol):
@@ -160,11 +164,11 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     experiment, cursor, clock = session.experiment, state.cursor, Clock()
     scenario = experiment.scenario
     cohort = choose_cohort(session, cursor, task, phase)
-    request = make_request(state, cohort)
+    request = make_request(state, cohort, rule_of(experiment, phase))
     outcome = session.port.run(request, scenario.server.deadline_s, session.watcher.client_done)
     torch.set_num_threads(scenario.server.threads)  # clients in threads of this process may have set another
     clock.stage("clients")
-    status = round_status(outcome, len(cohort), scenario.server.quorum)
+    status = round_status(outcome, len(cohort), scenario.server.quorum, request.rule.least)
     server = state.server
     if status == "ok":
         server = experiment.method.reduce(server, phase, outcome.total)
@@ -179,6 +183,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     line["cost"] = clock.read() | {"wire_bytes": outcome.wire_bytes}
     session.record([line])
     session.watcher.recorded(line)
+    log_refused(outcome)
     refuse_broken_method(outcome, len(cohort))
     if after.short_rounds >= scenario.server.patience:
         session.save(after)
@@ -198,7 +203,12 @@ def choose_cohort(session: Session, cursor: Cursor, task: Task, phase: Phase) ->
     return choose(candidates, phase, scenario.clients.per_round, experiment.key.at(*place))
 
 
-def make_request(state: RunState, cohort: tuple[int, ...]) -> Request:
+def rule_of(experiment: Experiment, phase: Phase) -> Rule:
+    """Limits and robust folds are for models; what else clients send keeps its sum."""
+    return experiment.scenario.server.rule if phase.sends_model else PLAIN
+
+
+def make_request(state: RunState, cohort: tuple[int, ...], rule: Rule = PLAIN) -> Request:
     cursor, server = state.cursor, state.server
     broadcast = Broadcast(
         task=cursor.task,
@@ -209,16 +219,16 @@ def make_request(state: RunState, cohort: tuple[int, ...]) -> Request:
     )
     states = state.client_states
     jobs = (Job(client, place, states.get(client)) for place, client in enumerate(cohort))
-    return Request(broadcast, tuple(jobs), len(cohort))
+    return Request(broadcast, tuple(jobs), len(cohort), rule)
 
 
-def round_status(outcome: Outcome, asked: int, quorum: float) -> str:
-    """ok, empty (nobody was asked), or no_quorum (too few of the asked answered, or none at all)."""
+def round_status(outcome: Outcome, asked: int, quorum: float, least: int = 0) -> str:
+    """ok, empty (nobody was asked), or no_quorum: too few of the asked answered, or fewer than a robust fold needs."""
     if asked == 0:
         return "empty"
     answered = len(outcome.reports)
     enough = quorum * asked - 1e-9  # a share like 0.28 of 25 is not exact in binary
-    return "ok" if answered and answered >= enough else "no_quorum"
+    return "ok" if answered >= max(1, least, enough) else "no_quorum"
 
 
 def evaluation_due(cursor: Cursor, phase: Phase, every: int) -> bool:
@@ -317,6 +327,13 @@ def end_task(session: Session, state: RunState, task: Task) -> RunState:
     after = replace(state, server=server, cursor=Cursor(task.index + 1), holders=frozenset())
     session.save(after)
     return after
+
+
+def log_refused(outcome: Outcome) -> None:
+    """Who sent something that was refused, and why: it may be a bug, or an attack."""
+    for failure in outcome.failures:
+        if failure.stage == BORDER:
+            LOG.warning("client %d was refused: %s", failure.client, failure.reason)
 
 
 def refuse_broken_method(outcome: Outcome, asked: int) -> None:

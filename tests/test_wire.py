@@ -183,8 +183,8 @@ def without(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        ({"run": "run-2"}, "another round"),
-        ({"run": None}, "another round"),
+        ({"run": "run-2"}, "another run"),
+        ({"run": None}, "another run"),
         ({"place": [1, 0, 6]}, "another round"),
         ({"place": [0, 0, 7]}, "another round"),
         ({"place": [1, 0]}, "another round"),

@@ -33,6 +33,7 @@ from fedcil.gather import Gathered, cut
 from fedcil.messages import Broadcast, Job, Outcome, Payload, Report, Request, count_bytes
 from fedcil.port import ClientDone, Port, remaining
 from fedcil.record.folder import identity
+from fedcil.rule import Rule
 from fedcil.scenario import Scenario, flatten
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ class ClientWorker:
         return identity_of(self._worker.shared.experiment)
 
     def run(
-        self, place: Broadcast, model: Flat, payload: tuple[str, list[Any]] | None, jobs: Any, cohort: int
+        self, place: Broadcast, model: Flat, payload: tuple[str, list[Any]] | None, jobs: Any, cohort: int, rule: Rule
     ) -> FlatReply:
         """The jobs of one piece. ``place`` is the broadcast without its tensors; ``payload`` is
         (hash, [reference]): read only when it is not held already.
@@ -133,7 +134,7 @@ class ClientWorker:
             self._payload = Payload(ray.get(payload[1][0]).tensors(), payload[0])
         held = self._payload if payload is not None else None
         broadcast = replace(place, tensors=model.tensors(), payload=held)
-        return FlatReply.of(handle(Request(broadcast, jobs, cohort), self._worker))
+        return FlatReply.of(handle(Request(broadcast, jobs, cohort, rule), self._worker))
 
 
 @dataclass(slots=True)
@@ -238,7 +239,8 @@ class RayPort:
             self._asleep.clear()
             while todo and idle:
                 piece, worker = todo.pop(0), idle.pop(0)
-                busy[worker.run.remote(place, model, payload, piece.jobs, request.cohort)] = (worker, piece)
+                answer = worker.run.remote(place, model, payload, piece.jobs, request.cohort, request.rule)
+                busy[answer] = (worker, piece)
             ready, _ = ray.wait(list(busy), num_returns=1, timeout=LOOK_S)
             for reference in ready:
                 worker, given = busy.pop(reference)
