@@ -49,7 +49,7 @@ def distance(one: Tensors, two: Tensors) -> float:
 
 
 def _squared(one: Tensor, two: Tensor) -> float:
-    difference = np.subtract(one.cpu().numpy(), two.cpu().numpy(), dtype=np.float64)
+    difference = one.cpu().numpy().ravel() - two.cpu().numpy().ravel().astype(np.float64)
     return float(np.square(difference, out=difference).sum())
 
 

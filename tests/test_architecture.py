@@ -84,6 +84,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "client.app": ((*EXPERIMENT, "fedcil.wire", "client"), ("flwr", "numpy")),
     "fedcil.engines": (("fedcil", "server", "client"), ("torch", "numpy")),
     "fedcil.engines.ray": (("fedcil", "server", "client"), ("ray",)),
+    "fedcil.engines.ray_head": (("fedcil.errors", "fedcil.port"), ("psutil",)),
     "fedcil.engines.flower": (("fedcil", "server", "client"), ("flwr",)),
     "fedcil.api": (("fedcil", "server"), ()),
     "fedcil.cli": (("fedcil",), ("typer", "rich", "numpy", "torch")),

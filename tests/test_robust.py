@@ -52,6 +52,7 @@ def arrays(each: Tensors) -> list[Any]:
 def test_the_norm_is_of_the_update_over_all_tensors() -> None:
     """sqrt(4 + 4 + 1) = 3."""
     assert distance(moved(2.0, -2.0, 1.0), START) == 3.0
+    assert distance({"scale": torch.tensor(3.0)}, {"scale": torch.tensor(1.0)}) == 2.0
 
 
 def test_an_update_up_to_the_limit_is_let_through_as_it_is_and_a_larger_one_is_refused() -> None:

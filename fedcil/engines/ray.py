@@ -24,14 +24,14 @@ from ray.exceptions import RayActorError, RayError
 import fedcil
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
-from fedcil.engines import Setting
+from fedcil.engines import Setting, ray_head
 from fedcil.engines.flat import Flat, FlatReply, flatten_tensors
 from fedcil.engines.workers import PIECES, worker_count
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gather import Gathered, cut
 from fedcil.messages import Broadcast, Job, Outcome, Payload, Report, Request, count_bytes
-from fedcil.port import ClientDone, Port, remaining
+from fedcil.port import ClientDone, Port, StopSignal, remaining
 from fedcil.record.folder import identity
 from fedcil.rule import Rule
 from fedcil.scenario import Scenario, flatten
@@ -49,10 +49,15 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     engine = setting.experiment.scenario.engine
     workers = worker_count(setting.experiment.scenario)
     least = workers if engine.workers or not engine.address else 1
-    with cluster(engine.address, least, engine.gpus_per_worker, store_bytes(setting.experiment, workers)):
+    memory = store_bytes(setting.experiment, workers)
+    with cluster(setting.stop, engine.address, least, engine.gpus_per_worker, memory):
         port = RayPort(setting, Crew(setting))
         try:
             return loop(port)
+        except RayError:
+            time.sleep(2 * ray_head.LOOK_S)  # whatever Ray says after its head has died, that is the reason
+            setting.stop.check()
+            raise
         finally:
             port.close()
 
@@ -67,7 +72,7 @@ def store_bytes(experiment: Experiment, workers: int) -> int:
 
 @contextlib.contextmanager
 def cluster(
-    address: str | None, workers: int, gpus_per_worker: float, store_memory: int | None = None
+    stop: StopSignal, address: str | None, workers: int, gpus_per_worker: float, store_memory: int | None = None
 ) -> Iterator[None]:
     """Ray, started here (with an object store of ``store_memory`` bytes) or attached to; what was started is ended.
     Signals stay with whoever had them.
@@ -96,7 +101,8 @@ def cluster(
             signal.signal(number, handler)
     try:
         refuse_too_little(workers, gpus_per_worker)
-        yield
+        with contextlib.nullcontext() if address else ray_head.watched(stop):
+            yield
     finally:
         ray.shutdown()
 
@@ -256,7 +262,7 @@ class RayPort:
         return max(workers, min(workers * PIECES, math.ceil(worth)))
 
     def close(self) -> None:
-        for worker in self._crew.workers:
+        for worker in [] if self._stop.problem else self._crew.workers:
             ray.kill(worker)
 
     def _collect(
