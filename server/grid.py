@@ -52,6 +52,8 @@ class GridPort:
                 if message in self._late:  # pulled, so that it does not stay in Flower's state
                     self._late.discard(message)
                     continue
+                if message not in open_messages:
+                    continue  # its answer came twice
                 node, jobs = open_messages.pop(message)
                 if not reply.has_error() and "missing" in reply.content and node not in lacking:
                     lacking.add(node)  # answered once by sending the bytes
