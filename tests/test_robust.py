@@ -25,7 +25,7 @@ from fedcil.robust import Collection, admissible, distance, empty_fold, krum_ord
 from fedcil.rule import PLAIN, Rule
 from fedcil.scenario_file import load_scenario
 from fedcil.wire import pack, unpack
-from scenarios.reliability.loopback import LIMIT, LoopbackGrid, run_over, violations
+from scenarios.reliability.loopback import LIMIT, LoopbackGrid, Weather, run_over, violations
 
 START = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3.0]])}
 FOLDS = [Rule("median"), Rule("trimmed_mean", 1), Rule("krum", 1), Rule("multi_krum", 1)]
@@ -386,6 +386,16 @@ def test_the_history_checker_finds_what_it_is_made_for(tmp_path: Path) -> None:
     assert any("not the mean" in text for text in violations(run, grid.ledger))
     del grid.ledger.delivered[(1, 0, 2), 4]
     assert any("nothing came from 4" in text for text in violations(run, grid.ledger))
+
+
+def test_an_answer_that_comes_twice_counts_once(tmp_path: Path) -> None:
+    """Every request reaches its node twice, and both answers lie there when the server looks."""
+    grid = LoopbackGrid(3, tmp_path / "home", Weather(doubled=1.0, reordered=True))
+    run = run_over(grid, open_experiment(load_scenario(TABLES)), tmp_path / "out")
+    assert grid.ledger.count["doubled"] == 18
+    assert violations(run, grid.ledger) == []
+    inline = fedcil.run(TABLES, output=tmp_path / "inline", figures=False)
+    assert metrics(run) == metrics(inline)
 
 
 def test_below_what_a_robust_fold_needs_the_round_has_no_quorum(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ class Crew:
 
     def newcomers(self) -> list[Any]:
         """Workers for which the cluster has room now; looked at once in LOOK_FOR_NODES_S seconds."""
-        if time.monotonic() - self._looked < LOOK_FOR_NODES_S:
+        if len(self.workers) >= self._limit or time.monotonic() - self._looked < LOOK_FOR_NODES_S:
             return []
         self._looked = time.monotonic()
         here = ray.cluster_resources()

@@ -5,6 +5,8 @@ without a word that a person could use.
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 
@@ -15,6 +17,7 @@ from fedcil.port import StopSignal
 
 HEAD = ("raylet", "gcs_server")
 LOOK_S = 0.5
+PATIENCE_S = 15.0
 
 
 @contextlib.contextmanager
@@ -35,14 +38,16 @@ def _watch(head: Mapping[str, psutil.Process], stop: StopSignal, over: threading
     while not over.wait(LOOK_S):
         dead = [name for name, process in head.items() if not alive(process)]
         if dead:
-            end_children()
-            stop.fail(
-                RunFailed(
-                    "Ray died: its " + " and ".join(sorted(dead)) + " ended",
-                    where="engine",
-                    next="look for a lack of memory (`dmesg`), then `fedcil resume RUN`",
-                )
+            problem = RunFailed(
+                "Ray died: its " + " and ".join(sorted(dead)) + " ended",
+                where="engine",
+                next="look for a lack of memory (`dmesg`), then `fedcil resume RUN`",
             )
+            end_children()
+            stop.fail(problem)
+            if not over.wait(PATIENCE_S):  # the run hangs in a call to who is not there any more
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+                os._exit(problem.exit_code)  # as safe as a kill: the last checkpoint is whole
             return
 
 
