@@ -60,6 +60,20 @@ def test_engines_agree_bit_for_bit(method: str, engine: str, workers: int, refer
 
 
 @pytest.mark.parametrize("engine", ["ray", "flower"])
+@pytest.mark.parametrize(
+    "rule", ["server={fold='krum', byzantine=1}", "server={fold='trimmed_mean', byzantine=1, norm_limit=1.4}"]
+)
+def test_robust_folds_and_limits_agree_bit_for_bit(engine: str, rule: str, tmp_path: Path) -> None:
+    """Ray sends every contribution where it would send partial sums; Flower's meet the border."""
+    expected = run("mfcl", "inline", 1, tmp_path, rule)
+    assert run("mfcl", engine, 2, tmp_path, rule) == expected
+    assert expected != run("mfcl", "inline", 1, tmp_path)
+    assert any(line.get("status") == "ok" for line in expected)
+    refused = [failure["stage"] for line in expected for failure in line.get("failures", ())]
+    assert set(refused) == ({"border"} if "norm_limit" in rule else set())
+
+
+@pytest.mark.parametrize("engine", ["ray", "flower"])
 def test_no_process_is_left_behind(engine: str, tmp_path: Path) -> None:
     before = daemons()
     run("afcl", engine, 1, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import random
 import struct
 import subprocess
 import sys
@@ -37,7 +38,15 @@ from fedcil.wire import (
     unpack_broadcast,
     unpack_payload,
 )
-from scenarios.reliability.mutants import MUTATIONS, throw
+from scenarios.reliability.mutants import (
+    MUTATIONS,
+    bit_flips,
+    changed_values,
+    deletion,
+    insertion,
+    throw,
+    truncation,
+)
 
 LIMIT = 1 << 20
 MODEL = {"body.weight": torch.arange(6.0).reshape(2, 3), "head.bias": torch.zeros(4), "scale": torch.tensor(2.0)}
@@ -370,6 +379,23 @@ def test_mutated_answers_are_refused_or_harmless() -> None:
     assert all(counts[f"refused {mutation.__name__}"] > 200 for mutation in MUTATIONS)
     accepted = sum(count for what, count in counts.items() if what.startswith("accepted"))
     assert 20 < accepted < 500  # changed values of the tensors are what a client may send
+
+
+def test_mutated_payload_files_are_refused_or_what_their_name_says() -> None:
+    """1,000 damaged generators as a node may find them on its disk; half have a correct digest."""
+    payload = Payload.of({"generator.weight": torch.arange(12.0).reshape(3, 4), "teacher.bias": torch.ones(5)})
+    whole, rng, refusals = pack_payload(payload)[:-DIGEST_BYTES], random.Random(0), 0
+    mutations = [bit_flips, truncation, insertion, deletion, changed_values]
+    for trial in range(1000):
+        content = rng.choice(mutations)(whole, rng)
+        try:
+            got = unpack_payload(content + digest(content if trial % 2 else whole), limit=LIMIT)
+        except MessageRefused:
+            refusals += 1
+        else:
+            assert content_hash(got.tensors) == got.hash
+            assert trial % 2 or content == whole
+    assert refusals > 900
 
 
 # Nothing is unpickled: at no border of ours. Ray's own transport between trusted processes of one user is its affair.
