@@ -15,7 +15,9 @@ import psutil
 import pytest
 
 from fedcil.errors import RunFailed
-from fedcil.messages import Job, Report
+from fedcil.experiment import open_experiment
+from fedcil.messages import Job, Report, count_bytes
+from fedcil.scenario_file import load_scenario
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.engines]
 
@@ -159,6 +161,16 @@ def test_the_longest_jobs_come_first_once_their_cost_is_known() -> None:
     assert costs.of(jobs[2:]) == 4.0  # unknown ones count as the mean
     costs.learn([Report(client=1, samples=1, seconds=5.0)])
     assert costs.of([jobs[1]]) == 5.0
+
+
+def test_a_robust_fold_has_room_for_the_models_of_a_whole_round() -> None:
+    """FedAvg on digits with 5 of 20 clients a round: 10 more models instead of one worker's 6 partial sums."""
+    from fedcil.engines.ray import store_bytes
+
+    mean = open_experiment(load_scenario("digits_fedavg"))
+    robust = open_experiment(load_scenario("digits_fedavg", ["server.fold='median'"]))
+    model = count_bytes(mean.first_state().server.model)
+    assert store_bytes(robust, 1) - store_bytes(mean, 1) == (2 * 5 - 2 * 3) * model
 
 
 def test_a_worker_that_is_not_as_the_server_is_refused_with_the_difference(tmp_path: Path) -> None:

@@ -63,11 +63,15 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
 
 
 def store_bytes(experiment: Experiment, workers: int) -> int:
-    """An object store for two rounds' models, two tasks' payloads, and what each worker may have on the way."""
+    """An object store for two rounds' models, two tasks' payloads, and what workers may have on the way: partial sums,
+    or for a robust fold the models of a whole round, which stay there until it is over.
+    """
     model = experiment.first_state().server.model
     payload: int = experiment.scenario.method.payload_bytes(model, experiment.compute)
-    sums = 2 * max(1, experiment.scenario.clients.per_round).bit_length()  # partial sums that one answer can hold
-    return STORE_BYTES + 2 * (count_bytes(model) + payload) + workers * sums * count_bytes(model)
+    cohort = experiment.scenario.clients.per_round
+    sums = 2 * max(1, cohort).bit_length()  # partial sums that one answer can hold
+    held = workers * sums if experiment.scenario.server.fold == "mean" else 2 * cohort
+    return STORE_BYTES + 2 * (count_bytes(model) + payload) + held * count_bytes(model)
 
 
 @contextlib.contextmanager
