@@ -5,7 +5,8 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test test-all bench bench-quick lint format install install-dev results clean
+.PHONY: help demo test test-all bench bench-quick lint format install install-dev results wheelhouse image \
+	containers containers-quick clean
 
 help:           ## print the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -52,6 +53,24 @@ bench-quick: install ## the client step, a round and the engine in small, under 
 
 results: install     ## the tables of docs/results.md, resumable
 	$(BIN)/python scenarios/results.py
+
+# For an image without CUDA: TORCH="torch==<release>" where pip finds a CPU build, or PIP_ARGS with its index.
+TORCH ?=
+BASE_IMAGE ?= python:3.11-slim
+FEDCIL_IMAGE ?= fedcil:dev
+
+wheelhouse:          ## fetch what the image needs, so that its build needs no network
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check -d deploy/wheelhouse $(PIP_ARGS) \
+		$(TORCH) -r deploy/requirements.txt
+
+image: wheelhouse    ## the one image of all roles
+	docker build --quiet --tag $(FEDCIL_IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg PIP_ARGS=--no-index .
+
+containers: install image        ## the compose file under faults, about eight minutes; needs a Docker engine
+	$(BIN)/python -m scenarios.reliability.containers
+
+containers-quick: install image  ## up, train, one crash, down
+	$(BIN)/python -m scenarios.reliability.containers --quick
 
 clean:               ## remove the environment and the runs
 	rm -rf $(VENV) runs dist

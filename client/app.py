@@ -14,9 +14,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.handle import Shared, Worker, do_job
+from client.share import own_clients
 from client.states import StateStore
 from fedcil.experiment import open_experiment
 from fedcil.files import write_atomic
+from fedcil.hello import Hello, pack_hello
 from fedcil.messages import Broadcast, Job, Payload
 from fedcil.scenario_file import load_scenario
 from fedcil.wire import Answer, pack_answer, place_of, unpack_broadcast, unpack_payload
@@ -30,10 +32,17 @@ app = ClientApp()
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Which share of the clients this node serves."""
-    config = context.node_config
-    answer = {"partition": int(config["partition-id"]), "partitions": int(config["num-partitions"])}
-    return Message(RecordDict({"hello": ConfigRecord(answer)}), reply_to=message)
+    """Which clients this node serves, and what they have: its own, or some of those that it is offered."""
+    asked = message.content["hello"]
+    home = client_home(context)
+    experiment = open_worker(str(asked["scenario"]), os.environ.get(DATA_ROOT), home).shared.experiment
+    own = own_clients(context.node_config, experiment.scenario.clients.count)
+    offer = [int(client) for client in asked["offer"]]
+    share = own if own is not None else offer[: int(context.node_config.get("clients", 1))]
+    counts = experiment.task_counts()
+    samples = {client: tuple(counts[client].tolist()) for client in share}
+    packet = pack_hello(Hello(samples, experiment.data.digest, fixed=own is not None))
+    return Message(RecordDict({"hello": packet_record(packet)}), reply_to=message)
 
 
 @app.train()

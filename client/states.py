@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcil.errors import RunFailed
-from fedcil.files import read_tensors, write_tensors
 from fedcil.messages import Tensors, content_hash
+from fedcil.tensor_files import read_tensors, write_tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def resume(
     if old.finished:
         refuse_changes(old.identity["scenario"], scenario.deciding(), old.path)
         if figures and not (old.path / "figures").is_dir():
-            _draw(old)
+            draw(old)
         return old
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)
@@ -104,21 +104,21 @@ def _carry_on(
         serve(setting, loop)
         finished = finish(folder)
         if figures:
-            _draw(finished)
+            draw(finished)
     except FedcilError as error:
-        raise _in_folder(error, folder.path) from None
+        raise in_folder(error, folder.path) from None
     finally:
         folder.close()
     return finished
 
 
-def _draw(finished: Run) -> None:
+def draw(finished: Run) -> None:
     from fedcil.record.figures import draw_figures
 
     draw_figures(finished)
 
 
-def _in_folder(error: FedcilError, path: Path) -> FedcilError:
+def in_folder(error: FedcilError, path: Path) -> FedcilError:
     """An error that ended a run says where the run is and how to go on with it."""
     if not isinstance(error, NotResumable):
         error.where = f"{error.where}, {path}" if error.where else str(path)

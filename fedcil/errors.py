@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 
 class FedcilError(Exception):
@@ -39,6 +40,13 @@ class FedcilError(Exception):
 
 
 LABELS = ("where", "allowed", "next")
+
+
+def rebuilt(said: Mapping[str, Any]) -> FedcilError:
+    """The error that another process wrote down: ``as_dict`` and its ``exit_code``."""
+    error = FedcilError(said["what"], **{name: said[name] for name in LABELS})
+    error.kind, error.exit_code = said["kind"], said["exit_code"]
+    return error
 
 
 class RunFailed(FedcilError):

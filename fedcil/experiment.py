@@ -47,6 +47,10 @@ class Experiment:
         total: NDArray[np.int64] = np.stack(counts).sum(axis=0)
         return total
 
+    def task_counts(self) -> NDArray[np.int64]:
+        """Training samples of each client in each task, (clients, tasks)."""
+        return np.stack([part.counts() for part in self.partition], axis=1)
+
     def label_counts(self) -> NDArray[np.int32]:
         """Training samples by task, client and label: (tasks, clients, classes)."""
         labels = self.stream.relabel(self.data.train.labels)

@@ -8,12 +8,6 @@ import secrets
 from pathlib import Path
 from typing import IO
 
-import torch
-from safetensors.torch import load, save
-from torch import Tensor
-
-from fedcil.messages import Tensors
-
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Put ``content`` at ``path`` so that a crash at any moment leaves the old file or the new one."""
@@ -42,22 +36,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def tensor_bytes(tensors: Tensors) -> bytes:
-    """Named tensors as safetensors bytes, in plain C order. Copies: the format refuses tensors that share memory."""
-    plain = torch.contiguous_format
-    return save({name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in tensors.items()})
-
-
-def write_tensors(path: Path, tensors: Tensors) -> None:
-    write_atomic(path, tensor_bytes(tensors))
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError if it is none, whatever is wrong with it."""
-    content = path.read_bytes()
-    try:
-        return load(content)
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(f"{path.name} holds no tensors: {error}") from None

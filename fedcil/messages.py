@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -136,6 +136,14 @@ class Total:
 
 
 @dataclass(frozen=True, slots=True)
+class Attendance:
+    """Of real nodes: which clients each serves (by node id), and who joined, left or was late since the last round."""
+
+    shares: Mapping[str, tuple[int, ...]]
+    events: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of a round: None where nobody contributed; reports and failures sorted by client."""
 
@@ -143,3 +151,4 @@ class Outcome:
     reports: tuple[Report, ...]
     failures: tuple[Failure, ...]
     wire_bytes: int = 0
+    attendance: Attendance | None = None

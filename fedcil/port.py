@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fedcil.errors import FedcilError, Stopped
-from fedcil.messages import Outcome, Request
+
+if TYPE_CHECKING:
+    from fedcil.messages import Outcome, Request
 
 ClientDone = Callable[[int], None]
 """Called with a client's id when its answer is in; for progress only."""

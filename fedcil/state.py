@@ -47,3 +47,4 @@ class RunState:
     client_state_bytes: Mapping[int, int] = field(default_factory=dict)
     holders: frozenset[int] = frozenset()  # clients that were sent this task's payload
     short_rounds: int = 0  # rounds without quorum in a row
+    nodes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of real nodes: id -> the clients it serves

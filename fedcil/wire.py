@@ -20,10 +20,10 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fedcil.errors import MessageRefused
-from fedcil.files import tensor_bytes
 from fedcil.messages import Broadcast, Contribution, Failure, Job, Payload, Report, Tensors
 from fedcil.robust import admissible
 from fedcil.rule import PLAIN, Rule
+from fedcil.tensor_files import tensor_bytes
 
 MAGIC = b"fedcil01"
 DIGEST_BYTES = 16

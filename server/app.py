@@ -1,23 +1,29 @@
 """The server side as a Flower ServerApp: the same round loop, over Flower's Grid.
 
 ``flwr run .`` starts it with the keys of ``[tool.flwr.app.config]``: ``scenario`` (a path or a shipped name),
-``set`` (overrides, separated by semicolons), ``output`` and ``data-root``.
+``set`` (overrides, separated by semicolons), ``output`` and ``data-root``. A deployment gives a run folder instead
+(``folder``), which has a scenario in it and may have a checkpoint to go on from.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedcil.experiment import open_experiment
+from fedcil.errors import FedcilError, FolderBusy
+from fedcil.experiment import Experiment, open_experiment
+from fedcil.files import write_atomic
 from fedcil.port import StopSignal
-from fedcil.record.folder import RunFolder
+from fedcil.record.folder import PROBLEM, RunFolder
 from fedcil.record.summary import finish
 from fedcil.scenario_file import load_scenario
+from fedcil.state import RunState
 from server.grid import GridPort
 from server.rounds import open_session, run_tasks
 
@@ -28,17 +34,42 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """One run over the nodes that are there."""
     config = context.run_config
+    if config.get("folder"):
+        continue_folder(grid, Path(str(config["folder"])), int(config["min-clients"]))
+        return
     overrides = [text for text in str(config["set"]).split(";") if text]
     scenario = load_scenario(str(config["scenario"]), overrides)
-    data_root = str(config["data-root"]) or os.environ.get("FEDCIL_DATA_ROOT")
-    experiment = open_experiment(scenario, Path(data_root) if data_root else None)
+    experiment = open_experiment(scenario, data_root(str(config["data-root"])))
     folder = RunFolder.create(Path(str(config["output"])).absolute(), experiment)
+    serve(grid, experiment, folder, experiment.first_state(), 0)
+
+
+def continue_folder(grid: Grid, path: Path, min_clients: int) -> None:
+    """The run in a folder, begun or continued; what ends it is written there for the one who watches."""
     try:
-        port = GridPort(grid, experiment, folder.path.name, StopSignal())
-        run_tasks(open_session(experiment, folder, port), experiment.first_state())
+        experiment = open_experiment(load_scenario(path / "scenario.toml"), data_root(""))
+        folder, state = RunFolder.enter(path, experiment)
+        serve(grid, experiment, folder, state, min_clients)
+    except FolderBusy:
+        raise  # another server app is at it; its own end is what counts
+    except FedcilError as error:
+        write_atomic(path / PROBLEM, json.dumps(error.as_dict() | {"exit_code": error.exit_code}).encode())
+        raise
+
+
+def serve(grid: Grid, experiment: Experiment, folder: RunFolder, state: RunState, min_clients: int) -> None:
+    state = replace(state, server=state.server.to(experiment.compute.device))  # checkpoints are read on the CPU
+    try:
+        port = GridPort(grid, experiment, folder.path.name, StopSignal(), state.nodes, min_clients)
+        run_tasks(open_session(experiment, folder, port), state)
         print(f"run folder: {finish(folder).path}")
     finally:
         folder.close()
+
+
+def data_root(given: str) -> Path | None:
+    path = given or os.environ.get("FEDCIL_DATA_ROOT")
+    return Path(path) if path else None
 
 
 def server_app(run: Callable[[Grid], None]) -> ServerApp:

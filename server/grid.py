@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedcil.errors import MessageRefused, TooFewClients
 from fedcil.experiment import Experiment
 from fedcil.gather import Gathered
+from fedcil.hello import Share
 from fedcil.messages import BORDER, Failure, Job, Outcome, Request
 from fedcil.port import ClientDone, StopSignal, remaining
 from fedcil.stream import Task
 from fedcil.wire import Expected, Spec, admit, pack_broadcast, pack_payload, place_of, spec_of
+from server.nodes import Nodes, packet_of, packet_record
 
-POLL_S = 0.05
-MEET_S = 120.0  # how long to wait until every client has a node
+SHORTEST_POLL_S, LONGEST_POLL_S = 0.02, 0.5
+MEET_S = 180.0  # how long the first round waits for enough clients
+RETURN_S = 60.0  # how long another round does, where it has no deadline
 ANSWER_OVERHEAD = 1 << 20  # bytes of an answer beyond its tensors
+
+Sent = dict[str, tuple[int, tuple[Job, ...]]]
+"""Messages under way: id -> (node, jobs)."""
 
 
 class GridPort:
-    """Clients are served by nodes: node i of n serves the clients i, i + n, i + 2 n, ..."""
+    """Clients are served by nodes, which come and go. ``known``: the shares of nodes met before, by node id.
 
-    def __init__(self, grid: Grid, experiment: Experiment, run: str, stop: StopSignal) -> None:
+    The first round waits for ``min_clients`` clients (0: all of them), every other one for a quorum.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        experiment: Experiment,
+        run: str,
+        stop: StopSignal,
+        known: Mapping[str, Share] | None = None,
+        min_clients: int = 0,
+    ) -> None:
         self._grid = grid
         self._experiment = experiment
         self._run = run
@@ -34,12 +53,24 @@ class GridPort:
         scenario = experiment.scenario.to_dict()
         scenario["data"].pop("root", None)
         self._scenario = json.dumps(scenario)
-        self._node_of = self._meet(MEET_S)
+        shares = {int(node): tuple(share) for node, share in (known or {}).items()}
+        self._nodes = Nodes(grid, experiment, self._scenario, shares)
+        self._serving: dict[int, int] = {}
         self._holds: dict[int, str] = {}  # node -> hash of the payload it was sent last
-        self._late: set[str] = set()  # messages whose round is over
+        self._first = min_clients or experiment.scenario.clients.count
+        self._met = False
 
     def reachable(self) -> frozenset[int]:
-        return frozenset(self._node_of)
+        """The clients whose nodes are here and owe nothing; waits a while for as many as a round needs."""
+        scenario = self._experiment.scenario
+        if self._met:
+            needed = max(1, math.ceil(scenario.server.quorum * scenario.clients.per_round))
+            self._wait_for(needed, scenario.server.deadline_s or RETURN_S)
+        else:
+            self._wait_for(self._first, MEET_S)
+            self._refuse_too_few()
+            self._met = True
+        return frozenset(self._serving)
 
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
         gathered, expected = Gathered(request, done), self._expected(request)
@@ -47,79 +78,55 @@ class GridPort:
         open_messages = self._send(request, lacking, gathered)
         while open_messages and remaining(deadline_s, started) != 0.0:
             self._stop.check()
-            for reply in self._grid.pull_messages([*open_messages, *self._late]):
+            for reply in self._grid.pull_messages([*open_messages, *self._nodes.owed]):
                 message = reply.metadata.reply_to_message_id
-                if message in self._late:  # pulled, so that it does not stay in Flower's state
-                    self._late.discard(message)
-                    continue
                 if message not in open_messages:
-                    continue  # its answer came twice
+                    self._nodes.paid(message)
+                    continue
                 node, jobs = open_messages.pop(message)
                 if not reply.has_error() and "missing" in reply.content and node not in lacking:
                     lacking.add(node)  # answered once by sending the bytes
                     open_messages |= self._send(replace(request, jobs=jobs), lacking, gathered)
                 else:
                     take(reply, jobs, expected, gathered)
-            time.sleep(POLL_S)
-        self._late |= open_messages.keys()
-        return gathered.outcome()
+            pause(started)
+        for message, (node, _) in open_messages.items():
+            self._nodes.owe(message, node)
+        return replace(gathered.outcome(), attendance=self._nodes.attendance())
 
     def close(self) -> None:
         """The runtime that lent the grid ends the nodes."""
 
-    def _meet(self, wait_s: float) -> dict[int, int]:
-        """Ask each node once for its share, until every client has a node; returns client -> node."""
-        started, met = time.monotonic(), set[int]()
-        clients: dict[int, int] = {}
-        count = self._experiment.scenario.clients.count
-        while len(clients) < count:
-            new = sorted(set(self._grid.get_node_ids()) - met)
-            met |= set(new)
-            clients |= self._ask_shares(new, count, wait_s) if new else {}
+    def _wait_for(self, clients: int, wait_s: float) -> None:
+        """Look at the nodes until they serve so many clients, or the time is up."""
+        started = time.monotonic()
+        while True:
             self._stop.check()
-            if time.monotonic() - started > wait_s:
-                raise TooFewClients(
-                    f"after {wait_s:.0f} s {len(met)} nodes serve {len(clients)} of {count} clients",
-                    where="clients.count",
-                    next="start the missing nodes",
-                )
-            time.sleep(POLL_S)
-        return clients
+            for reply in self._grid.pull_messages(self._nodes.owed) if self._nodes.owed else ():
+                self._nodes.paid(reply.metadata.reply_to_message_id)
+            self._nodes.look()
+            self._serving = self._nodes.serving()
+            if len(self._serving) >= clients or time.monotonic() - started > wait_s:
+                return
+            pause(started)
 
-    def _ask_shares(self, nodes: list[int], count: int, wait_s: float) -> dict[int, int]:
-        asked = [Message(RecordDict({}), dst_node_id=node, message_type="query.hello") for node in nodes]
-        ids = list(self._grid.push_messages(asked))
-        node_of_message = dict(zip(ids, nodes, strict=True))
-        clients: dict[int, int] = {}
-        for reply in self._pull_all(ids, wait_s):
-            node = node_of_message[reply.metadata.reply_to_message_id]
-            try:
-                share = reply.content["hello"]
-                served = range(int(share["partition"]), count, int(share["partitions"]))
-            except (KeyError, TypeError, ValueError):
-                continue  # a node that does not speak our language serves nobody
-            clients.update((client, node) for client in served)
-        return clients
+    def _refuse_too_few(self) -> None:
+        if len(self._serving) < self._first:
+            raise TooFewClients(
+                f"after {MEET_S:.0f} s {len(self._serving)} clients are served, {self._first} are needed to begin "
+                f"({self._nodes.counts()})",
+                where="clients.count",
+                next="start the missing nodes, then go on with the run",
+            )
 
-    def _pull_all(self, ids: list[str], wait_s: float) -> list[Message]:
-        """The answers that come within ``wait_s`` and are no errors."""
-        left, replies, started = set(ids), [], time.monotonic()
-        while left and time.monotonic() - started < wait_s:
-            self._stop.check()
-            for reply in self._grid.pull_messages(list(left)):
-                left.discard(reply.metadata.reply_to_message_id)
-                replies += [] if reply.has_error() else [reply]
-            time.sleep(POLL_S)
-        return replies
-
-    def _send(self, request: Request, lacking: set[int], gathered: Gathered) -> dict[str, tuple[int, tuple[Job, ...]]]:
-        """One message to each node, with all its jobs; returns message id -> (node, jobs)."""
+    def _send(self, request: Request, lacking: set[int], gathered: Gathered) -> Sent:
+        """One message to each node, with all its jobs."""
         by_node: dict[int, list[Job]] = {}
         for job in request.jobs:
-            by_node.setdefault(self._node_of[job.client], []).append(job)
+            by_node.setdefault(self._serving[job.client], []).append(job)
         payload = request.broadcast.payload
-        shared = _record(pack_broadcast(request.broadcast, self._run, request.cohort))
-        extra = {"payload": _record(pack_payload(payload))} if payload else {}
+        shared = packet_record(pack_broadcast(request.broadcast, self._run, request.cohort))
+        extra = {"payload": packet_record(pack_payload(payload))} if payload else {}
         messages = []
         for node, jobs in by_node.items():
             content = RecordDict({"broadcast": shared, "work": self._work(jobs)})
@@ -128,7 +135,7 @@ class GridPort:
             gathered.wire_bytes += sum(part.count_bytes() for part in content.array_records.values())
             messages.append(Message(content, dst_node_id=node, message_type=MessageType.TRAIN))
         ids = self._grid.push_messages(messages)
-        sent: dict[str, tuple[int, tuple[Job, ...]]] = {}
+        sent: Sent = {}
         for message, (node, jobs) in zip(ids, by_node.items(), strict=True):
             if message:
                 sent[message] = (node, tuple(jobs))
@@ -162,6 +169,12 @@ class GridPort:
         )
 
 
+def pause(started: float) -> None:
+    """Between two looks: short at first, since simulated nodes answer at once; real ones take seconds."""
+    waited = time.monotonic() - started
+    time.sleep(min(LONGEST_POLL_S, max(SHORTEST_POLL_S, waited / 10)))
+
+
 def known_weights(experiment: Experiment, task: Task, request: Request) -> dict[int, float]:
     """Weights that the server knows beforehand: of models that were trained on a client's own samples alone."""
     kind = experiment.method.phases(task, experiment.scenario.training.rounds)[request.broadcast.phase]
@@ -191,7 +204,7 @@ def take(reply: Message, jobs: tuple[Job, ...], expected: Expected, gathered: Ga
             _take_one(reply.content.get(f"client-{job.client}"), job, expected, gathered)
 
 
-def _take_one(record: ArrayRecord | None, job: Job, expected: Expected, gathered: Gathered) -> None:
+def _take_one(record: object, job: Job, expected: Expected, gathered: Gathered) -> None:
     if record is None:
         return gathered.fail(job.client, "node", "no answer for this client")
     try:
@@ -203,17 +216,3 @@ def _take_one(record: ArrayRecord | None, job: Job, expected: Expected, gathered
     if isinstance(answer.result, Failure):
         return gathered.fail(job.client, answer.result.stage, answer.result.reason)
     return gathered.answer(answer.result, answer.contribution)
-
-
-def packet_of(record: object) -> bytes:
-    """The bytes in a record. MessageRefused if it is not one array of them."""
-    try:
-        (array,) = record.to_numpy_ndarrays()  # type: ignore[attr-defined]
-        content: bytes = array.tobytes()
-    except Exception as error:  # whatever a foreign record can raise
-        raise MessageRefused(f"not a packet: {type(error).__name__}") from None
-    return content
-
-
-def _record(packet: bytes) -> ArrayRecord:
-    return ArrayRecord([np.frombuffer(packet, dtype=np.uint8)])

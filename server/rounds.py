@@ -181,6 +181,8 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     after = replace(advance(state, cohort, outcome, phase, status), server=server)
     line["client_state_bytes"] = sum(after.client_state_bytes.values())
     line["cost"] = clock.read() | {"wire_bytes": outcome.wire_bytes}
+    if outcome.attendance and outcome.attendance.events:
+        line["cost"]["nodes"] = list(outcome.attendance.events)
     session.record([line])
     session.watcher.recorded(line)
     log_refused(outcome)
@@ -249,6 +251,7 @@ def advance(state: RunState, cohort: tuple[int, ...], outcome: Outcome, phase: P
         client_state_bytes={**state.client_state_bytes, **{c: r.state_bytes for c, r in kept.items()}},
         holders=state.holders | set(cohort) if state.server.payload else state.holders,
         short_rounds=0 if status == "ok" else state.short_rounds + 1,
+        nodes=outcome.attendance.shares if outcome.attendance else state.nodes,
     )
 
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcil.errors import MessageRefused
-from fedcil.files import tensor_bytes
 from fedcil.messages import Broadcast, Contribution, Failure, Job, Payload, Report, Tensors, content_hash
+from fedcil.tensor_files import tensor_bytes
 from fedcil.wire import (
     DIGEST_BYTES,
     MAGIC,

@@ -55,7 +55,7 @@ def run(
             identities = [_identity(each, data_root) for each in wanted]  # all are checked before the first one runs
             for each, identity in zip(wanted, identities, strict=True):
                 done.append(_reuse(each, identity, output, options))
-    _print_runs(done, json=json)
+    print_runs(done, json=json)
     if figure:
         _draw_comparison(done, figure)
 
@@ -75,7 +75,7 @@ def resume(
     with stoppable(max_seconds) as stop:
         options = Options(data_root, figures, stop, json, (*overrides, *_engine_override(engine)))
         finished = _continue(open_run(path), options)
-    _print_runs([finished], json=json)
+    print_runs([finished], json=json)
 
 
 def compare(*, runs: Sequence[Path], figure: Path | None, json: bool) -> None:
@@ -289,7 +289,7 @@ def _warn_of_failures(run: Run) -> None:
     )
 
 
-def _print_runs(done: Sequence[Run], *, json: bool) -> None:
+def print_runs(done: Sequence[Run], *, json: bool) -> None:
     """One object for one run, a list for several; a table for people."""
     for run in done:
         _warn_of_failures(run)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fedcil.cli import actions
+from fedcil.cli import actions, deploy
 from fedcil.cli.guard import guarded
+from fedcil.cli.options import DataRoot, Json, MaxSeconds, Sets
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,19 +19,12 @@ app = typer.Typer(
     help="Federated class-incremental learning, simulated exactly, fast and resumable.",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.rounds=20."),
-]
-DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds the data sets. [env: FEDCIL_DATA_ROOT]")]
+app.add_typer(deploy.app, name="deploy")
+
 Engine = Annotated[str | None, typer.Option(help="inline, ray or flower.")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]
 Figure = Annotated[Path | None, typer.Option(help="Draw the comparison into this PNG.")]
 ScenarioName = Annotated[str, typer.Argument(metavar="SCENARIO", help="A TOML file or a shipped name.")]
-MaxSeconds = Annotated[
-    float | None, typer.Option(min=0.0, help="Stop with a checkpoint after this many seconds (exit code 5).")
-]
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 CLIENT = "client"
 BOUNDARY = "generator"
+MOST_FAILURES = 5  # of a round that are told one by one
 
 
 class Display:
@@ -34,7 +35,8 @@ class Display:
         for warning in line.get("warnings", ()):
             self.console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
         if not self.quiet:
-            self.console.print(describe(line), markup=False, highlight=False, soft_wrap=True)
+            for text in (describe(line), *incidents(line)):
+                self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _advance(self, kind: str, title: str, total: int | None, note: str) -> None:
         if self.quiet or self.bars.disable:
@@ -70,10 +72,23 @@ def describe(line: Mapping[str, Any]) -> str:
     if line["loss"] is not None:
         parts.append(f"loss {line['loss']:.3f}")
     if line["failures"]:
-        parts.append(f"{len(line['failures'])} failed ({line['failures'][0]['reason']})")
+        parts.append(f"{len(line['failures'])} failed")
     if line["status"] != "ok":
         parts.append(line["status"])
     return "  ".join([*parts, seconds])
+
+
+def incidents(line: Mapping[str, Any]) -> Iterator[str]:
+    """Who failed in a round and why; which nodes of a deployment joined, left, were late or were refused."""
+    for event in line["cost"].get("nodes", ()):
+        clients = ", ".join(map(str, event["clients"])) or "none"
+        reason = f": {event['reason']}" if "reason" in event else ""
+        yield f"  node {event['node']} {event['event']} (clients {clients}){reason}"
+    failures = line.get("failures", ())
+    for failure in failures[:MOST_FAILURES]:
+        yield f"  client {failure['client']} failed ({failure['stage']}): {failure['reason']}"
+    if len(failures) > MOST_FAILURES:
+        yield f"  and {len(failures) - MOST_FAILURES} more"
 
 
 @contextmanager

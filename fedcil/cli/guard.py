@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedcil.port import StopSignal
 
 P = ParamSpec("P")
+STOPPING = "stopping after this step, with a checkpoint"
 OUT_OF_TIME = 5  # exit code of a run that --max-seconds ended
 
 
@@ -57,7 +58,9 @@ def show_error(error: FedcilError, *, as_json: bool) -> None:
 
 
 @contextmanager
-def stoppable(max_seconds: float | None) -> Iterator[StopSignal]:
+def stoppable(
+    max_seconds: float | None, what: str = "stopping after this step, with a checkpoint"
+) -> Iterator[StopSignal]:
     """Ctrl-C, SIGTERM and a time limit set the signal that a run looks at; a second Ctrl-C ends at once."""
     from fedcil.port import StopSignal
 
@@ -66,7 +69,7 @@ def stoppable(max_seconds: float | None) -> Iterator[StopSignal]:
     def on_signal(number: int, _: object) -> None:
         if stop.event.is_set():
             raise SystemExit(128 + number)
-        print("\nstopping after this step, with a checkpoint (again to end at once)", file=sys.stderr)
+        print(f"\n{what} (again to end at once)", file=sys.stderr)
         stop.set(128 + number)
 
     old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fedcil.errors import NotResumable
-from fedcil.files import read_tensors, write_atomic, write_tensors
+from fedcil.files import write_atomic
 from fedcil.messages import Payload, Tensors, content_hash
 from fedcil.state import Cursor, RunState, ServerState
+from fedcil.tensor_files import read_tensors, write_tensors
 
 FORMAT = 1
 KEPT = 2
@@ -100,6 +101,7 @@ class CheckpointFolder:
             client_state_bytes={int(client): size for client, size in plain["client_state_bytes"].items()},
             holders=frozenset(plain["holders"]),
             short_rounds=plain["short_rounds"],
+            nodes={node: tuple(clients) for node, clients in plain.get("nodes", {}).items()},
         )
         return Checkpoint(state, plain["metrics_length"], plain["identity"])
 
@@ -159,5 +161,6 @@ def _to_json(checkpoint: Checkpoint, groups: Mapping[str, str | None]) -> dict[s
         "client_state_bytes": {str(client): size for client, size in state.client_state_bytes.items()},
         "holders": sorted(state.holders),
         "short_rounds": state.short_rounds,
+        "nodes": {node: list(clients) for node, clients in state.nodes.items()},
         "metrics_length": checkpoint.metrics_length,
     }

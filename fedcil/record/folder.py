@@ -28,6 +28,7 @@ from fedcil.state import RunState
 
 PACKAGES = ("fedcil", "torch", "torchvision", "numpy", "flwr", "ray", "pydantic", "safetensors")
 METRICS = "metrics.jsonl"
+PROBLEM = "problem.json"  # what ended a run on a server, for whoever watches it
 
 
 class RunFolder:
@@ -56,7 +57,11 @@ class RunFolder:
     @classmethod
     def create(cls, root: Path, experiment: Experiment) -> Self:
         """A new folder ``<name>-<seed>-<time>[-n]`` below ``root`` with what is known before round 0."""
-        path = _new_folder(root, f"{experiment.scenario.name}-{experiment.scenario.seed}")
+        return cls.begin(new_folder(root, f"{experiment.scenario.name}-{experiment.scenario.seed}"), experiment)
+
+    @classmethod
+    def begin(cls, path: Path, experiment: Experiment) -> Self:
+        """A folder that is there and has no run in it yet."""
         folder = cls(path)
         try:
             folder.write("scenario.toml", to_toml(experiment.scenario))
@@ -83,6 +88,13 @@ class RunFolder:
             raise
         folder._saved = checkpoint.state
         return folder, checkpoint.state
+
+    @classmethod
+    def enter(cls, path: Path, experiment: Experiment) -> tuple[Self, RunState]:
+        """Continue what is in the folder, or begin there if nothing was saved yet."""
+        if any((path / "checkpoints").glob("state-*.json")):
+            return cls.reopen(path, experiment)
+        return cls.begin(path, experiment), experiment.first_state()
 
     def append(self, line: Mapping[str, Any]) -> None:
         """One whole line at the end of metrics.jsonl, on disk when this returns."""
@@ -158,7 +170,7 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path)
         )
 
 
-def _new_folder(root: Path, stem: str) -> Path:
+def new_folder(root: Path, stem: str) -> Path:
     """Make ``root/<stem>-<time>``, with a number behind it if somebody was as fast."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     try:

@@ -25,7 +25,8 @@ from fedcil.port import StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.record.summary import finish
 from fedcil.wire import unpack, unpack_broadcast
-from server.grid import GridPort, packet_of
+from server.grid import GridPort
+from server.nodes import packet_of
 from server.rounds import open_session, run_tasks
 
 LIMIT = 1 << 30

@@ -10,7 +10,9 @@ from fedcil.experiment import Experiment, open_experiment
 from fedcil.scenario_file import load_scenario
 from scenarios.reliability.common import Fault, Outcome
 from scenarios.reliability.loopback import LoopbackGrid, Weather, run_over, violations
+from server import nodes
 
+OWED_S = 0.2  # a node whose answer was lost is asked again after this; 600 s where nothing is lost on purpose
 TABLES = {
     "method": {"name": "fedavg"},
     "data": {"name": "synthetic", "classes": 4, "samples_per_class": 20, "image_size": 4, "test_per_class": 2},
@@ -31,6 +33,7 @@ def open_small() -> Experiment:
 def stormy(name: str, weather: Weather) -> Fault:
     def trial(seed: int, workdir: Path) -> Outcome:
         logging.getLogger("fedcil").setLevel(logging.ERROR)
+        nodes.OWED_S = OWED_S
         grid = LoopbackGrid(5, workdir / "nodes", weather, seed)
         try:
             run = run_over(grid, open_small(), workdir / "runs")

@@ -1,0 +1,31 @@
+"""Whether a Flower process answers. ``python -m fedcil.deploy.health URL [CA]`` is the health check of containers.
+
+Loads next to nothing, since it is a new process every few seconds.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import sys
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+
+def healthy(url: str, ca: Path | None = None, timeout_s: float = 3.0) -> bool:
+    """``https://host:port/health`` (trusted by ``ca``), ``http://...``, or ``tcp://host:port``: somebody listens."""
+    context = ssl.create_default_context(cafile=str(ca)) if ca else None
+    parts = urlsplit(url)
+    try:
+        if parts.scheme == "tcp":
+            socket.create_connection((parts.hostname, parts.port), timeout_s).close()
+            return True
+        with urllib.request.urlopen(url, timeout=timeout_s, context=context) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(0 if healthy(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None) else 1)

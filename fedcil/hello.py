@@ -1,0 +1,46 @@
+"""What a node says of itself when the server meets it, as a packet: which clients are its own, and what they have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedcil.errors import MessageRefused
+from fedcil.wire import pack, unpack
+
+Share = tuple[int, ...]
+"""The clients that a node serves, sorted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """``samples``: by client, the training samples of each task. ``data``: digest of the data set it has."""
+
+    samples: Mapping[int, tuple[int, ...]]
+    data: str
+    fixed: bool  # the clients are the node's own, not some of those that it was offered
+
+    @property
+    def clients(self) -> Share:
+        return tuple(sorted(self.samples))
+
+
+def pack_hello(hello: Hello) -> bytes:
+    samples = {str(client): list(counts) for client, counts in hello.samples.items()}
+    return pack({"samples": samples, "data": hello.data, "fixed": hello.fixed}, {})
+
+
+def unpack_hello(packet: bytes, *, tasks: int, limit: int) -> Hello:
+    """MessageRefused for anything that is not the hello of a node in a run of so many tasks."""
+    header, _ = unpack(packet, limit=limit)
+    samples, data, fixed = header.get("samples"), header.get("data"), header.get("fixed")
+    if not isinstance(data, str) or type(fixed) is not bool or not isinstance(samples, dict):
+        raise MessageRefused("a hello without samples, data and fixed")
+    if not all(client.isdecimal() and _are_counts(counts, tasks) for client, counts in samples.items()):
+        raise MessageRefused(f"a hello whose samples are not {tasks} counts of each client")
+    return Hello({int(client): tuple(counts) for client, counts in samples.items()}, data, fixed)
+
+
+def _are_counts(value: Any, tasks: int) -> bool:
+    return isinstance(value, list) and len(value) == tasks and all(type(n) is int and n >= 0 for n in value)

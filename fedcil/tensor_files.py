@@ -1,0 +1,31 @@
+"""Named tensors as safetensors bytes and files. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedcil.files import write_atomic
+from fedcil.messages import Tensors
+
+
+def tensor_bytes(tensors: Tensors) -> bytes:
+    """Named tensors as safetensors bytes, in plain C order. Copies: the format refuses tensors that share memory."""
+    plain = torch.contiguous_format
+    return save({name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in tensors.items()})
+
+
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    write_atomic(path, tensor_bytes(tensors))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError if it is none, whatever is wrong with it."""
+    content = path.read_bytes()
+    try:
+        return load(content)
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"{path.name} holds no tensors: {error}") from None

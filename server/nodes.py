@@ -1,0 +1,131 @@
+"""The nodes of a run over Flower's Grid: who is there, who is new, who left, who owes an answer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedcil.errors import MessageRefused
+from fedcil.experiment import Experiment
+from fedcil.hello import Share, unpack_hello
+from fedcil.messages import Attendance
+from server.roster import Roster
+
+log = logging.getLogger("fedcil")
+OWED_S = 600.0  # a node that owes an answer for so long is asked again
+HELLO_BYTES = 1 << 24
+
+
+class Nodes:
+    """Asks each newcomer once what it serves; knows who can be asked for work now."""
+
+    def __init__(self, grid: Grid, experiment: Experiment, scenario: str, known: Mapping[int, Share]) -> None:
+        self._grid, self._tasks, self._scenario = grid, len(experiment.stream.tasks), scenario
+        samples = [tuple(row) for row in experiment.task_counts().tolist()]
+        self._roster = Roster(samples, experiment.data.digest, known)
+        self._here: set[int] = set()
+        self._welcome: set[int] = set()  # nodes that said what they serve
+        self._asked: dict[str, tuple[int, Share]] = {}  # hellos under way: message -> node, offer
+        self._refused: set[int] = set()
+        self._owed: dict[str, tuple[int, float]] = {}  # messages whose round is over -> node, since when
+        self._events: list[dict[str, Any]] = []
+
+    def look(self) -> None:
+        """Greet who came, hear what was said, note who left. Waits for nothing."""
+        here = set(self._grid.get_node_ids())
+        for node in sorted(self._here - here):
+            self._leave(node)
+        self._here = here
+        self._greet(here - self._welcome - self._refused - {node for node, _ in self._asked.values()})
+        if self._asked:
+            for reply in self._grid.pull_messages(list(self._asked)):
+                self._hear(reply)
+
+    def serving(self) -> dict[int, int]:
+        """Client -> node, of the nodes that are here and owe nothing."""
+        now = time.monotonic()
+        owing = {node for node, since in self._owed.values() if now - since < OWED_S}
+        ready = sorted((self._here & self._welcome) - owing)
+        return {client: node for node in ready for client in self._roster.shares.get(node, ())}
+
+    def owe(self, message: str, node: int) -> None:
+        """The round ended without this node's answer."""
+        self._owed[message] = (node, time.monotonic())
+        self._note("late", node)
+
+    @property
+    def owed(self) -> list[str]:
+        """Messages to pull, so that no late answer stays in Flower's state."""
+        return list(self._owed)
+
+    def paid(self, message: str) -> bool:
+        """Whether this was an answer that came too late; its node may be asked again."""
+        return self._owed.pop(message, None) is not None
+
+    def attendance(self) -> Attendance:
+        """Shares now, and what happened since this was last called."""
+        shares = {str(node): share for node, share in sorted(self._roster.shares.items())}
+        events, self._events = tuple(self._events), []
+        return Attendance(shares, events)
+
+    def counts(self) -> str:
+        return f"{len(self._here)} nodes here, {len(self._welcome)} met, {len(self._refused)} refused"
+
+    def _leave(self, node: int) -> None:
+        self._welcome.discard(node)
+        self._refused.discard(node)
+        self._asked = {message: asked for message, asked in self._asked.items() if asked[0] != node}
+        self._owed = {message: owed for message, owed in self._owed.items() if owed[0] != node}
+        self._note("left", node)
+
+    def _greet(self, nodes: Collection[int]) -> None:
+        offers = self._roster.offers(nodes)
+        messages = [self._hello(node, offers[node]) for node in sorted(nodes)]
+        ids = self._grid.push_messages(messages) if messages else []
+        for message, node in zip(ids, sorted(nodes), strict=True):
+            if message:
+                self._asked[message] = (node, offers[node])
+
+    def _hello(self, node: int, offer: Share) -> Message:
+        content = ConfigRecord({"scenario": self._scenario, "offer": list(offer)})
+        return Message(RecordDict({"hello": content}), dst_node_id=node, message_type="query.hello")
+
+    def _hear(self, reply: Message) -> None:
+        node, offer = self._asked.pop(reply.metadata.reply_to_message_id)
+        try:
+            if reply.has_error():
+                raise MessageRefused(f"Flower error {reply.error.code}: {reply.error.reason}")
+            packet = packet_of(reply.content.get("hello"))
+            hello = unpack_hello(packet, tasks=self._tasks, limit=HELLO_BYTES)
+            share = self._roster.welcome(node, hello, offer, self._here & self._welcome)
+        except MessageRefused as error:
+            self._refused.add(node)
+            self._note("refused", node, reason=error.what)
+        else:
+            self._welcome.add(node)
+            self._note("joined" if share else "spare", node)
+
+    def _note(self, event: str, node: int, **more: str) -> None:
+        line = {"event": event, "node": str(node), "clients": list(self._roster.shares.get(node, ())), **more}
+        self._events.append(line)
+        log.warning("node %s %s: clients %s %s", node, event, line["clients"], more.get("reason", ""))
+
+
+def packet_of(record: object) -> bytes:
+    """The bytes in a record. MessageRefused if it is not one array of them."""
+    try:
+        (array,) = record.to_numpy_ndarrays()  # type: ignore[attr-defined]
+        content: bytes = array.tobytes()
+    except Exception as error:  # whatever a foreign record can raise
+        raise MessageRefused(f"not a packet: {type(error).__name__}") from None
+    return content
+
+
+def packet_record(packet: bytes) -> ArrayRecord:
+    return ArrayRecord([np.frombuffer(packet, dtype=np.uint8)])

@@ -1,0 +1,59 @@
+"""Which node serves which clients. An id is given out once, kept by its node, and lives in the run's state.
+
+A node that returns with its key has its old id, and so its old clients. Nothing is taken from a node that is away:
+what its clients hold is there. Nodes that come when every client is served are spare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from fedcil.errors import MessageRefused
+from fedcil.hello import Hello, Share
+
+
+class Roster:
+    """Shares by node; clients are 0..count - 1. ``samples``: by client, what the server knows that it has."""
+
+    def __init__(self, samples: Sequence[tuple[int, ...]], data: str, shares: Mapping[int, Share]) -> None:
+        self._samples, self._data = samples, data
+        self.shares: dict[int, Share] = dict(shares)
+
+    def offers(self, nodes: Collection[int]) -> dict[int, Share]:
+        """What each of the nodes that come now may take: its old share, or an even part of the free clients."""
+        new = [node for node in sorted(nodes) if not self.shares.get(node)]
+        free = self._free()
+        parts = {node: tuple(free[place :: len(new)]) for place, node in enumerate(new)}
+        return {node: self.shares.get(node) or parts[node] for node in nodes}
+
+    def welcome(self, node: int, hello: Hello, offer: Share, present: Collection[int]) -> Share:
+        """Give it what it asks for. MessageRefused, with the reason, for a node that cannot take part."""
+        share = hello.clients
+        if hello.data != self._data:
+            raise MessageRefused(f"it has other data: digest {hello.data}", allowed=self._data)
+        self._refuse_strangers(hello)
+        if not hello.fixed and not set(share) <= set(offer):
+            raise MessageRefused(f"it takes {_some(set(share) - set(offer))}, which it was not offered")
+        for other in sorted(set(present) - {node}):
+            if taken := set(self.shares.get(other, ())) & set(share):
+                raise MessageRefused(f"node {other} serves {_some(taken)} already")
+        for other, theirs in self.shares.items():  # nodes that are away give way to the owner of a fixed share
+            self.shares[other] = tuple(client for client in theirs if client not in share)
+        self.shares[node] = share
+        return share
+
+    def _free(self) -> list[int]:
+        taken = {client for share in self.shares.values() for client in share}
+        return [client for client in range(len(self._samples)) if client not in taken]
+
+    def _refuse_strangers(self, hello: Hello) -> None:
+        for client, counts in hello.samples.items():
+            if client >= len(self._samples):
+                raise MessageRefused(f"it serves client {client}", allowed=f"0 to {len(self._samples) - 1}")
+            if counts != self._samples[client]:
+                raise MessageRefused(f"client {client} has {list(counts)} samples, {list(self._samples[client])} known")
+
+
+def _some(clients: Collection[int]) -> str:
+    shown = sorted(clients)[:5]
+    return f"client {', '.join(map(str, shown))}" + (" and more" if len(clients) > len(shown) else "")

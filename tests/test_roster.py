@@ -1,0 +1,96 @@
+"""Which node serves which clients, whoever comes, leaves, returns or lies."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedcil.errors import MessageRefused
+from fedcil.hello import Hello, pack_hello, unpack_hello
+from server.roster import Roster
+
+SAMPLES = [(10, 20), (11, 21), (12, 22), (13, 23), (14, 24), (15, 25)]
+
+
+def roster(**shares: tuple[int, ...]) -> Roster:
+    return Roster(SAMPLES, "digest", {int(node[1:]): share for node, share in shares.items()})
+
+
+def hello(*clients: int, fixed: bool = False, data: str = "digest") -> Hello:
+    return Hello({client: SAMPLES[client] for client in clients}, data, fixed)
+
+
+def test_newcomers_share_out_what_is_free() -> None:
+    assert roster(n9=(0, 1)).offers([7, 8]) == {7: (2, 4), 8: (3, 5)}
+
+
+def test_who_returns_is_offered_what_it_had() -> None:
+    assert roster(n9=(0, 1), n8=(2, 3, 4, 5)).offers([9]) == {9: (0, 1)}
+
+
+def test_when_all_are_served_a_newcomer_is_spare() -> None:
+    full = roster(n9=(0, 1, 2, 3, 4, 5))
+    assert full.offers([7]) == {7: ()}
+    assert full.welcome(7, hello(), (), {9}) == ()
+
+
+def test_clients_of_a_node_that_is_away_stay_its_own() -> None:
+    assert roster(n9=(0, 1)).offers([7])[7] == (2, 3, 4, 5)
+
+
+def test_a_node_with_its_own_clients_takes_them_from_one_that_is_away_only() -> None:
+    both = roster(n9=(0, 1))
+    with pytest.raises(MessageRefused, match="node 9 serves client 1 already"):
+        both.welcome(7, hello(1, 2, fixed=True), (), {9})
+    assert both.welcome(7, hello(1, 2, fixed=True), (), set()) == (1, 2)
+    assert both.shares == {9: (0,), 7: (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (hello(0, data="other"), "other data"),
+        (Hello({0: (1, 1)}, "digest", True), r"client 0 has \[1, 1\] samples"),
+        (Hello({99: (1, 1)}, "digest", True), "client 99"),
+        (hello(5), "not offered"),
+    ],
+)
+def test_a_node_that_does_not_fit_is_refused(said: Hello, reason: str) -> None:
+    new = roster()
+    with pytest.raises(MessageRefused, match=reason):
+        new.welcome(7, said, (0, 1), set())
+    assert new.shares == {}
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 3), st.booleans()), max_size=30))
+def test_no_client_ever_has_two_nodes_and_nobody_forgets_its_own(visits: list[tuple[int, int, bool]]) -> None:
+    """Nodes come, take up to ``room`` clients, and go; a node's share only ever changes from none to some."""
+    book, present = roster(), set[int]()
+    for node, room, leaves in visits:
+        offer = book.offers([node])[node]
+        before = dict(book.shares)
+        share = book.welcome(
+            node, hello(*offer[: room or None]) if not before.get(node) else hello(*offer), offer, present
+        )
+        present = present - {node} if leaves else present | {node}
+        assert not before.get(node) or share == before[node]
+        served = [client for each in book.shares.values() for client in each]
+        assert len(served) == len(set(served))
+
+
+@given(st.dictionaries(st.integers(0, 10**6), st.tuples(st.integers(0, 10**9), st.integers(0, 10**9))), st.booleans())
+def test_a_hello_survives_the_wire(samples: dict[int, tuple[int, int]], fixed: bool) -> None:
+    said = Hello(samples, "digest", fixed)
+    assert unpack_hello(pack_hello(said), tasks=2, limit=1 << 24) == said
+
+
+@given(st.binary(max_size=200))
+def test_anything_else_is_no_hello(content: bytes) -> None:
+    with pytest.raises(MessageRefused):
+        unpack_hello(content, tasks=2, limit=1 << 24)
+
+
+def test_counts_of_another_number_of_tasks_are_refused() -> None:
+    with pytest.raises(MessageRefused, match="3 counts"):
+        unpack_hello(pack_hello(hello(0)), tasks=3, limit=1 << 24)
