@@ -9,6 +9,10 @@
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE}
 
+# nginx is the gate between nodes and the SuperLink (deploy/gate.conf); a base image may bring it.
+RUN command -v nginx >/dev/null \
+ || { apt-get update -q && apt-get install -y -q --no-install-recommends nginx-light && rm -rf /var/lib/apt/lists/*; }
+
 # What is mounted over these folders takes their owner from here.
 RUN useradd --uid 10001 --create-home --home-dir /app app \
  && python3 -m venv /opt/venv \
@@ -24,6 +28,7 @@ RUN --mount=type=bind,source=deploy/wheelhouse,target=/wheelhouse \
     --mount=type=secret,id=pipconf,target=/etc/pip.conf \
     pip install --no-cache-dir ${PIP_ARGS} --find-links /wheelhouse -r /tmp/requirements.txt
 
+COPY deploy/gate.conf /etc/fedcil/gate.conf
 COPY pyproject.toml README.md LICENSE /src/
 COPY fedcil /src/fedcil
 COPY server /src/server

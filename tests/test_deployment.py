@@ -1,13 +1,21 @@
-"""Real Flower servers on loopback: who may join, and who is refused."""
+"""Real Flower servers on loopback: who may join, who is refused, and what a run on them gives."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import pytest
 
 from fedcil.deploy.control import Control, ControlFailed, wait_healthy
@@ -156,3 +164,107 @@ def expire(pki: Pki) -> None:
     """The same names and authority, but a certificate whose time is over."""
     pki.certificate.unlink()
     make_pki(pki.folder, hosts=LOOPBACK, nodes=1, days=-1.0)
+
+
+SMALL = ["data.classes=4", "stream.tasks=2", "training.rounds=2", "training.epochs=2"]
+
+
+def fedcil(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedcil", *words, "--output", str(folder), "--no-figures", "--json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+
+def metrics(folder: Path) -> list[dict[str, object]]:
+    (path,) = folder.glob("*/metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
+
+
+def flowers() -> set[int]:
+    """Flower's processes on this machine."""
+    found = psutil.process_iter(["pid", "cmdline"])
+    return {
+        p.info["pid"] for p in found if any("flower-" in word or "flwr-" in word for word in p.info["cmdline"] or ())
+    }
+
+
+def test_deploy_local_gives_the_metrics_of_the_simulation_and_leaves_nothing(tmp_path: Path) -> None:
+    sets, before = [word for text in SMALL for word in ("--set", text)], flowers()
+    done = fedcil("deploy", "local", "deploy_digits", "--nodes", "3", *sets, folder=tmp_path / "servers")
+    assert done.returncode == 0, done.stderr
+    assert flowers() <= before
+    for engine in ("inline", "ray"):
+        assert fedcil("run", "deploy_digits", "--engine", engine, *sets, folder=tmp_path / engine).returncode == 0
+        assert metrics(tmp_path / "servers") == metrics(tmp_path / engine)
+    said = json.loads(done.stdout)
+    assert said["method"] == "mfcl"
+    assert stat.S_IMODE(next((tmp_path / "servers").glob("*/deployment/pki/server/server.key")).stat().st_mode) == 0o600
+
+
+def test_ctrl_c_leaves_no_process_and_the_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Stopped on real servers, finished in simulation: the same run."""
+    sets, before = [word for text in SMALL for word in ("--set", text)], flowers()
+    words = ["deploy", "local", "deploy_digits", "--nodes", "2", *sets, "--output", str(tmp_path / "a"), "--no-figures"]
+    process = subprocess.Popen([sys.executable, "-m", "fedcil", *words], stderr=subprocess.PIPE, text=True)
+    assert wait_for(
+        lambda: said(next(iter((tmp_path / "a").glob("*/metrics.jsonl")), tmp_path / "x"), ("round",)), 150.0
+    )
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in errors) == (130, False), errors
+    assert flowers() <= before
+    (run,) = (tmp_path / "a").iterdir()
+    resumed = subprocess.run([sys.executable, "-m", "fedcil", "resume", str(run), "--no-figures"], check=False)
+    assert resumed.returncode == 0
+    assert fedcil("run", "deploy_digits", *sets, folder=tmp_path / "b").returncode == 0
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["digits_mfcl"], 2, "server.deadline_s"),
+        (["no_such_scenario"], 2, "no scenario"),
+        (["deploy_digits", "--set", "data.name=tiny_imagenet", "--set", "data.classes=4"], 2, "tiny_imagenet"),
+    ],
+)
+def test_what_cannot_be_deployed_is_said_before_anything_starts(
+    tmp_path: Path, words: list[str], code: int, says: str
+) -> None:
+    done = fedcil("deploy", "local", *words, folder=tmp_path)
+    assert done.returncode == code
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_through_the_gate_a_node_is_let_in_and_nobody_controls(servers: Servers, tmp_path: Path) -> None:
+    """The shipped configuration of nginx, with the addresses of this machine."""
+    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
+    if nginx is None:
+        pytest.skip("nginx is not installed")
+    port = free_port()
+    text = (Path(__file__).parent.parent / "deploy" / "gate.conf").read_text()
+    for old, new in {
+        "$superlink superlink:8000": f"$superlink {servers.control.address}",
+        "proxy_ssl_name superlink": "proxy_ssl_name localhost",
+        "listen 8000": f"listen 127.0.0.1:{port}",
+        "/tmp/": f"{tmp_path}/",
+        " /pki/": f" {servers.pki.folder}/",
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "gate.conf").write_text(text)
+    gate, keeper = f"127.0.0.1:{port}", Keeper()
+    words = supernode(servers.pki, 0, gate, free_port(), new_secret(tmp_path / "secret"), "partition-id=0")
+    command = (nginx, "-c", str(tmp_path / "gate.conf"), "-g", "daemon off;")
+    keeper.start(Role("gate", command, tmp_path / "gate.log", dict(os.environ)))
+    keeper.start(Role("node", words, tmp_path / "node.log", flower_environment(tmp_path / "home")))
+    try:
+        assert wait_for(servers.online, 40.0), (tmp_path / "node.log").read_text()
+        with pytest.raises(ControlFailed):
+            replace(servers.control, address=gate, home=tmp_path / "control").nodes()
+        assert servers.control.nodes()
+    finally:
+        keeper.close()
+    assert wait_for(lambda: not servers.online(), 30.0)

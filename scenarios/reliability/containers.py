@@ -136,6 +136,24 @@ def restart_superlink(deployment: Deployment) -> None:
     deployment.note("the SuperLink crashed", healthy_after_s=round(healthy, 1), next_round_s=round(after, 1))
 
 
+ASK = """
+import ssl, sys, urllib.error, urllib.request as web
+context = ssl.create_default_context(cafile="/pki/public/ca.pem")
+request = web.Request(f"https://{sys.argv[1]}:8000/v1/control/list-runs", data=b"")
+try:
+    print(web.urlopen(request, context=context, timeout=5).status)
+except urllib.error.HTTPError as error:
+    print(error.code)
+except OSError:
+    print("unreachable")
+"""
+
+
+def control_answers(deployment: Deployment, service: str, host: str) -> str:
+    """What the control interface says to somebody in a container: an HTTP status, or unreachable."""
+    return docker("exec", deployment.container(service), "python", "-c", ASK, host, check=False).strip()
+
+
 def joined(lines: Sequence[dict[str, Any]]) -> set[str]:
     return {event["node"] for line in lines for event in line["cost"].get("nodes", ()) if event["event"] == "joined"}
 
@@ -150,13 +168,16 @@ def check(deployment: Deployment, rounds: int) -> dict[str, bool]:
     lines = deployment.lines()
     places = [(line["task"], line["phase"], line["round"]) for line in lines if line["kind"] == "round"]
     tasks = [line for line in lines if line["kind"] == "task"]
-    services = ("superlink", "serverapp", "client", "supervisor")
+    services = ("superlink", "serverapp", "gate", "client", "supervisor")
     return {
         "the supervisor ended well": deployment.inspect("supervisor", "{{.State.ExitCode}}") == "0",
         "every round is there once": len(places) == len(set(places)) == SCENARIO["tasks"] * rounds,
         "every task was evaluated": len(tasks) == SCENARIO["tasks"],
         "the model learned": all(line["accuracy"][-1] > 0.5 for line in tasks),
         "no round was without a quorum": all(line.get("status", "ok") == "ok" for line in lines),
+        "a client cannot reach the control interface": control_answers(deployment, "client", "gate") == "403"
+        and control_answers(deployment, "client", "superlink") == "unreachable"
+        and control_answers(deployment, "serverapp", "superlink") not in ("403", "unreachable"),
         "all containers are read-only": all(
             deployment.inspect(service, "{{.HostConfig.ReadonlyRootfs}}") == "true" for service in services
         ),
