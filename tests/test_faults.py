@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from scenarios.reliability import deployment
 from scenarios.reliability.common import Fault, Outcome
 from scenarios.reliability.faults import FAULTS, examine
 
@@ -20,7 +21,7 @@ DISK = {"missing_folder": 1, "disk_operation_fails": 8, "disk_dies": 4}
 ROOT_ONLY = {"full_disk": 2, "read_only_disk": 1, "forbidden_folder": 1}
 MESSAGES = {"messages_lost": 3, "messages_late": 3, "messages_storm": 5}
 RAY = {"ray_worker_kill": 1, "ray_raylet_kill": 1, "ray_gcs_server_kill": 1, "ray_sigterm": 1}
-LONG = {"inline_pause"}  # half a minute of waiting each
+LONG = {"inline_pause"} | {fault.name for fault in deployment.FAULTS}  # half a minute or more each
 
 
 def run(trials: int, name: str, tmp_path: Path, seed: int = 0) -> dict[str, Any]:

@@ -24,10 +24,16 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-from scenarios.reliability import disk, kills, messages, ray_kills
+from scenarios.reliability import deployment, disk, kills, messages, ray_kills
 from scenarios.reliability.common import Fault, Outcome
 
-FAULTS: tuple[Fault, ...] = (*kills.FAULTS, *ray_kills.FAULTS, *disk.FAULTS, *messages.FAULTS)
+FAULTS: tuple[Fault, ...] = (
+    *kills.FAULTS,
+    *ray_kills.FAULTS,
+    *disk.FAULTS,
+    *messages.FAULTS,
+    *deployment.FAULTS,
+)
 
 
 def attempt(fault: Fault, seed: int) -> Outcome:
