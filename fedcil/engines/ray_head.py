@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,23 +19,46 @@ from fedcil.port import StopSignal
 HEAD = ("raylet", "gcs_server")
 LOOK_S = 0.5
 PATIENCE_S = 15.0
+LAST = """this process was ended from outside: killed, or by Ray, whose head died
+  next: look for a lack of memory (dmesg), then `fedcil resume RUN`"""
 
 
 @contextlib.contextmanager
 def watched(stop: StopSignal) -> Iterator[None]:
     """Within, the death of Ray's head ends the run with a message, through the signal that engines look at."""
+    with last_words(LAST) as mouth, watch(mouth.pid, stop):
+        yield
+
+
+@contextlib.contextmanager
+def last_words(text: str) -> Iterator[subprocess.Popen[bytes]]:
+    """``text`` on stderr if this process ends within, without a word: Ray exits from C++ if it is being asked for
+    something just as its head dies. A shell waits at the other end of a pipe that closes when this process ends.
+    """
+    command = ["sh", "-c", 'read -r over || echo "error: $0" >&2', text]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as shell:
+        try:
+            yield shell
+        finally:
+            with contextlib.suppress(OSError):
+                os.write(shell.stdin.fileno(), b"over\n")  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def watch(spared: int, stop: StopSignal) -> Iterator[None]:
+    """Look at the head from a thread. ``spared``: a child that is not Ray's."""
     head = {child.name(): child for child in psutil.Process().children(recursive=True) if child.name() in HEAD}
     over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(head, stop, over), name="ray head", daemon=True)
-    watch.start()
+    thread = threading.Thread(target=_watch, args=(head, spared, stop, over), name="ray head", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         over.set()
-        watch.join()
+        thread.join()
 
 
-def _watch(head: Mapping[str, psutil.Process], stop: StopSignal, over: threading.Event) -> None:
+def _watch(head: Mapping[str, psutil.Process], spared: int, stop: StopSignal, over: threading.Event) -> None:
     while not over.wait(LOOK_S):
         dead = [name for name, process in head.items() if not alive(process)]
         if dead:
@@ -43,7 +67,7 @@ def _watch(head: Mapping[str, psutil.Process], stop: StopSignal, over: threading
                 where="engine",
                 next="look for a lack of memory (`dmesg`), then `fedcil resume RUN`",
             )
-            end_children()
+            end_children(spared)
             stop.fail(problem)
             if not over.wait(PATIENCE_S):  # the run hangs in a call to who is not there any more
                 print(f"error: {problem}", file=sys.stderr, flush=True)
@@ -58,8 +82,9 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-def end_children() -> None:
+def end_children(spared: int) -> None:
     """What is left of a Ray without a head: it would hang about, and so would calls that wait for it."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            child.kill()
+            if child.pid != spared:
+                child.kill()

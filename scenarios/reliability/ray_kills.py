@@ -70,10 +70,11 @@ def head_killed(name: str) -> Fault:
         if not head or folder is None:
             return Outcome(False, f"no {name} was found")
         head[0].kill()
+        command.wait()
+        took, left = time.monotonic() - killed, alive(family)
         problem = clear(command, [1])
-        took = time.monotonic() - killed
-        if problem or took > LONGEST_S or (left := alive(family)):
-            return Outcome(False, problem or f"{took:.1f} s, or processes left: {left}")
+        if problem or left or took > LONGEST_S:
+            return Outcome(False, problem or f"{took:.1f} s, processes left: {left}")
         return resumed(folder, error_line(command))
 
     return Fault(f"ray_{name}_kill", CLEAR, trial, 5)
