@@ -17,11 +17,11 @@ from torch import Tensor
 from client.states import StateStore
 from client.training import learning_rate, local_sgd
 from fedcil.data.augment import make_batch
-from fedcil.errors import FedcilError, Stopped
+from fedcil.errors import FedcilError, MessageRefused, Stopped
 from fedcil.experiment import Experiment
-from fedcil.fold import Fold
 from fedcil.keys import Key
 from fedcil.messages import (
+    BORDER,
     UNEXPECTED,
     Broadcast,
     Contribution,
@@ -35,6 +35,7 @@ from fedcil.messages import (
 )
 from fedcil.methods.base import Phase, Prepared, Samples
 from fedcil.models.network import Network, copy_into, state_of
+from fedcil.robust import admissible, empty_fold
 from fedcil.stream import Task
 
 
@@ -105,11 +106,11 @@ class Worker:
 
 def handle(request: Request, worker: Worker) -> Reply:
     """Do every job of a request. A client that breaks becomes a Failure; only Stopped is raised."""
-    fold = Fold.empty(request.cohort)
+    fold = empty_fold(request.cohort, request.rule)
     reports: list[Report] = []
     failures: list[Failure] = []
     for job in request.jobs:
-        result, contribution = do_job(request.broadcast, job, worker)
+        result, contribution = _bounded(request, *do_job(request.broadcast, job, worker))
         if isinstance(result, Failure):
             failures.append(result)
         else:
@@ -119,6 +120,18 @@ def handle(request: Request, worker: Worker) -> Reply:
         else:
             fold.add(job.position, contribution)
     return Reply(fold, tuple(reports), tuple(failures))
+
+
+def _bounded(
+    request: Request, result: Report | Failure, contribution: Contribution | None
+) -> tuple[Report | Failure, Contribution | None]:
+    """What the border of another engine would let through of this answer."""
+    if contribution is None:
+        return result, None
+    try:
+        return result, admissible(contribution, request.broadcast.tensors, request.rule)
+    except MessageRefused as error:
+        return Failure(result.client, BORDER, error.what), None
 
 
 def do_job(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Report | Failure, Contribution | None]:

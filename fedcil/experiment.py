@@ -20,6 +20,7 @@ from fedcil.models import make_architecture
 from fedcil.models.network import initialise, snapshot
 from fedcil.partition import TaskPartition, make_partition
 from fedcil.population import Population, make_population
+from fedcil.rule import PLAIN
 from fedcil.scenario import Scenario
 from fedcil.state import RunState, ServerState
 from fedcil.stream import Stream, Task, make_stream
@@ -117,6 +118,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     architecture = make_architecture(scenario.model, (channels, height, width))
     scenario.method.check_image(architecture.image)
     method = scenario.method.build()
+    refuse_idle_rule(scenario, method, stream)
     clients, timeline = scenario.clients.count, make_timeline(method, stream, scenario.training.rounds)
     population = make_population(scenario.population, clients, timeline, key)
     return Experiment(
@@ -134,6 +136,18 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
 def make_timeline(method: Method, stream: Stream, rounds: int) -> Timeline:
     """The rounds of every phase of every task."""
     return Timeline.of([[phase.rounds for phase in method.phases(task, rounds)] for task in stream.tasks])
+
+
+def refuse_idle_rule(scenario: Scenario, method: Method, stream: Stream) -> None:
+    """Robust folds and limits are for clients that send the model: over statistics they do nothing."""
+    phases = [phase for task in stream.tasks for phase in method.phases(task, scenario.training.rounds)]
+    if scenario.server.rule != PLAIN and not any(phase.sends_model for phase in phases):
+        raise ScenarioError(
+            f"no client of {scenario.method.name!r} ever sends the model",
+            where="server.fold, server.norm_limit, server.clip_norm",
+            allowed="a method with a phase of local training",
+            next="leave these keys out, or choose another method",
+        )
 
 
 def refuse_untested_tasks(stream: Stream, data: Dataset) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from fedcil.fold import Fold
+from dataclasses import replace
+
 from fedcil.messages import Contribution, Failure, Job, Outcome, Reply, Report, Request
 from fedcil.port import ClientDone
+from fedcil.robust import empty_fold
 
 
 def cut(request: Request, pieces: int) -> list[Request]:
@@ -13,7 +15,7 @@ def cut(request: Request, pieces: int) -> list[Request]:
     while size * pieces < len(request.jobs):
         size *= 2
     starts = range(0, len(request.jobs), size)
-    return [Request(request.broadcast, request.jobs[start : start + size], request.cohort) for start in starts]
+    return [replace(request, jobs=request.jobs[start : start + size]) for start in starts]
 
 
 class Gathered:
@@ -21,7 +23,7 @@ class Gathered:
 
     def __init__(self, request: Request, done: ClientDone) -> None:
         self._jobs: dict[int, Job] = {job.client: job for job in request.jobs}
-        self._fold = Fold.empty(request.cohort)
+        self._fold = empty_fold(request.cohort, request.rule)
         self._reports: list[Report] = []
         self._failures: list[Failure] = []
         self._done = done

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedcil.rule import PLAIN, Rule
+
 if TYPE_CHECKING:
     from fedcil.fold import Fold
 
@@ -65,11 +67,15 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """``cohort`` is the number of leaves of the round's tree; an engine may split the jobs, never the tree."""
+    """``cohort`` is the number of leaves of the round's tree; an engine may split the jobs, never the tree.
+
+    ``rule``: what the answers must be like, and how they are put together.
+    """
 
     broadcast: Broadcast
     jobs: tuple[Job, ...]
     cohort: int
+    rule: Rule = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,8 @@ class Report:
 
 UNEXPECTED = "client"
 """Stage of a failure that nobody foresaw: an exception out of the method, the model or the data."""
+BORDER = "border"
+"""Stage of a failure whose answer came, and was refused."""
 
 
 @dataclass(frozen=True, slots=True)

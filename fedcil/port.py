@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from fedcil.errors import Stopped
+from fedcil.errors import FedcilError, Stopped
 
 if TYPE_CHECKING:
     from fedcil.messages import Outcome, Request
@@ -39,17 +39,26 @@ class Port(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StopSignal:
-    """Set by Ctrl-C, SIGTERM or a time limit; looked at between steps, so that nothing is cut in two."""
+    """Set by Ctrl-C, SIGTERM or a time limit; looked at between steps, so that nothing is cut in two.
+
+    An engine that lost what it works with sets a problem instead, to be raised in the same places.
+    """
 
     event: threading.Event = field(default_factory=threading.Event)
     exit_code: list[int] = field(default_factory=list)
+    problem: list[FedcilError] = field(default_factory=list)
 
     def set(self, exit_code: int) -> None:
         self.exit_code.append(exit_code)
         self.event.set()
 
+    def fail(self, problem: FedcilError) -> None:
+        self.problem.append(problem)
+
     def check(self) -> None:
-        """Raise Stopped if somebody asked for it."""
+        """Raise Stopped if somebody asked for it, or the problem that there is."""
+        if self.problem:
+            raise self.problem[0]
         if self.event.is_set():
             raise Stopped(self.exit_code[0])
 

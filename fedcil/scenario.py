@@ -25,6 +25,7 @@ from pydantic import (
 from fedcil.dotted import load_dotted
 from fedcil.errors import ScenarioError
 from fedcil.methods import METHODS
+from fedcil.rule import FoldName, Rule
 from fedcil.section import (
     Above0,
     Count,
@@ -258,12 +259,29 @@ class ServerSection(Section):
     """``[server]``: averaging, evaluation, checkpoints, and when a round counts."""
 
     weighting: Literal["samples", "uniform"] = "samples"
+    fold: FoldName = Field("mean", description="how models become one; all but mean count each client once")
+    byzantine: Count = Field(0, description="trimmed_mean, krum, multi_krum: clients of a round that may lie")
+    norm_limit: Above0 | None = Field(None, description="largest L2 norm of an update; more is refused")
+    clip_norm: Above0 | None = Field(None, description="largest L2 norm of an update; more is scaled down to it")
     evaluate_every: Count = Field(1, description="rounds; 0: at the end of each task only")
     checkpoint_every: Positive = Field(1, description="rounds")
     deadline_s: Above0 | None = Field(None, description="seconds a round may take; none: no limit")
     quorum: Share = Field(0.0, description="share of the asked clients that must answer")
     patience: Positive = Field(10, description="rounds without quorum in a row before the run ends")
     threads: Threads = Field(1, description="intra-operator threads of boundary and evaluation")
+
+    @model_validator(mode="after")
+    def _byzantine_is_used(self) -> Self:
+        if self.byzantine and self.fold in ("mean", "median"):
+            raise ValueError(f"byzantine belongs to trimmed_mean, krum and multi_krum, not to fold = {self.fold!r}")
+        if self.fold == "trimmed_mean" and not self.byzantine:
+            raise ValueError("fold = 'trimmed_mean' needs byzantine = 1 or more: how many to leave out at either end")
+        return self
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of phases whose clients send the model."""
+        return Rule(self.fold, self.byzantine, self.norm_limit, self.clip_norm)
 
 
 class EngineSection(Section):
@@ -339,6 +357,13 @@ class Scenario(Section):
         if self.clients.over_sample > 1 and self.clock.name == "off":
             raise ValueError("clients.over_sample needs a clock: clock.name says who of them is in first")
         self._refuse_small_population()
+        if self.server.rule.least > self.clients.per_round:
+            raise ValueError(
+                f"server.fold = {self.server.fold!r} with byzantine = {self.server.byzantine} needs "
+                f"{self.server.rule.least} clients in a round, clients.per_round is {self.clients.per_round}"
+            )
+        if self.clock.late == "fold" and self.server.fold != "mean":
+            raise ValueError("clock.late = 'fold' adds late updates to a mean: it needs server.fold = 'mean'")
         if self.engine.gpus_per_worker > 0 and self.device == "cpu":
             raise ValueError("engine.gpus_per_worker needs device = 'cuda' or 'auto'")
         if self.data.name == "super_imagenet" and self.data.mapping is None:
@@ -363,14 +388,20 @@ class Scenario(Section):
         return plain
 
     def deciding(self) -> dict[str, Any]:
-        """What decides the result, by key (``training.lr``): all but engine, data root and how often state is saved."""
+        """What decides the result, by key (``training.lr``): all but engine, data root and how often state is saved.
+
+        A key that is younger than runs that exist counts only where it is not at its default: they stay resumable.
+        """
         plain = flatten(self.to_dict())
-        idle = {"data.root", "server.checkpoint_every"}
+        idle = {"data.root", "server.checkpoint_every"} | {key for key in YOUNGER if plain[key] == YOUNGER[key]}
         return {key: value for key, value in plain.items() if key not in idle and not key.startswith("engine.")}
 
     def digest(self) -> str:
         """Hash of what decides the result."""
         return blake2b(json.dumps(self.deciding(), sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+YOUNGER: dict[str, Any] = {"server.fold": "mean", "server.byzantine": 0}
 
 
 def _without_none(value: Any) -> Any:

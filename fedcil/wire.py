@@ -10,7 +10,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from reprlib import repr as short
 from typing import Any, TypeGuard
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from fedcil.errors import MessageRefused
 from fedcil.messages import Broadcast, Contribution, Failure, Job, Payload, Report, Tensors
+from fedcil.robust import admissible
+from fedcil.rule import PLAIN, Rule
 from fedcil.tensor_files import tensor_bytes
 
 MAGIC = b"fedcil01"
@@ -145,17 +147,25 @@ class Expected:
     samples: Mapping[int, int]  # by client: what the server knows that it has
     spec: Spec | None  # None: this phase sends no tensors
     limit: int
+    weights: Mapping[int, float] = field(default_factory=dict)  # by client, where the server knows what it must be
+    start: Tensors = field(default_factory=dict)  # the model that was sent: updates are measured from it
+    rule: Rule = PLAIN
 
 
 def admit(packet: bytes, expected: Expected) -> Answer:
-    """The border. MessageRefused, naming client and reason, for anything that does not belong here."""
+    """The border. MessageRefused, naming client and reason, for anything that does not belong here.
+
+    Size, digest, parse (``unpack``); run, round, client; report; names, shapes, dtypes, finite values, norm.
+    """
     header, tensors = unpack(packet, limit=expected.limit)
     client = header.get("client")
-    if type(client) is not int or client not in expected.jobs:
-        raise MessageRefused("an answer that nobody asked for", where=f"client {short(client)}")
-    where = f"client {client}"
-    if header.get("run") != expected.run or header.get("place") != expected.place:
+    where = f"client {short(client)}"
+    if header.get("run") != expected.run:
+        raise MessageRefused("an answer to another run", where=where)
+    if header.get("place") != expected.place:
         raise MessageRefused("an answer to another round", where=where)
+    if type(client) is not int or client not in expected.jobs:
+        raise MessageRefused("an answer that nobody asked for", where=where)
     if "failure" in header:
         return Answer(_failure(client, header["failure"]))
     report = _report(client, header.get("report"), tensors, expected)
@@ -163,9 +173,12 @@ def admit(packet: bytes, expected: Expected) -> Answer:
         if tensors:
             raise MessageRefused("tensors where none belong", where=where)
         return Answer(report)
-    weight = _weight(header.get("weight"), where)
+    weight = _weight(header.get("weight"), expected.weights.get(client), where)
     _check_tensors(tensors, weight, expected.spec, where)
-    return Answer(report, Contribution(tensors, weight))
+    try:
+        return Answer(report, admissible(Contribution(tensors, weight), expected.start, expected.rule))
+    except MessageRefused as error:
+        raise MessageRefused(error.what, where=where) from None
 
 
 def _failure(client: int, value: Any) -> Failure:
@@ -202,7 +215,9 @@ def _report(client: int, value: Any, tensors: Tensors, expected: Expected) -> Re
     )
 
 
-def _weight(value: Any, where: str) -> float:
+def _weight(value: Any, known: float | None, where: str) -> float:
+    if known is not None and value != known:
+        raise MessageRefused(f"a weight of {short(value)}", where=where, allowed=f"{known:g}")
     if not _is_number(value) or not WEIGHTS[0] <= value <= WEIGHTS[1]:
         raise MessageRefused(f"a weight of {short(value)}", where=where, allowed=f"{WEIGHTS[0]} to {WEIGHTS[1]}")
     return float(value)

@@ -16,7 +16,7 @@ from fedcil.errors import MessageRefused, TooFewClients
 from fedcil.experiment import Experiment
 from fedcil.gather import Gathered
 from fedcil.hello import Share
-from fedcil.messages import Failure, Job, Outcome, Request
+from fedcil.messages import BORDER, Failure, Job, Outcome, Request
 from fedcil.port import ClientDone, StopSignal, remaining
 from fedcil.stream import Task
 from fedcil.wire import Expected, Spec, admit, pack_broadcast, pack_payload, place_of, spec_of
@@ -86,7 +86,7 @@ class GridPort:
                 node, jobs = open_messages.pop(message)
                 if not reply.has_error() and "missing" in reply.content and node not in lacking:
                     lacking.add(node)  # answered once by sending the bytes
-                    open_messages |= self._send(Request(request.broadcast, jobs, request.cohort), lacking, gathered)
+                    open_messages |= self._send(replace(request, jobs=jobs), lacking, gathered)
                 else:
                     take(reply, jobs, expected, gathered)
             pause(started)
@@ -163,6 +163,9 @@ class GridPort:
             samples={job.client: int(counts[job.client]) for job in request.jobs},
             spec=spec,
             limit=elements + ANSWER_OVERHEAD,
+            weights=known_weights(experiment, task, request),
+            start=broadcast.tensors,
+            rule=request.rule,
         )
 
 
@@ -170,6 +173,15 @@ def pause(started: float) -> None:
     """Between two looks: short at first, since simulated nodes answer at once; real ones take seconds."""
     waited = time.monotonic() - started
     time.sleep(min(LONGEST_POLL_S, max(SHORTEST_POLL_S, waited / 10)))
+
+
+def known_weights(experiment: Experiment, task: Task, request: Request) -> dict[int, float]:
+    """Weights that the server knows beforehand: of models that were trained on a client's own samples alone."""
+    kind = experiment.method.phases(task, experiment.scenario.training.rounds)[request.broadcast.phase]
+    if kind.work != "train" or experiment.method.client_memory is not None:
+        return {}
+    uniform, counts = experiment.scenario.server.weighting == "uniform", experiment.counts(task)
+    return {job.client: 1.0 if uniform else float(counts[job.client]) for job in request.jobs}
 
 
 def contribution_spec(experiment: Experiment, task: Task, phase: int, model: Spec) -> Spec | None:
@@ -200,7 +212,7 @@ def _take_one(record: object, job: Job, expected: Expected, gathered: Gathered) 
         gathered.wire_bytes += len(packet)
         answer = admit(packet, replace(expected, jobs={job.client: job}))
     except MessageRefused as error:
-        return gathered.fail(job.client, "border", error.what)
+        return gathered.fail(job.client, BORDER, error.what)
     if isinstance(answer.result, Failure):
         return gathered.fail(job.client, answer.result.stage, answer.result.reason)
     return gathered.answer(answer.result, answer.contribution)

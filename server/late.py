@@ -10,6 +10,7 @@ from fedcil.clock import Devices, Schedule, close_round
 from fedcil.experiment import Experiment
 from fedcil.messages import Broadcast, Failure, Job, Outcome, Request, Total, count_bytes
 from fedcil.methods.base import Phase
+from fedcil.rule import PLAIN, Rule
 from fedcil.scenario import ClockSection
 from fedcil.state import Pending, RunState
 from fedcil.stream import Task
@@ -88,8 +89,9 @@ def hold_round(
     """Ask who is on time, fold in what arrives late, and make the late updates that will arrive later."""
     clock, number = experiment.scenario.clock, number_of(experiment, state)
     folds = clock.late == "fold" and phase.work == "train" and phase.fold == "mean"
-    outcome = ask(make_request(state, schedule.on_time))
-    made = [ask(make_request(state, (client,))) for client in schedule.late] if folds else []
+    rule = rule_of(experiment, phase)
+    outcome = ask(make_request(state, schedule.on_time, rule))
+    made = [ask(make_request(state, (client,), rule)) for client in schedule.late] if folds else []
     seconds = schedule.seconds or 0.0
     arrived = tuple(late for late in state.pending if late.left_s <= seconds)
     pending = [replace(late, left_s=late.left_s - seconds) for late in state.pending if late.left_s > seconds]
@@ -111,14 +113,19 @@ def number_of(experiment: Experiment, state: RunState) -> int:
     return experiment.timeline.number(state.cursor.task, state.cursor.phase, state.cursor.round)
 
 
-def make_request(state: RunState, clients: tuple[int, ...]) -> Request:
+def rule_of(experiment: Experiment, phase: Phase) -> Rule:
+    """Limits and robust folds are for models; what else clients send keeps its sum."""
+    return experiment.scenario.server.rule if phase.sends_model else PLAIN
+
+
+def make_request(state: RunState, clients: tuple[int, ...], rule: Rule) -> Request:
     """One job for each client. A late one is asked alone, so that its tensors come back by themselves, in no sum."""
     cursor, server = state.cursor, state.server
     broadcast = Broadcast(
         task=cursor.task, phase=cursor.phase, round=cursor.round, tensors=server.model, payload=server.payload
     )
     jobs = (Job(client, place, state.client_states.get(client)) for place, client in enumerate(clients))
-    return Request(broadcast, tuple(jobs), len(clients))
+    return Request(broadcast, tuple(jobs), len(clients), rule)
 
 
 def simulated_line(answered: Answered, kept: tuple[Pending, ...], number: int, clock: ClockSection) -> dict[str, Any]:

@@ -7,6 +7,7 @@ where it runs and what a method does at a boundary is not its business.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import resource
 import sys
@@ -23,7 +24,7 @@ from fedcil.availability import Availability, make_availability
 from fedcil.clock import Devices, asked_clients, make_devices
 from fedcil.errors import RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment
-from fedcil.messages import UNEXPECTED, Outcome, Payload, Request, count_bytes
+from fedcil.messages import BORDER, UNEXPECTED, Outcome, Payload, Request, count_bytes
 from fedcil.methods.base import Phase
 from fedcil.port import Port, StopSignal
 from fedcil.record.folder import RunFolder
@@ -37,9 +38,12 @@ from server.late import (
     hold_round,
     make_schedule,
     number_of,
+    rule_of,
     simulated_line,
     wanted_answers,
 )
+
+LOG = logging.getLogger("fedcil.border")
 
 
 class Watcher(Protocol):
@@ -180,7 +184,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     torch.set_num_threads(scenario.server.threads)  # clients in threads of this process may have set another
     clock.stage("clients")
     wanted = wanted_answers(scenario.clients.per_round, phase, answered.cohort)
-    status = round_status(answered.count, wanted, scenario.server.quorum)
+    status = round_status(answered.count, wanted, scenario.server.quorum, rule_of(experiment, phase).least)
     server = state.server
     if status == "ok":
         server = experiment.method.reduce(server, phase, outcome.total)
@@ -199,6 +203,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
         line["cost"]["nodes"] = list(outcome.attendance.events)
     session.record([line])
     session.watcher.recorded(line)
+    log_refused(outcome)
     refuse_broken_method(outcome, answered.trained)
     if after.short_rounds >= scenario.server.patience:
         session.save(after)
@@ -228,12 +233,12 @@ def choose_cohort(session: Session, state: RunState, task: Task, phase: Phase) -
     return choose(candidates, phase, asked, experiment.key.at(*place))
 
 
-def round_status(answered: int, asked: int, quorum: float) -> str:
-    """ok, empty (nobody was asked), or no_quorum (too few of the asked answered, or none at all)."""
+def round_status(answered: int, asked: int, quorum: float, least: int = 0) -> str:
+    """ok, empty (nobody was asked), or no_quorum: too few of the asked answered, or fewer than a robust fold needs."""
     if asked == answered == 0:
         return "empty"
     enough = quorum * asked - 1e-9  # a share like 0.28 of 25 is not exact in binary
-    return "ok" if answered and answered >= enough else "no_quorum"
+    return "ok" if answered >= max(1, least, enough) else "no_quorum"
 
 
 def evaluation_due(cursor: Cursor, phase: Phase, every: int) -> bool:
@@ -340,6 +345,13 @@ def end_task(session: Session, state: RunState, task: Task) -> RunState:
     after = forget_leavers(after, experiment)
     session.save(after)
     return after
+
+
+def log_refused(outcome: Outcome) -> None:
+    """Who sent something that was refused, and why: it may be a bug, or an attack."""
+    for failure in outcome.failures:
+        if failure.stage == BORDER:
+            LOG.warning("client %d was refused: %s", failure.client, failure.reason)
 
 
 def refuse_broken_method(outcome: Outcome, asked: int) -> None:

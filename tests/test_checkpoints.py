@@ -8,7 +8,6 @@ import pickle
 import random
 import shutil
 import stat
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fedcil.record import checkpoints
 from fedcil.record.checkpoints import Checkpoint, CheckpointFolder
 from fedcil.state import Cursor, RunState, ServerState
 from fedcil.tensor_files import read_tensors, write_tensors
+from scenarios.reliability.disk import DiskFault, FailingDisk, torn
 
 
 def checkpoint(number: int) -> Checkpoint:
@@ -168,64 +168,6 @@ def test_files_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
 # The n-th operation fails
 
 
-class Fault(OSError):
-    """The disk."""
-
-
-class Faults:
-    """Counts writes, syncs, renames and removals; the n-th fails, and with ``dead`` all after it."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, fail_at: int, dead: bool) -> None:
-        self.count, self.fail_at, self.dead = 0, fail_at, dead
-        self._count_calls(patch, os, "fsync")
-        self._count_calls(patch, Path, "replace")
-        self._count_calls(patch, Path, "unlink")
-        opened = Path.open
-
-        def counted_open(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
-            file = opened(path, mode, *args, **options)
-            return file if mode == "r" else HalfWriter(file, self)
-
-        patch.setattr(Path, "open", counted_open)
-
-    def step(self) -> bool:
-        """Count; True if this one fails."""
-        self.count += 1
-        return self.count == self.fail_at or (self.dead and self.count > self.fail_at)
-
-    def _count_calls(self, patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-        original: Callable[..., Any] = getattr(owner, name)
-
-        def counted(*args: Any, **options: Any) -> Any:
-            if self.step():
-                raise Fault(name)
-            return original(*args, **options)
-
-        patch.setattr(owner, name, counted)
-
-
-class HalfWriter:
-    """A file whose failing write leaves half of its bytes."""
-
-    def __init__(self, file: Any, faults: Faults) -> None:
-        self.file, self.faults = file, faults
-
-    def write(self, content: bytes) -> int:
-        if self.faults.step():
-            self.file.write(content[: len(content) // 2])
-            raise Fault("write")
-        return int(self.file.write(content))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def __enter__(self) -> HalfWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-
 @pytest.mark.parametrize("dead", [False, True])
 def test_whichever_operation_fails_the_old_or_the_new_state_is_there(tmp_path: Path, dead: bool) -> None:
     """SQLite's way: n = 1, 2, 3 ... until the save goes through. Then the run goes on, resumed or not."""
@@ -234,17 +176,17 @@ def test_whichever_operation_fails_the_old_or_the_new_state_is_there(tmp_path: P
         folder = tmp_path / str(fail_at)
         made = saved(folder, 0, 1, 2)
         with pytest.MonkeyPatch.context() as patch:
-            faults = Faults(patch, fail_at, dead)
+            disk = FailingDisk(patch.setattr, fail_at, dead)
             try:
                 made.save(checkpoint(3))
                 failed = False
-            except Fault:
+            except DiskFault:
                 failed = True
         found = loaded(folder)
         assert found in (bits(checkpoint(2)), bits(checkpoint(3)))
         outcomes.add((failed, found == bits(checkpoint(3))))
         go_on_saving(folder, made)
-        if faults.count < fail_at:
+        if disk.count < fail_at:
             break
     assert 10 < fail_at < 60
     assert (True, False) in outcomes
@@ -271,24 +213,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
     for fail_at in (1, 2, 3):
         write_atomic(target, b"old")
         with pytest.MonkeyPatch.context() as patch:
-            Faults(patch, fail_at, dead=False)
-            with pytest.raises(Fault):
+            FailingDisk(patch.setattr, fail_at, dead=False)
+            with pytest.raises(DiskFault):
                 write_atomic(target, b"new")
         assert target.read_bytes() == b"old"
         assert files(tmp_path) == {"file"}
 
 
 # Torn and damaged files
-
-
-def torn(content: bytes, rng: random.Random) -> bytes:
-    """The end is missing, zero, or noise; or one bit is another."""
-    place = rng.randrange(len(content))
-    kind = rng.randrange(4)
-    if kind == 3:
-        return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
-    rest = len(content) - place
-    return content[:place] + [b"", b"\0" * rest, rng.randbytes(rest)][kind]
 
 
 @pytest.mark.usefixtures("unsynced")

@@ -15,7 +15,9 @@ import psutil
 import pytest
 
 from fedcil.errors import RunFailed
-from fedcil.messages import Job, Report
+from fedcil.experiment import open_experiment
+from fedcil.messages import Job, Report, count_bytes
+from fedcil.scenario_file import load_scenario
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.engines]
 
@@ -77,6 +79,20 @@ def test_clients_that_come_go_and_vanish_are_the_same_on_every_engine(method: st
     assert any(line["arrived"] for line in rounds)
     for engine in ("ray", "flower"):
         assert run(method, engine, 2, tmp_path, *CHURN) == expected
+
+
+@pytest.mark.parametrize("engine", ["ray", "flower"])
+@pytest.mark.parametrize(
+    "rule", ["server={fold='krum', byzantine=1}", "server={fold='trimmed_mean', byzantine=1, norm_limit=1.4}"]
+)
+def test_robust_folds_and_limits_agree_bit_for_bit(engine: str, rule: str, tmp_path: Path) -> None:
+    """Ray sends every contribution where it would send partial sums; Flower's meet the border."""
+    expected = run("mfcl", "inline", 1, tmp_path, rule)
+    assert run("mfcl", engine, 2, tmp_path, rule) == expected
+    assert expected != run("mfcl", "inline", 1, tmp_path)
+    assert any(line.get("status") == "ok" for line in expected)
+    refused = [failure["stage"] for line in expected for failure in line.get("failures", ())]
+    assert set(refused) == ({"border"} if "norm_limit" in rule else set())
 
 
 @pytest.mark.parametrize("engine", ["ray", "flower"])
@@ -165,6 +181,16 @@ def test_the_longest_jobs_come_first_once_their_cost_is_known() -> None:
     assert costs.of(jobs[2:]) == 4.0  # unknown ones count as the mean
     costs.learn([Report(client=1, samples=1, seconds=5.0)])
     assert costs.of([jobs[1]]) == 5.0
+
+
+def test_a_robust_fold_has_room_for_the_models_of_a_whole_round() -> None:
+    """FedAvg on digits with 5 of 20 clients a round: 10 more models instead of one worker's 6 partial sums."""
+    from fedcil.engines.ray import store_bytes
+
+    mean = open_experiment(load_scenario("digits_fedavg"))
+    robust = open_experiment(load_scenario("digits_fedavg", ["server.fold='median'"]))
+    model = count_bytes(mean.first_state().server.model)
+    assert store_bytes(robust, 1) - store_bytes(mean, 1) == (2 * 5 - 2 * 3) * model
 
 
 def test_a_worker_that_is_not_as_the_server_is_refused_with_the_difference(tmp_path: Path) -> None:

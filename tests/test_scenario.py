@@ -256,6 +256,8 @@ OTHER = {  # a value that differs from the default and can stand alone
     "data.root": "/elsewhere",
     "data.mapping": "x.yaml",
     "engine.address": "auto",
+    "server.fold": "median",
+    "server.byzantine": {"fold": "trimmed_mean", "byzantine": 1},
     "stream.class_order": "seeded",
     "clients.per_round": 3,
     "population.name": {"name": "turnover", "size": 5},

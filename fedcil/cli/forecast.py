@@ -100,7 +100,8 @@ def _limited(present: list[int], phase: Phase, most: int) -> int:
 
 def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     """MB of one process: torch itself, the images, and for each worker five copies of the model (parameters,
-    gradients, anchor, contribution, partial sum) and the activations of a batch with their gradients.
+    gradients, anchor, contribution, partial sum) and the activations of a batch with their gradients. A robust fold
+    keeps the models of a whole round.
     """
     scenario, task = experiment.scenario, experiment.stream.tasks[-1]
     stored = experiment.data.train.images.nbytes + experiment.data.test.images.nbytes
@@ -108,7 +109,8 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     pool = 4 * kept * math.prod(experiment.compute.architecture.image)
     activations = 2 * (scenario.training.batch_size + added) * activation_bytes(experiment)
     workers = worker_count(scenario)
-    return int(TORCH_MB + (stored + pool + workers * (COPIES * model_bytes + activations)) / 2**20)
+    cohort = 0 if scenario.server.fold == "mean" else scenario.clients.per_round * model_bytes
+    return int(TORCH_MB + (stored + pool + cohort + workers * (COPIES * model_bytes + activations)) / 2**20)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ import flwr.simulation
 from flwr.serverapp import Grid
 
 from client import app as client_app
-from fedcil.engines import Setting
+from fedcil.engines import Setting, ray_head
 from fedcil.engines.ray import cluster
 from fedcil.engines.workers import worker_count
 from fedcil.port import Port
@@ -43,13 +44,18 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
         os.environ[client_app.DATA_ROOT] = str(setting.data_root.absolute())
     logging.getLogger("flwr").setLevel(logging.ERROR)
     resources = {"num_cpus": 1, "num_gpus": scenario.engine.gpus_per_worker}
-    with cluster(scenario.engine.address, worker_count(scenario), scenario.engine.gpus_per_worker):
-        flwr.simulation.run_simulation(
-            server_app(inside),
-            client_app.app,
-            num_supernodes=nodes,
-            backend_config={"client_resources": resources},
-        )
+    with cluster(setting.stop, scenario.engine.address, worker_count(scenario), scenario.engine.gpus_per_worker):
+        try:
+            flwr.simulation.run_simulation(
+                server_app(inside),
+                client_app.app,
+                num_supernodes=nodes,
+                backend_config={"client_resources": resources},
+            )
+        except BaseException:
+            time.sleep(2 * ray_head.LOOK_S)  # whatever Flower says after Ray's head has died, that is the reason
+            setting.stop.check()
+            raise
     if problems:
         raise problems[0]
     return results[0]

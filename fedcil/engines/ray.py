@@ -24,15 +24,16 @@ from ray.exceptions import RayActorError, RayError
 import fedcil
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
-from fedcil.engines import Setting
+from fedcil.engines import Setting, ray_head
 from fedcil.engines.flat import Flat, FlatReply, flatten_tensors
 from fedcil.engines.workers import PIECES, worker_count
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gather import Gathered, cut
 from fedcil.messages import Broadcast, Job, Outcome, Payload, Report, Request, count_bytes
-from fedcil.port import ClientDone, Port, remaining
+from fedcil.port import ClientDone, Port, StopSignal, remaining
 from fedcil.record.folder import identity
+from fedcil.rule import Rule
 from fedcil.scenario import Scenario, flatten
 
 T = TypeVar("T")
@@ -48,25 +49,34 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     engine = setting.experiment.scenario.engine
     workers = worker_count(setting.experiment.scenario)
     least = workers if engine.workers or not engine.address else 1
-    with cluster(engine.address, least, engine.gpus_per_worker, store_bytes(setting.experiment, workers)):
+    memory = store_bytes(setting.experiment, workers)
+    with cluster(setting.stop, engine.address, least, engine.gpus_per_worker, memory):
         port = RayPort(setting, Crew(setting))
         try:
             return loop(port)
+        except RayError:
+            time.sleep(2 * ray_head.LOOK_S)  # whatever Ray says after its head has died, that is the reason
+            setting.stop.check()
+            raise
         finally:
             port.close()
 
 
 def store_bytes(experiment: Experiment, workers: int) -> int:
-    """An object store for two rounds' models, two tasks' payloads, and what each worker may have on the way."""
+    """An object store for two rounds' models, two tasks' payloads, and what workers may have on the way: partial sums,
+    or for a robust fold the models of a whole round, which stay there until it is over.
+    """
     model = experiment.first_state().server.model
     payload: int = experiment.scenario.method.payload_bytes(model, experiment.compute)
-    sums = 2 * max(1, experiment.scenario.clients.per_round).bit_length()  # partial sums that one answer can hold
-    return STORE_BYTES + 2 * (count_bytes(model) + payload) + workers * sums * count_bytes(model)
+    cohort = experiment.scenario.clients.per_round
+    sums = 2 * max(1, cohort).bit_length()  # partial sums that one answer can hold
+    held = workers * sums if experiment.scenario.server.fold == "mean" else 2 * cohort
+    return STORE_BYTES + 2 * (count_bytes(model) + payload) + held * count_bytes(model)
 
 
 @contextlib.contextmanager
 def cluster(
-    address: str | None, workers: int, gpus_per_worker: float, store_memory: int | None = None
+    stop: StopSignal, address: str | None, workers: int, gpus_per_worker: float, store_memory: int | None = None
 ) -> Iterator[None]:
     """Ray, started here (with an object store of ``store_memory`` bytes) or attached to; what was started is ended.
     Signals stay with whoever had them.
@@ -95,7 +105,8 @@ def cluster(
             signal.signal(number, handler)
     try:
         refuse_too_little(workers, gpus_per_worker)
-        yield
+        with contextlib.nullcontext() if address else ray_head.watched(stop):
+            yield
     finally:
         ray.shutdown()
 
@@ -124,7 +135,7 @@ class ClientWorker:
         return identity_of(self._worker.shared.experiment)
 
     def run(
-        self, place: Broadcast, model: Flat, payload: tuple[str, list[Any]] | None, jobs: Any, cohort: int
+        self, place: Broadcast, model: Flat, payload: tuple[str, list[Any]] | None, jobs: Any, cohort: int, rule: Rule
     ) -> FlatReply:
         """The jobs of one piece. ``place`` is the broadcast without its tensors; ``payload`` is
         (hash, [reference]): read only when it is not held already.
@@ -133,7 +144,7 @@ class ClientWorker:
             self._payload = Payload(ray.get(payload[1][0]).tensors(), payload[0])
         held = self._payload if payload is not None else None
         broadcast = replace(place, tensors=model.tensors(), payload=held)
-        return FlatReply.of(handle(Request(broadcast, jobs, cohort), self._worker))
+        return FlatReply.of(handle(Request(broadcast, jobs, cohort, rule), self._worker))
 
 
 @dataclass(slots=True)
@@ -165,7 +176,7 @@ class Crew:
 
     def newcomers(self) -> list[Any]:
         """Workers for which the cluster has room now; looked at once in LOOK_FOR_NODES_S seconds."""
-        if time.monotonic() - self._looked < LOOK_FOR_NODES_S:
+        if len(self.workers) >= self._limit or time.monotonic() - self._looked < LOOK_FOR_NODES_S:
             return []
         self._looked = time.monotonic()
         here = ray.cluster_resources()
@@ -238,7 +249,8 @@ class RayPort:
             self._asleep.clear()
             while todo and idle:
                 piece, worker = todo.pop(0), idle.pop(0)
-                busy[worker.run.remote(place, model, payload, piece.jobs, request.cohort)] = (worker, piece)
+                answer = worker.run.remote(place, model, payload, piece.jobs, request.cohort, request.rule)
+                busy[answer] = (worker, piece)
             ready, _ = ray.wait(list(busy), num_returns=1, timeout=LOOK_S)
             for reference in ready:
                 worker, given = busy.pop(reference)
@@ -254,7 +266,7 @@ class RayPort:
         return max(workers, min(workers * PIECES, math.ceil(worth)))
 
     def close(self) -> None:
-        for worker in self._crew.workers:
+        for worker in [] if self._stop.problem else self._crew.workers:
             ray.kill(worker)
 
     def _collect(

@@ -39,6 +39,11 @@ class Phase:
     work: Literal["train", "fit", "remember"] = "train"
     fold: Literal["mean", "sum"] = "mean"
 
+    @property
+    def sends_model(self) -> bool:
+        """Whether limits and robust folds (fedcil/rule.py) are for this phase."""
+        return self.work == "train" and self.fold == "mean"
+
 
 @dataclass(frozen=True, slots=True)
 class Samples:

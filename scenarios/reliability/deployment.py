@@ -12,6 +12,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import psutil
+
 from scenarios.reliability.common import RESUMES, Command, Fault, Outcome, last_line, metrics, sets
 
 SETTINGS = ("training.rounds=3", "stream.tasks=2", "data.classes=4", "training.epochs=3", "server.deadline_s=40")

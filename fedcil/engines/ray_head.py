@@ -1,0 +1,90 @@
+"""Watching over the Ray that was started here. Left alone, Ray ends this process 16 to 61 s after its head died,
+without a word that a person could use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+
+import psutil
+
+from fedcil.errors import RunFailed
+from fedcil.port import StopSignal
+
+HEAD = ("raylet", "gcs_server")
+LOOK_S = 0.5
+PATIENCE_S = 15.0
+LAST = """this process was ended from outside: killed, or by Ray, whose head died
+  next: look for a lack of memory (dmesg), then `fedcil resume RUN`"""
+
+
+@contextlib.contextmanager
+def watched(stop: StopSignal) -> Iterator[None]:
+    """Within, the death of Ray's head ends the run with a message, through the signal that engines look at."""
+    with last_words(LAST) as mouth, watch(mouth.pid, stop):
+        yield
+
+
+@contextlib.contextmanager
+def last_words(text: str) -> Iterator[subprocess.Popen[bytes]]:
+    """``text`` on stderr if this process ends within, without a word: Ray exits from C++ if it is being asked for
+    something just as its head dies. A shell waits at the other end of a pipe that closes when this process ends.
+    """
+    command = ["sh", "-c", 'read -r over || echo "error: $0" >&2', text]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as shell:
+        try:
+            yield shell
+        finally:
+            with contextlib.suppress(OSError):
+                os.write(shell.stdin.fileno(), b"over\n")  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def watch(spared: int, stop: StopSignal) -> Iterator[None]:
+    """Look at the head from a thread. ``spared``: a child that is not Ray's."""
+    head = {child.name(): child for child in psutil.Process().children(recursive=True) if child.name() in HEAD}
+    over = threading.Event()
+    thread = threading.Thread(target=_watch, args=(head, spared, stop, over), name="ray head", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _watch(head: Mapping[str, psutil.Process], spared: int, stop: StopSignal, over: threading.Event) -> None:
+    while not over.wait(LOOK_S):
+        dead = [name for name, process in head.items() if not alive(process)]
+        if dead:
+            problem = RunFailed(
+                "Ray died: its " + " and ".join(sorted(dead)) + " ended",
+                where="engine",
+                next="look for a lack of memory (`dmesg`), then `fedcil resume RUN`",
+            )
+            end_children(spared)
+            stop.fail(problem)
+            if not over.wait(PATIENCE_S):  # the run hangs in a call to who is not there any more
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+                os._exit(problem.exit_code)  # as safe as a kill: the last checkpoint is whole
+            return
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def end_children(spared: int) -> None:
+    """What is left of a Ray without a head: it would hang about, and so would calls that wait for it."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.pid != spared:
+                child.kill()

@@ -1,0 +1,207 @@
+"""What the fault scripts share: a fault, its outcome, and fedcil in a process that can be killed.
+
+A new fault is one function ``(seed, workdir) -> Outcome`` and one line in a table of ``Fault`` (see kills.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import psutil
+
+SMALL = (
+    "method={name='mfcl', preset='small', steps=10, pool=64}",
+    "data.classes=6",
+    "clients={count=10, per_round=5}",
+    "partition={name='iid'}",
+    "stream.tasks=3",
+    "training.rounds=5",
+    "training.epochs=1",
+    "engine.workers=2",
+)
+"""3 tasks of 5 rounds with a boundary, 5 of 10 clients a round, on digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a trial came to. ``recovery_s``: from the start of the resume to its first recorded round."""
+
+    passed: bool
+    what: str
+    recovery_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A kind of fault: what is required of the program, how often to try, and the trial itself.
+
+    ``most``: where a fault can only strike at so many places, all of them are tried, by seed 0, 1, 2, ...
+    """
+
+    name: str
+    required: str
+    trial: Callable[[int, Path], Outcome]
+    trials: int = 10
+    most: Callable[[], int] | None = None
+
+
+RESUMES = "resumes to the metrics of an undisturbed run"
+CLEAR = "ends with an exit code of its own, a message and no traceback; the last checkpoint is intact and resumes"
+
+
+class Command:
+    """A fedcil command in a process forked from this one: nothing is imported again, everything else is as ever."""
+
+    def __init__(self, *arguments: str, folder: Path, prepare: Callable[[], None] = lambda: None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.out, self.err = folder / f"out-{time.time_ns()}", folder / f"err-{time.time_ns()}"
+        self.started = time.monotonic()
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be_fedcil([*arguments, "--no-figures", "--json"], prepare)
+        self.code: int | None = None
+
+    def _be_fedcil(self, arguments: list[str], prepare: Callable[[], None]) -> None:
+        code = 70
+        try:
+            os.setsid()
+            for number, path in ((1, self.out), (2, self.err)):
+                os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), number)
+            from fedcil.cli import main
+
+            prepare()
+            sys.argv = ["fedcil", *arguments]
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1 if end.code else 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def running(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is None
+
+    def wait(self, seconds: float = 300.0) -> int:
+        """The exit code (negative for a signal). Killed, and -99, if it does not end in time."""
+        end = time.monotonic() + seconds
+        while self.running():
+            if time.monotonic() > end:
+                self.kill()
+                os.waitpid(self.pid, 0)
+                self.code = -99
+            time.sleep(0.02)
+        assert self.code is not None
+        return self.code
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def family(self) -> list[psutil.Process]:
+        """Its descendants, as far as they live."""
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.Error:
+            return []
+
+    def said(self) -> str:
+        return self.err.read_text(errors="replace")
+
+
+def sets(overrides: Sequence[str]) -> list[str]:
+    return [part for text in overrides for part in ("--set", text)]
+
+
+def start(output: Path, *more: str, prepare: Callable[[], None] = lambda: None, logs: Path | None = None) -> Command:
+    """The small run into ``output``."""
+    words = ("run", "digits_mfcl", *sets((*SMALL, *more)), "--output", str(output))
+    return Command(*words, folder=logs or output, prepare=prepare)
+
+
+def folder_in(output: Path) -> Path | None:
+    """The run folder in ``output``, once it can be resumed."""
+    found = [path.parent.parent for path in output.glob("*/checkpoints/state-*.json")]
+    return found[0] if found else None
+
+
+def await_checkpoint(command: Command, output: Path) -> Path | None:
+    while command.running():
+        if (folder := folder_in(output)) is not None:
+            return folder
+        time.sleep(0.005)
+    return folder_in(output)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
+
+
+@cache
+def reference() -> tuple[list[dict[str, Any]], float]:
+    """(metrics of the undisturbed run, seconds that its rounds and boundaries took)."""
+    output = Path(mkdtemp(prefix="reference-"))
+    command = start(output)
+    assert command.wait() == 0, command.said()
+    folder = folder_in(output)
+    assert folder is not None
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return metrics(folder), sum(line["cost"]["seconds"] for line in lines)
+
+
+def moment(seed: int, share: float = 0.9) -> float:
+    """A uniform random time in the run, in seconds after its first checkpoint."""
+    return random.Random(seed).uniform(0.0, share * reference()[1])
+
+
+def resumed(folder: Path, what: str, *more: str, engine: str = "inline") -> Outcome:
+    """Resume, and hold the metrics against those of the undisturbed run."""
+    before = (folder / "metrics.jsonl").stat().st_mtime_ns if (folder / "metrics.jsonl").exists() else 0
+    finished = (folder / "summary.json").exists()
+    command = Command("resume", str(folder), "--engine", engine, *more, folder=folder.parent)
+    recovery = None
+    while command.running():
+        if recovery is None and (folder / "metrics.jsonl").stat().st_mtime_ns > before and not finished:
+            recovery = time.monotonic() - command.started
+        time.sleep(0.005)
+    if command.wait() != 0:
+        return Outcome(False, f"{what}; the resume failed: {last_line(command.said())}")
+    same = metrics(folder) == reference()[0]
+    return Outcome(same, f"{what}; resumed to {'identical' if same else 'OTHER'} metrics", recovery)
+
+
+def clear(command: Command, codes: Sequence[int]) -> str | None:
+    """What is wrong with how a command ended, or None: an own exit code, a message, no traceback."""
+    code, said = command.wait(), command.said()
+    if code not in codes:
+        return f"exit code {code}: {last_line(said)}"
+    if "Traceback" in said:
+        return f"a traceback: {last_line(said)}"
+    return None if re.search(r"^(error|stopped): ", said, re.MULTILINE) else f"no message: {last_line(said)}"
+
+
+def last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return (next((line for line in lines if line.startswith(("error:", "stopped:"))), lines[-1]) if lines else "")[:200]
+
+
+def error_line(command: Command) -> str:
+    """The message, without what differs from trial to trial."""
+    return re.sub(r"[\d.]+ s\b", "n s", last_line(command.said()))

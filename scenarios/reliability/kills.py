@@ -1,0 +1,99 @@
+"""Signals to a run on the inline engine, and a second run into the same folder."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+
+from scenarios.reliability.common import (
+    CLEAR,
+    RESUMES,
+    Command,
+    Fault,
+    Outcome,
+    await_checkpoint,
+    clear,
+    error_line,
+    metrics,
+    moment,
+    reference,
+    resumed,
+    start,
+)
+
+PAUSE_S = 30.0
+STOP_S = 10.0  # how long a run may take to end after SIGTERM or Ctrl-C
+
+
+def killed(seed: int, workdir: Path) -> Outcome:
+    """SIGKILL at a random moment."""
+    command = start(workdir)
+    folder = await_checkpoint(command, workdir)
+    time.sleep(moment(seed))
+    command.kill()
+    code = command.wait()
+    if folder is None:
+        return Outcome(False, "no checkpoint")
+    return resumed(folder, "killed" if code == -signal.SIGKILL else "ended before the kill")
+
+
+def stopped_by(number: signal.Signals) -> Fault:
+    def trial(seed: int, workdir: Path) -> Outcome:
+        command = start(workdir)
+        folder = await_checkpoint(command, workdir)
+        time.sleep(moment(seed))
+        family, asked = command.family(), time.monotonic()
+        command.kill(number)
+        code = command.wait(60.0)
+        took = time.monotonic() - asked
+        left = [child.pid for child in family if psutil.pid_exists(child.pid)]
+        if code == 0 and folder:
+            return resumed(folder, "ended before the signal")
+        problem = clear(command, [128 + number])
+        if problem or left or took > STOP_S or folder is None:
+            return Outcome(False, problem or f"{took:.1f} s, processes left: {left}")
+        return resumed(folder, error_line(command))
+
+    return Fault(
+        f"inline_{number.name.lower()}", f"ends in {STOP_S:g} s, saved, no process left; then {RESUMES}", trial, 10
+    )
+
+
+def paused(seed: int, workdir: Path) -> Outcome:
+    """SIGSTOP, and SIGCONT half a minute later."""
+    command = start(workdir)
+    folder = await_checkpoint(command, workdir)
+    time.sleep(moment(seed, 0.5))
+    command.kill(signal.SIGSTOP)
+    time.sleep(PAUSE_S)
+    command.kill(signal.SIGCONT)
+    code = command.wait()
+    same = code == 0 and folder is not None and metrics(folder) == reference()[0]
+    return Outcome(same, f"paused {PAUSE_S:g} s; ended with {'identical' if same else 'OTHER'} metrics")
+
+
+def two_at_once(seed: int, workdir: Path) -> Outcome:
+    """A resume of a run that is going on."""
+    command = start(workdir)
+    folder = await_checkpoint(command, workdir)
+    time.sleep(moment(seed, 0.3))
+    second = Command("resume", str(folder), folder=workdir)
+    code = second.wait()
+    took = time.monotonic() - second.started
+    problem = clear(second, [3]) if command.running() else None
+    first = command.wait()
+    same = folder is not None and metrics(folder) == reference()[0]
+    passed = not problem and first == 0 and same and took < 5.0
+    return Outcome(passed, f"the second ended with {code}, {problem or error_line(second)}; the first was unharmed")
+
+
+FAULTS = (
+    Fault("inline_kill", RESUMES, killed, 20),
+    stopped_by(signal.SIGTERM),
+    stopped_by(signal.SIGINT),
+    Fault("inline_pause", "goes on to the metrics of an undisturbed run", paused, 3),
+    Fault("two_runs", f"the second {CLEAR.split(';', maxsplit=1)[0]}; the first is not disturbed", two_at_once, 10),
+)

@@ -1,0 +1,105 @@
+"""Processes of a run on Ray that die: a worker, the raylet, the control store; and SIGTERM to the whole."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+
+from scenarios.reliability.common import (
+    CLEAR,
+    RESUMES,
+    Command,
+    Fault,
+    Outcome,
+    await_checkpoint,
+    clear,
+    error_line,
+    metrics,
+    reference,
+    resumed,
+    start,
+)
+
+WORKER = "ray::ClientWorker"
+LONGEST_S = 30.0  # from the death of the head to the end of the run
+
+
+def in_a_round(command: Command, folder: Path | None, seed: int) -> None:
+    """Wait for the first recorded round, and a random while."""
+    while command.running() and folder and not (folder / "metrics.jsonl").stat().st_size:
+        time.sleep(0.01)
+    time.sleep(random.Random(seed).uniform(0.0, 1.0))
+
+
+def find(command: Command, name: str) -> list[psutil.Process]:
+    found = []
+    for child in command.family():
+        with contextlib.suppress(psutil.Error):
+            if child.name() == name or " ".join(child.cmdline()).startswith(name):
+                found.append(child)
+    return found
+
+
+def begun(seed: int, workdir: Path) -> tuple[Command, Path | None]:
+    command = start(workdir, "engine.name='ray'")
+    folder = await_checkpoint(command, workdir)
+    in_a_round(command, folder, seed)
+    return command, folder
+
+
+def worker_killed(seed: int, workdir: Path) -> Outcome:
+    command, folder = begun(seed, workdir)
+    workers = find(command, WORKER)
+    if not workers or folder is None:
+        return Outcome(False, "no Ray worker was found")
+    random.Random(seed).choice(workers).kill()
+    code = command.wait()
+    same = code == 0 and metrics(folder) == reference()[0]
+    return Outcome(same, f"ended with {code} and {'identical' if same else 'OTHER'} metrics")
+
+
+def head_killed(name: str) -> Fault:
+    def trial(seed: int, workdir: Path) -> Outcome:
+        command, folder = begun(seed, workdir)
+        head, family, killed = find(command, name), command.family(), time.monotonic()
+        if not head or folder is None:
+            return Outcome(False, f"no {name} was found")
+        head[0].kill()
+        command.wait()
+        took, left = time.monotonic() - killed, alive(family)
+        problem = clear(command, [1])
+        if problem or left or took > LONGEST_S:
+            return Outcome(False, problem or f"{took:.1f} s, processes left: {left}")
+        return resumed(folder, error_line(command))
+
+    return Fault(f"ray_{name}_kill", CLEAR, trial, 5)
+
+
+def alive(family: list[psutil.Process]) -> list[str]:
+    """Who is still there some seconds later."""
+    _, left = psutil.wait_procs(family, timeout=10)
+    return [str(process.pid) for process in left]
+
+
+def terminated(seed: int, workdir: Path) -> Outcome:
+    command, folder = begun(seed, workdir)
+    family, asked = command.family(), time.monotonic()
+    command.kill(signal.SIGTERM)
+    problem = clear(command, [128 + signal.SIGTERM])
+    took = time.monotonic() - asked
+    if problem or took > LONGEST_S or folder is None or (left := alive(family)):
+        return Outcome(False, problem or f"{took:.1f} s, or processes left: {left}")
+    return resumed(folder, error_line(command))
+
+
+FAULTS = (
+    Fault("ray_worker_kill", "goes on to the metrics of an undisturbed run", worker_killed, 5),
+    head_killed("raylet"),
+    head_killed("gcs_server"),
+    Fault("ray_sigterm", f"ends in {LONGEST_S:g} s, saved, no process left; then {RESUMES}", terminated, 3),
+)

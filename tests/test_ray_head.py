@@ -1,0 +1,55 @@
+"""The watch over Ray's head, without Ray: somebody always says what happened."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedcil.engines import ray_head
+from fedcil.errors import RunFailed
+from fedcil.port import StopSignal
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def inside(code: str) -> subprocess.CompletedProcess[str]:
+    script = (
+        f"import os, signal\nfrom fedcil.engines import ray_head\nwith ray_head.last_words(ray_head.LAST):\n    {code}"
+    )
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("code", ["os._exit(1)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_process_that_ends_without_a_word_has_last_words(code: str) -> None:
+    done = inside(code)
+    assert done.returncode in (1, -9)
+    assert done.stderr.startswith("error: this process was ended from outside")
+    assert "`fedcil resume RUN`" in done.stderr
+
+
+def test_a_process_that_ends_as_it_should_has_none() -> None:
+    assert inside("pass").stderr == ""
+    assert "error:" not in inside("raise SystemExit(3)").stderr
+
+
+def test_the_death_of_the_head_is_a_problem_that_engines_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_head, "HEAD", ("sleep",))
+    monkeypatch.setattr(ray_head, "LOOK_S", 0.05)
+    stop = StopSignal()
+    with subprocess.Popen(["sleep", "60"]) as head, subprocess.Popen(["sh", "-c", "read x"], stdin=-1) as worker:
+        with ray_head.watched(stop):
+            time.sleep(0.2)
+            stop.check()
+            head.kill()
+            end = time.monotonic() + 5
+            while not stop.problem and time.monotonic() < end:
+                time.sleep(0.02)
+            with pytest.raises(RunFailed, match="its sleep ended"):
+                stop.check()
+        assert worker.wait(5) == -9  # what is left of Ray would hang about
+    assert not [child for child in psutil.Process().children() if child.is_running()]
