@@ -191,6 +191,9 @@ class EngineSection(Section):
 
     name: Literal["inline", "ray", "flower"] = "inline"
     workers: Threads | None = Field(None, description="default: one per core, at most one per asked client")
+    stack: Threads | None = Field(
+        None, description="clients that a worker trains as one model; default: 1 on a CPU, up to 8 on a GPU"
+    )
     address: str | None = Field(None, description="ray: an existing cluster")
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
 

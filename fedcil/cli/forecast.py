@@ -72,7 +72,7 @@ def _asked(experiment: Experiment, who: str, counts: Any) -> int:
 
 
 def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
-    """MB of one process: torch itself, the images, and for each worker five copies of the model (parameters,
+    """MB of one process: torch itself, the images, and for each client at work five copies of the model (parameters,
     gradients, anchor, contribution, partial sum) and the activations of a batch with their gradients.
     """
     scenario, task = experiment.scenario, experiment.stream.tasks[-1]
@@ -80,8 +80,8 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     kept, added = scenario.method.extra_images(scenario.training.batch_size, task)
     pool = 4 * kept * math.prod(experiment.compute.architecture.image)
     activations = 2 * (scenario.training.batch_size + added) * activation_bytes(experiment)
-    workers = worker_count(scenario)
-    return int(TORCH_MB + (stored + pool + workers * (COPIES * model_bytes + activations)) / 2**20)
+    at_once = worker_count(scenario, experiment.stack) * experiment.stack
+    return int(TORCH_MB + (stored + pool + at_once * (COPIES * model_bytes + activations)) / 2**20)
 
 
 @torch.no_grad()

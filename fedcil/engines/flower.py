@@ -43,7 +43,9 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
         os.environ[client_app.DATA_ROOT] = str(setting.data_root.absolute())
     logging.getLogger("flwr").setLevel(logging.ERROR)
     resources = {"num_cpus": 1, "num_gpus": scenario.engine.gpus_per_worker}
-    with cluster(scenario.engine.address, worker_count(scenario), scenario.engine.gpus_per_worker):
+    with cluster(
+        scenario.engine.address, worker_count(scenario, setting.experiment.stack), scenario.engine.gpus_per_worker
+    ):
         flwr.simulation.run_simulation(
             server_app(inside),
             client_app.app,

@@ -26,7 +26,7 @@ from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.engines import Setting
 from fedcil.engines.flat import Flat, FlatReply, flatten_tensors
-from fedcil.engines.workers import PIECES, worker_count
+from fedcil.engines.workers import most_pieces, worker_count
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gather import Gathered, cut
@@ -46,7 +46,7 @@ STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     """Attach to ``engine.address`` or start Ray here; what was started is ended."""
     engine = setting.experiment.scenario.engine
-    workers = worker_count(setting.experiment.scenario)
+    workers = worker_count(setting.experiment.scenario, setting.experiment.stack)
     least = workers if engine.workers or not engine.address else 1
     with cluster(engine.address, least, engine.gpus_per_worker, store_bytes(setting.experiment, workers)):
         port = RayPort(setting, Crew(setting))
@@ -212,6 +212,7 @@ class RayPort:
 
     def __init__(self, setting: Setting, crew: Crew) -> None:
         self._clients = frozenset(range(setting.experiment.scenario.clients.count))
+        self._stack = setting.experiment.stack
         self._stop = setting.stop
         self._crew = crew
         self._costs = Costs()
@@ -250,8 +251,9 @@ class RayPort:
     def _pieces(self, request: Request) -> int:
         """Several for each worker, for balance, but none so small that passing it on costs more than the work."""
         workers = len(self._crew.workers)
-        worth = self._costs.of(request.jobs) / LEAST_PIECE_S if self._costs.known else workers * PIECES
-        return max(workers, min(workers * PIECES, math.ceil(worth)))
+        most = most_pieces(len(request.jobs), workers, self._stack)
+        worth = self._costs.of(request.jobs) / LEAST_PIECE_S if self._costs.known else most
+        return max(workers, min(most, math.ceil(worth)))
 
     def close(self) -> None:
         for worker in self._crew.workers:
