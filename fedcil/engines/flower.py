@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from client import app as client_app
 from fedcil.engines import Setting
+from fedcil.engines.gpu import gpus_per_worker
 from fedcil.engines.ray import cluster
 from fedcil.engines.workers import worker_count
 from fedcil.port import Port
@@ -42,10 +43,10 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     if setting.data_root is not None:
         os.environ[client_app.DATA_ROOT] = str(setting.data_root.absolute())
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    resources = {"num_cpus": 1, "num_gpus": scenario.engine.gpus_per_worker}
-    with cluster(
-        scenario.engine.address, worker_count(scenario, setting.experiment.stack), scenario.engine.gpus_per_worker
-    ):
+    workers = worker_count(scenario, setting.experiment.stack)
+    gpus = gpus_per_worker(setting.experiment, workers)
+    resources = {"num_cpus": 1, "num_gpus": gpus}
+    with cluster(scenario.engine.address, workers, workers if scenario.engine.workers else 1, gpus):
         flwr.simulation.run_simulation(
             server_app(inside),
             client_app.app,

@@ -26,6 +26,7 @@ from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.engines import Setting
 from fedcil.engines.flat import Flat, FlatReply, flatten_tensors
+from fedcil.engines.gpu import gpus_per_worker
 from fedcil.engines.workers import most_pieces, worker_count
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.experiment import Experiment, open_experiment
@@ -47,9 +48,11 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     """Attach to ``engine.address`` or start Ray here; what was started is ended."""
     engine = setting.experiment.scenario.engine
     workers = worker_count(setting.experiment.scenario, setting.experiment.stack)
-    least = workers if engine.workers or not engine.address else 1
-    with cluster(engine.address, least, engine.gpus_per_worker, store_bytes(setting.experiment, workers)):
-        port = RayPort(setting, Crew(setting))
+    gpus = gpus_per_worker(setting.experiment, workers)
+    # A cluster, or GPUs whose shares were measured, may have room for fewer than there are cores here.
+    least = workers if engine.workers or not (engine.address or gpus) else 1
+    with cluster(engine.address, workers, least, gpus, store_bytes(setting.experiment, workers)):
+        port = RayPort(setting, Crew(setting, gpus))
         try:
             return loop(port)
         finally:
@@ -66,10 +69,10 @@ def store_bytes(experiment: Experiment, workers: int) -> int:
 
 @contextlib.contextmanager
 def cluster(
-    address: str | None, workers: int, gpus_per_worker: float, store_memory: int | None = None
+    address: str | None, workers: int, least: int, gpus: float, store_memory: int | None = None
 ) -> Iterator[None]:
     """Ray, started here (with an object store of ``store_memory`` bytes) or attached to; what was started is ended.
-    Signals stay with whoever had them.
+    Signals stay with whoever had them. ScenarioError if ``least`` workers with ``gpus`` each do not fit.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -94,19 +97,19 @@ def cluster(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     try:
-        refuse_too_little(workers, gpus_per_worker)
+        refuse_too_little(least, gpus)
         yield
     finally:
         ray.shutdown()
 
 
-def refuse_too_little(workers: int, gpus_per_worker: float) -> None:
+def refuse_too_little(workers: int, gpus_each: float) -> None:
     """Ray would wait for ever for a CPU or GPU that it does not have."""
     here = ray.cluster_resources()
     cpus, gpus = here.get("CPU", 0.0), here.get("GPU", 0.0)
-    if workers > cpus or workers * gpus_per_worker > gpus:
+    if workers > cpus or workers * gpus_each > gpus:
         raise ScenarioError(
-            f"{workers} workers with {gpus_per_worker:g} GPUs each do not fit into {cpus:g} CPUs and {gpus:g} GPUs",
+            f"{workers} workers with {gpus_each:g} GPUs each do not fit into {cpus:g} CPUs and {gpus:g} GPUs",
             where="engine.workers, engine.gpus_per_worker",
             allowed="one CPU a worker, and no more GPUs than Ray has",
             next="lower engine.workers or engine.gpus_per_worker",
@@ -152,12 +155,12 @@ def identity_of(experiment: Experiment) -> dict[str, Any]:
 class Crew:
     """The workers of a run. Where ``engine.workers`` leaves it open, a cluster that grows brings more of them."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, gpus: float) -> None:
         scenario = setting.experiment.scenario
         self.identity = identity_of(setting.experiment)
         self.workers: list[Any] = []
         self._limit = scenario.engine.workers or scenario.clients.per_round
-        self._gpus = scenario.engine.gpus_per_worker
+        self._gpus = gpus
         self._looked = 0.0
         actor = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=-1, max_task_retries=0)(ClientWorker)
         root = setting.data_root.absolute() if setting.data_root else None

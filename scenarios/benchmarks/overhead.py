@@ -52,8 +52,8 @@ def port(engine: str, opened: Experiment) -> Iterator[Port]:
         else:
             from fedcil.engines.ray import Crew, RayPort, cluster, store_bytes
 
-            with cluster(None, 2, 0.0, store_bytes(opened, 2)):
-                over_ray = RayPort(setting, Crew(setting))
+            with cluster(None, 2, 2, 0.0, store_bytes(opened, 2)):
+                over_ray = RayPort(setting, Crew(setting, 0.0))
                 yield over_ray
                 over_ray.close()
 
