@@ -26,6 +26,7 @@ from fedcil.experiment import Experiment, open_experiment
 from fedcil.keys import Key
 from fedcil.messages import Broadcast, Failure, Job, Payload, Report
 from fedcil.methods.base import Method, Samples
+from fedcil.methods.feder import FedER
 from fedcil.methods.fedlwf import FedLwF
 from fedcil.methods.fedprox import FedProx
 from fedcil.methods.mfcl import MFCL
@@ -40,6 +41,7 @@ METHODS: dict[str, Method] = {
     "fedavg": Method(),
     "fedprox": FedProx(mu=0.5).build(),
     "fedlwf": FedLwF().build(),
+    "feder": FedER().build(),
     "mfcl": MFCL(**TINY).build(),
     "mfcl_two_updates": MFCL(**TINY, bn_updates=2).build(),
     "mfcl_pool": MFCL(**TINY, pool=32).build(),
@@ -54,7 +56,7 @@ def payload_for(small: Any, method: str, net: str) -> Payload | None:
     teacher = small.network(3, net, seed=3)
     if method.startswith("mfcl"):
         return small.payload(teacher, small.generator())
-    return Payload.of(state_of(teacher)) if method == "fedlwf" else None
+    return Payload.of(state_of(teacher)) if method in ("fedlwf", "feder") else None
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
