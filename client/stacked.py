@@ -2,7 +2,8 @@
 
 ``torch.func.vmap`` over the method's loss turns the clients' convolutions into one grouped convolution, their batch
 norms into one. Clients do not touch each other, so the gradient of the sum of their losses is each one's own. Orders,
-augmentation and draws are those of ``client/training.py``: weights agree with it up to rounding.
+augmentation and draws are those of ``client/training.py``: weights agree with it up to rounding. Clients whose batches
+are of equal size are one call; who has no more batches in an epoch is left out of its last calls.
 """
 
 from __future__ import annotations
@@ -132,8 +133,6 @@ def local_sgd_stacked(
 ) -> list[tuple[Tensors, Trained]]:
     """``local_sgd`` from the same ``network`` on each of several ``samples``, with the key of each: (state, what it
     says of itself). The network's own weights stay as they are; its counters of batches do not.
-
-    Clients of equal batches are one call; those who have no more batches in an epoch are left out.
     """
     order = sorted(range(len(samples)), key=lambda client: len(samples[client].labels))  # equal ones are neighbours
     plans = [cut_epoch(len(samples[client].labels), training.batch_size, training.batches) for client in order]
@@ -151,8 +150,7 @@ def local_sgd_stacked(
             found = stack.step(start, stop, torch.stack(images), torch.stack(labels), draws)
             for mine, value in zip(losses[start:stop], found.unbind(), strict=True):
                 mine.append(value)
-    answers = {client: (stack.of(place), summary(losses[place])) for place, client in enumerate(order)}
-    return [answers[client] for client in range(len(samples))]
+    return [(stack.of(place), summary(losses[place])) for place in sorted(range(len(order)), key=order.__getitem__)]
 
 
 def loss_of(
