@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+MAX_SECONDS ?= 540
+PRECISION ?= bf16
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test test-all bench bench-quick lint format install install-dev results wheelhouse image \
+.PHONY: help demo test test-all bench bench-quick lint format install install-dev results paper wheelhouse image \
 	containers containers-quick clean
 
 help:           ## print the targets
@@ -53,6 +55,9 @@ bench-quick: install ## the client step, a round and the engine in small, under 
 
 results: install     ## the tables of docs/results.md, resumable
 	$(BIN)/python scenarios/results.py
+
+paper: install       ## the protocol of the MFCL paper on CIFAR-100, a GPU's work; resumable (MAX_SECONDS=540 PRECISION=bf16)
+	$(BIN)/python scenarios/results.py paper --jobs 1 --max-seconds $(MAX_SECONDS) --set training.precision=$(PRECISION)
 
 # For an image without CUDA: TORCH="torch==<release>" where pip finds a CPU build, or PIP_ARGS with its index.
 TORCH ?=

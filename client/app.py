@@ -13,7 +13,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.handle import Shared, Worker, do_job
+from client.handle import Shared, Worker, do_jobs
 from client.share import own_clients
 from client.states import StateStore
 from fedcil.experiment import open_experiment
@@ -60,10 +60,10 @@ def work(message: Message, context: Context) -> Message:
     broadcast = Broadcast(task=task, phase=phase, round=round_, tensors=tensors, payload=payload)
     worker = open_worker(str(config["scenario"]), os.environ.get(DATA_ROOT), home)
     records = {}
-    for client, position, state in json.loads(str(config["jobs"])):
-        result, contribution = do_job(broadcast, Job(client, position, state), worker)
+    jobs = [Job(client, position, state) for client, position, state in json.loads(str(config["jobs"]))]
+    for job, result, contribution in do_jobs(broadcast, jobs, worker):
         packet = pack_answer(Answer(result, contribution), header["run"], place_of(broadcast))
-        records[f"client-{client}"] = packet_record(packet)
+        records[f"client-{job.client}"] = packet_record(packet)
     return Message(RecordDict(records), reply_to=message)
 
 

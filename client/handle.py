@@ -6,7 +6,8 @@ import math
 import threading
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from client.stacked import local_sgd_stacked
 from client.states import StateStore
-from client.training import learning_rate, local_sgd
+from client.training import Trained, learning_rate, local_sgd
 from fedcil.data.augment import make_batch
 from fedcil.errors import FedcilError, MessageRefused, Stopped
 from fedcil.experiment import Experiment
@@ -104,13 +106,17 @@ class Worker:
         return self.network
 
 
+Answer = tuple[Job, Report | Failure, Contribution | None]
+Metrics = dict[str, float]
+
+
 def handle(request: Request, worker: Worker) -> Reply:
     """Do every job of a request. A client that breaks becomes a Failure; only Stopped is raised."""
     fold = empty_fold(request.cohort, request.rule)
     reports: list[Report] = []
     failures: list[Failure] = []
-    for job in request.jobs:
-        result, contribution = _bounded(request, *do_job(request.broadcast, job, worker))
+    for job, given, offered in do_jobs(request.broadcast, request.jobs, worker):
+        result, contribution = _bounded(request, given, offered)
         if isinstance(result, Failure):
             failures.append(result)
         else:
@@ -134,6 +140,16 @@ def _bounded(
         return Failure(result.client, BORDER, error.what), None
 
 
+def do_jobs(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> Iterator[Answer]:
+    """Answers as they come, of up to ``engine.stack`` clients trained as one model. A contribution's tensors are the
+    worker's memory until the next answer is asked for.
+    """
+    size = worker.shared.experiment.stack
+    for start in range(0, len(jobs), size):
+        run = jobs[start : start + size]
+        yield from try_stacked(broadcast, run, worker) or ((job, *do_job(broadcast, job, worker)) for job in run)
+
+
 def do_job(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Report | Failure, Contribution | None]:
     """One client's answer. The contribution's tensors are the worker's memory until its next job."""
     torch.set_num_threads(worker.shared.experiment.scenario.training.threads)
@@ -144,6 +160,24 @@ def do_job(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Report | Fai
     except Exception as error:
         return _failure(job, error), None
     return report, contribution
+
+
+def try_stacked(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> list[Answer]:
+    """All these clients trained as one model; nothing if that cannot be, and then each is done by itself: who breaks
+    alone must not take others along.
+    """
+    phase = phase_of(broadcast, worker.shared.experiment)
+    if len(jobs) < 2 or phase.work != "train":
+        return []
+    torch.set_num_threads(worker.shared.experiment.scenario.training.threads)
+    try:
+        return _train_stacked(broadcast, jobs, phase, worker)
+    except Stopped:
+        raise
+    except Exception as error:
+        reason = _failure(jobs[0], error).reason
+        warnings.warn(f"clients are trained one by one, not as one model (engine.stack): {reason}", stacklevel=2)
+        return []
 
 
 class ClientProblem(FedcilError):
@@ -158,16 +192,20 @@ def _failure(job: Job, error: Exception) -> Failure:
     return Failure(job.client, UNEXPECTED, f"{type(error).__name__}: {error}{place}")
 
 
+def phase_of(broadcast: Broadcast, experiment: Experiment) -> Phase:
+    task = experiment.stream.tasks[broadcast.task]
+    return experiment.method.phases(task, experiment.scenario.training.rounds)[broadcast.phase]
+
+
 def _work(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Contribution | None, Report]:
     """One client's work of the phase: train, fit or remember."""
     started = time.perf_counter()
     shared = worker.shared
-    experiment = shared.experiment
-    task = experiment.stream.tasks[broadcast.task]
-    phase = experiment.method.phases(task, experiment.scenario.training.rounds)[broadcast.phase]
+    task = shared.experiment.stream.tasks[broadcast.task]
+    phase = phase_of(broadcast, shared.experiment)
     network = worker.load(task.seen, broadcast.tensors)
     own = shared.samples(job.client, task)
-    metrics: dict[str, float] = {}
+    metrics: Metrics = {}
     contribution: Contribution | None = None
     state, state_bytes = job.state, 0
     if phase.work == "train":
@@ -190,15 +228,13 @@ def _work(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Contribution 
 
 def _train(
     broadcast: Broadcast, job: Job, phase: Phase, network: Network, own: Samples, worker: Worker
-) -> tuple[Contribution, dict[str, float]]:
+) -> tuple[Contribution, Metrics]:
     """Local SGD from the broadcast model; the contribution is the model that came out of it."""
     shared = worker.shared
     experiment = shared.experiment
     training = experiment.scenario.training
     task = experiment.stream.tasks[broadcast.task]
     samples = _with_memory(own, job, shared)
-    if len(samples.labels) < 2:
-        raise ClientProblem("too_few_samples", where="samples")
     trained = local_sgd(
         network,
         experiment.method,
@@ -212,11 +248,65 @@ def _train(
         key=client_key(experiment.key, broadcast, job.client),
         check=worker.check,
     )
-    if trained.steps and not (math.isfinite(trained.loss) and finite(worker.state)):
+    return _given(worker.state, trained, samples, experiment)
+
+
+def _train_stacked(broadcast: Broadcast, jobs: Sequence[Job], phase: Phase, worker: Worker) -> list[Answer]:
+    """``_work`` and ``_train`` for several clients at once."""
+    started = time.perf_counter()
+    shared = worker.shared
+    experiment = shared.experiment
+    training = experiment.scenario.training
+    task = experiment.stream.tasks[broadcast.task]
+    network = worker.load(task.seen, broadcast.tensors)
+    own = [shared.samples(job.client, task) for job in jobs]
+    samples = [_with_memory(mine, job, shared) for mine, job in zip(own, jobs, strict=True)]
+    trained = local_sgd_stacked(
+        network,
+        experiment.method,
+        shared.prepared(broadcast, task),
+        samples,
+        task=task,
+        training=training,
+        lr=learning_rate(training, broadcast.round, phase.rounds),
+        augment=partial(_augmented, shared),
+        anchor=tuple(broadcast.tensors[name] for name in worker.parameters),
+        keys=[client_key(experiment.key, broadcast, job.client) for job in jobs],
+        check=worker.check,
+    )
+    seconds = (time.perf_counter() - started) / len(jobs)
+    return [
+        _answer(job, len(mine.labels), partial(_given, state, said, joined, experiment), seconds)
+        for job, mine, joined, (state, said) in zip(jobs, own, samples, trained, strict=True)
+    ]
+
+
+def _answer(job: Job, samples: int, given: Callable[[], tuple[Contribution, Metrics]], seconds: float) -> Answer:
+    """What became of one client of a stack."""
+    try:
+        contribution, metrics = given()
+    except ClientProblem as problem:
+        return job, _failure(job, problem), None
+    report = Report(
+        client=job.client,
+        samples=samples,
+        metrics=metrics,
+        state=job.state,
+        bytes_up=count_bytes(contribution.tensors),
+        seconds=seconds,
+    )
+    return job, report, contribution
+
+
+def _given(state: Tensors, trained: Trained, samples: Samples, experiment: Experiment) -> tuple[Contribution, Metrics]:
+    """A trained state as a contribution, with its metrics; ClientProblem if it is nothing to give."""
+    if len(samples.labels) < 2:
+        raise ClientProblem("too_few_samples", where="samples")
+    if trained.steps and not (math.isfinite(trained.loss) and finite(state)):
         raise ClientProblem("training diverged: loss or weights are not finite; lower training.lr", where="training")
     weight = 1.0 if experiment.scenario.server.weighting == "uniform" else float(len(samples.labels))
     metrics = {"loss": trained.loss, "steps": trained.steps} if trained.steps else {}
-    return Contribution(worker.state, weight), metrics
+    return Contribution(state, weight), metrics
 
 
 def finite(tensors: Tensors) -> bool:

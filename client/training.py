@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.sgd import sgd
 
 from fedcil.gradients import gradients
@@ -41,8 +41,10 @@ def cut_epoch(count: int, batch_size: int, mode: str) -> list[int]:
     """Sizes of an epoch's batches.
 
     ``even``: equal parts of at most batch_size; ``ragged``: full batches and a rest; ``drop_last``: full batches
-    only. Batch norm needs two samples: a rest of one joins the batch before it.
+    only. Batch norm needs two samples: a rest of one joins the batch before it, and one in all is no batch.
     """
+    if count < 2:
+        return []
     full, rest = divmod(count, batch_size)
     if mode == "drop_last":
         return [batch_size] * full
@@ -86,9 +88,15 @@ class LocalSGD:
     and small networks do not pay for the bookkeeping of an optimiser object (a tenth of LeNet's step).
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, training: TrainingSection) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        lr: float,
+        training: TrainingSection,
+        momenta: list[Tensor | None] | None = None,
+    ) -> None:
         self.parameters, self.lr, self.training = parameters, lr, training
-        self.momenta: list[Tensor | None] = [None] * len(parameters)
+        self.momenta = momenta or [None] * len(parameters)
 
     def step(self, loss: Tensor) -> None:
         """One update; a parameter that the loss does not reach stays as it is, as in torch."""
@@ -127,8 +135,8 @@ def local_sgd(
     key: Key,
     check: Callable[[], None],
 ) -> Trained:
-    """Train ``model`` in place on at least two samples. ``anchor``: the parameters it starts from, for losses that hold
-    on to them; they must not be the model's own memory. ``check`` is called at each step and may raise.
+    """Train ``model`` in place. ``anchor``: the parameters it starts from, for losses that hold on to them; they must
+    not be the model's own memory. ``check`` is called at each step and may raise.
 
     All randomness comes from ``key``: the order of an epoch, the augmentation and the draws of a step.
     """

@@ -18,6 +18,7 @@ from fedcil.models import Architecture
 from fedcil.models.network import Network, fold_norms, freeze, load_state
 
 Precision = Literal["fp32", "tf32", "bf16"]
+STACK_ON_GPU = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +85,21 @@ def _has_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def resolve_stack(wanted: int | None, device: torch.device) -> int:
+    """How many clients are trained as one model where the scenario leaves it open: on a CPU this does not pay
+    (docs/performance.md); on a GPU, whose kernels a single client's batch does not fill, it should (not measured yet).
+    """
+    return wanted or (STACK_ON_GPU if device.type == "cuda" else 1)
+
+
 def apply_precision(precision: Precision) -> None:
     """Matrix products on a GPU: exact in fp32, through tf32 where that was asked for."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def numeric_configuration(compute: Compute, threads: int, server_threads: int) -> dict[str, str | int]:
-    """What must be equal for two runs to agree bit for bit."""
+def numeric_configuration(compute: Compute, threads: int, server_threads: int, stack: int = 1) -> dict[str, str | int]:
+    """What must be equal for two runs to agree bit for bit. ``stack``: clients trained as one model."""
     device = compute.device
     model = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     return {
@@ -99,7 +107,7 @@ def numeric_configuration(compute: Compute, threads: int, server_threads: int) -
         "device_model": model,
         "precision": compute.precision,
         "layout": "channels_last",
-        "execution": "fused",
+        "execution": "fused" if stack == 1 else f"stacked {stack}",
         "threads": threads,
         "server_threads": server_threads,
         "torch": torch.__version__,

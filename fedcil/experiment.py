@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedcil.compute import Compute, apply_precision, numeric_configuration, resolve_device, resolve_precision
+from fedcil.compute import (
+    Compute,
+    apply_precision,
+    numeric_configuration,
+    resolve_device,
+    resolve_precision,
+    resolve_stack,
+)
 from fedcil.data import Dataset, load_dataset
 from fedcil.errors import ScenarioError
 from fedcil.keys import Key
@@ -101,7 +108,12 @@ class Experiment:
     def numeric(self) -> dict[str, str | int]:
         """The numeric configuration (fedcil/compute.py)."""
         scenario = self.scenario
-        return numeric_configuration(self.compute, scenario.training.threads, scenario.server.threads)
+        return numeric_configuration(self.compute, scenario.training.threads, scenario.server.threads, self.stack)
+
+    @property
+    def stack(self) -> int:
+        """How many clients a worker trains as one model."""
+        return resolve_stack(self.scenario.engine.stack, self.compute.device)
 
 
 def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_progress: bool = False) -> Experiment:

@@ -289,8 +289,13 @@ class EngineSection(Section):
 
     name: Literal["inline", "ray", "flower"] = "inline"
     workers: Threads | None = Field(None, description="default: one per core, at most one per asked client")
+    stack: Threads | None = Field(
+        None, description="clients that a worker trains as one model; default: 1 on a CPU, up to 8 on a GPU"
+    )
     address: str | None = Field(None, description="ray: an existing cluster")
-    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="ray, flower: share of a GPU; default: as many workers as its memory holds"
+    )
 
 
 def _load_method(value: object) -> object:
@@ -364,7 +369,7 @@ class Scenario(Section):
             )
         if self.clock.late == "fold" and self.server.fold != "mean":
             raise ValueError("clock.late = 'fold' adds late updates to a mean: it needs server.fold = 'mean'")
-        if self.engine.gpus_per_worker > 0 and self.device == "cpu":
+        if self.engine.gpus_per_worker and self.device == "cpu":
             raise ValueError("engine.gpus_per_worker needs device = 'cuda' or 'auto'")
         if self.data.name == "super_imagenet" and self.data.mapping is None:
             raise ValueError("data.mapping is needed for super_imagenet: a file of super-classes (docs/data.md)")

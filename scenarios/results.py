@@ -1,9 +1,15 @@
 """The tables of docs/results.md, by one command that can be stopped and started again.
 
-    python scenarios/results.py [digits|fashion|cifar100_small ...] [--seeds 0,1,2] [--jobs 2] [--output runs/results]
+    python scenarios/results.py [digits|fashion|cifar100_small|paper ...] [--seeds 0,1,2] [--jobs 2]
+        [--output runs/results] [--max-seconds S] [--set KEY=VALUE ...]
 
 Runs that are finished are skipped, unfinished ones continued. Each run takes one core; ``--jobs`` of them run
-side by side. Prints one Markdown table per group, from the recorded runs alone.
+side by side. After ``--max-seconds`` each saves a checkpoint and the command ends with exit code 5: the same command
+goes on from there. ``--set`` is for all rows. Prints one Markdown table per group, from the recorded runs alone.
+
+``paper`` is the protocol of the MFCL paper on CIFAR-100, a GPU's work, and only done when named:
+
+    python scenarios/results.py paper --jobs 1 --max-seconds 540 --set "training.precision='bf16'"
 """
 
 from __future__ import annotations
@@ -12,6 +18,8 @@ import argparse
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,18 +83,32 @@ TABLES = {
     "cifar100_small_long": [
         Row("cifar100_small_fedlwf_long", "cifar100_small_fedavg", ("method={name='fedlwf'}", LONG_FEDLWF)),
     ],
+    "paper": [
+        Row("paper_mfcl", "paper/cifar100_mfcl"),
+        Row("paper_mfcl_authors-code", "paper/cifar100_mfcl", ("method.preset='authors-code'",)),
+        Row("paper_fedavg", "paper/cifar100_fedavg"),
+        Row("paper_oracle", "paper/cifar100_oracle"),
+    ],
 }
+BY_NAME_ONLY = ("paper",)
+STOPPED = 5  # exit code of a run whose time was up
 
 
-def run_one(row: Row, seed: str, output: Path) -> int:
-    """One run in a process of its own, on one core."""
-    sets = [f"name={row.name}", "engine.workers=1", *row.overrides]
+def run_one(row: Row, seed: str, output: Path, more: Sequence[str], until: float) -> int:
+    """One run in a process of its own, on one core, until the clock of ``time.monotonic`` says so."""
+    left = until - time.monotonic()
+    if left <= 0:
+        print(f"{row.name} seed {seed}: not begun, time is up", flush=True)
+        return STOPPED
+    sets = [f"name={row.name}", "engine.workers=1", *row.overrides, *more]
     command = [sys.executable, "-m", "fedcil", "run", row.scenario, "--seeds", seed, "--no-figures", "--json"]
     command += [part for text in sets for part in ("--set", text)] + ["--output", str(output)]
+    command += ["--max-seconds", f"{left:.1f}"] if left < float("inf") else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (output / f"{row.name}-{seed}.log").open("w") as log:
         code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
-    print(f"{row.name} seed {seed}: {'done' if code == 0 else f'exit code {code}, see {log.name}'}", flush=True)
+    said = {0: "done", STOPPED: "time is up, a checkpoint is saved"}.get(code, f"exit code {code}, see {log.name}")
+    print(f"{row.name} seed {seed}: {said}", flush=True)
     return code
 
 
@@ -113,20 +135,25 @@ def print_table(group: str, output: Path) -> None:
         print(f"| {name} | {len(mine)} | {' | '.join(cells)} | {up:.0f} / {down:.0f} | {cpu:.0f} |")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("groups", nargs="*", default=list(TABLES), help=", ".join(TABLES))
+    usual = [group for group in TABLES if group not in BY_NAME_ONLY]
+    parser.add_argument("groups", nargs="*", default=usual, help=", ".join(TABLES))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, default=Path("runs/results"))
-    options = parser.parse_args()
+    parser.add_argument("--max-seconds", type=float, default=float("inf"))
+    parser.add_argument("--set", action="append", default=[], dest="more", metavar="KEY=VALUE")
+    options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    work = [(row, seed) for group in options.groups for row in TABLES[group] for seed in options.seeds.split(",")]
+    until = time.monotonic() + options.max_seconds
+    work = [(row, seed) for group in options.groups for seed in options.seeds.split(",") for row in TABLES[group]]
     with ThreadPoolExecutor(options.jobs) as pool:
-        codes = list(pool.map(lambda pair: run_one(*pair, options.output), work))
+        codes = set(pool.map(lambda pair: run_one(*pair, options.output, options.more, until), work))
     for group in options.groups:
         print_table(group, options.output)
-    return max(codes, default=0)
+    broken = codes - {0, STOPPED}
+    return max(broken or codes, default=0)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from scenarios.benchmarks import report
+from scenarios.benchmarks import overhead, report
 from scenarios.benchmarks.bars import BARS, LEAST, SECONDS
 from scenarios.benchmarks.nets import NETS, build
 from scenarios.benchmarks.peers.session import Session
@@ -52,6 +54,35 @@ def test_cases_take_turns_and_each_is_first_once() -> None:
     costs = in_turn({name: lambda name=name: case(name) for name in "abc"}, repeats=3)  # type: ignore[misc]
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert {name: len(each) for name, each in costs.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_limit_ends_the_repeats_but_not_within_one() -> None:
+    order: list[str] = []
+
+    def case(name: str) -> Cost:
+        order.append(name)
+        time.sleep(0.02)
+        return Cost(1.0, 1.0)
+
+    costs = in_turn({name: lambda name=name: case(name) for name in "ab"}, repeats=50, limit_s=0.03)  # type: ignore[misc]
+    assert len(costs["a"]) == len(costs["b"]) in (1, 2)
+    assert len(in_turn({"a": lambda: case("a")}, repeats=9, limit_s=0.0)["a"]) == 1
+
+
+@pytest.mark.parametrize(("round_s", "turns"), [(0.2, 5), (2.0, 1), (0.0, 200)])
+def test_a_repeat_has_as_many_rounds_as_take_a_second(round_s: float, turns: int, monkeypatch: Any) -> None:
+    """On a clock that only the work moves."""
+    now, done = [0.0], []
+
+    def work(rounds: int) -> None:
+        done.append(rounds)
+        now[0] += rounds * (round_s or 1e-9)
+
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: now[0])
+    case = overhead.enough(work, "inline", clients=10)
+    assert done == [1, 1]
+    case()
+    assert done[2] == turns
 
 
 def test_a_ratio_is_the_median_of_pairs() -> None:

@@ -99,7 +99,7 @@ def _limited(present: list[int], phase: Phase, most: int) -> int:
 
 
 def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
-    """MB of one process: torch itself, the images, and for each worker five copies of the model (parameters,
+    """MB of one process: torch itself, the images, and for each client at work five copies of the model (parameters,
     gradients, anchor, contribution, partial sum) and the activations of a batch with their gradients. A robust fold
     keeps the models of a whole round.
     """
@@ -108,9 +108,9 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     kept, added = scenario.method.extra_images(scenario.training.batch_size, task)
     pool = 4 * kept * math.prod(experiment.compute.architecture.image)
     activations = 2 * (scenario.training.batch_size + added) * activation_bytes(experiment)
-    workers = worker_count(scenario)
+    at_once = worker_count(scenario, experiment.stack) * experiment.stack
     cohort = 0 if scenario.server.fold == "mean" else scenario.clients.per_round * model_bytes
-    return int(TORCH_MB + (stored + pool + cohort + workers * (COPIES * model_bytes + activations)) / 2**20)
+    return int(TORCH_MB + (stored + pool + cohort + at_once * (COPIES * model_bytes + activations)) / 2**20)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 
 from client import app as client_app
 from fedcil.engines import Setting, ray_head
+from fedcil.engines.gpu import gpus_per_worker
 from fedcil.engines.ray import cluster
 from fedcil.engines.workers import worker_count
 from fedcil.port import Port
@@ -43,8 +44,11 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     if setting.data_root is not None:
         os.environ[client_app.DATA_ROOT] = str(setting.data_root.absolute())
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    resources = {"num_cpus": 1, "num_gpus": scenario.engine.gpus_per_worker}
-    with cluster(setting.stop, scenario.engine.address, worker_count(scenario), scenario.engine.gpus_per_worker):
+    workers = worker_count(scenario, setting.experiment.stack)
+    gpus = gpus_per_worker(setting.experiment, workers)
+    resources = {"num_cpus": 1, "num_gpus": gpus}
+    least = workers if scenario.engine.workers else 1
+    with cluster(setting.stop, scenario.engine.address, workers, least, gpus):
         try:
             flwr.simulation.run_simulation(
                 server_app(inside),

@@ -15,7 +15,7 @@ from typing import TypeVar
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.engines import Setting
-from fedcil.engines.workers import PIECES, worker_count
+from fedcil.engines.workers import most_pieces, worker_count
 from fedcil.gather import Gathered, cut
 from fedcil.messages import Outcome, Reply, Request
 from fedcil.port import ClientDone, Port
@@ -40,7 +40,8 @@ class InlinePort:
         self._shared = Shared(setting.experiment, StateStore(setting.states))
         self._stop = setting.stop
         self._local = threading.local()
-        self._workers = worker_count(scenario)
+        self._stack = setting.experiment.stack
+        self._workers = worker_count(scenario, self._stack)
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="client")
 
     def reachable(self) -> frozenset[int]:
@@ -50,7 +51,8 @@ class InlinePort:
         """As they come; what is late is not waited for, and its thread gives up at its next step."""
         gathered, abandoned = Gathered(request, done), threading.Event()
         # With a deadline each client stands for itself: who is late takes no other answer along.
-        pieces = self._workers * PIECES if deadline_s is None else len(request.jobs)
+        most = most_pieces(len(request.jobs), self._workers, self._stack)
+        pieces = most if deadline_s is None else len(request.jobs)
         futures = [self._threads.submit(self._handle, piece, abandoned) for piece in cut(request, pieces)]
         try:
             for future in as_completed(futures, deadline_s):

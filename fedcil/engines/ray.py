@@ -26,7 +26,8 @@ from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.engines import Setting, ray_head
 from fedcil.engines.flat import Flat, FlatReply, flatten_tensors
-from fedcil.engines.workers import PIECES, worker_count
+from fedcil.engines.gpu import gpus_per_worker
+from fedcil.engines.workers import most_pieces, worker_count
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gather import Gathered, cut
@@ -41,17 +42,20 @@ ATTEMPTS = 3  # how often a client is tried when workers die under it
 LOOK_S = 0.2  # how long to wait before looking at the stop signal again
 LOOK_FOR_NODES_S = 1.0
 LEAST_PIECE_S = 0.05  # seconds of work that are worth a request of their own
+DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
 STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 
 
 def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     """Attach to ``engine.address`` or start Ray here; what was started is ended."""
     engine = setting.experiment.scenario.engine
-    workers = worker_count(setting.experiment.scenario)
-    least = workers if engine.workers or not engine.address else 1
+    workers = worker_count(setting.experiment.scenario, setting.experiment.stack)
+    gpus = gpus_per_worker(setting.experiment, workers)
+    # A cluster, or GPUs whose shares were measured, may have room for fewer than there are cores here.
+    least = workers if engine.workers or not (engine.address or gpus) else 1
     memory = store_bytes(setting.experiment, workers)
-    with cluster(setting.stop, engine.address, least, engine.gpus_per_worker, memory):
-        port = RayPort(setting, Crew(setting))
+    with cluster(setting.stop, engine.address, workers, least, gpus, memory):
+        port = RayPort(setting, Crew(setting, gpus))
         try:
             return loop(port)
         except RayError:
@@ -76,10 +80,15 @@ def store_bytes(experiment: Experiment, workers: int) -> int:
 
 @contextlib.contextmanager
 def cluster(
-    stop: StopSignal, address: str | None, workers: int, gpus_per_worker: float, store_memory: int | None = None
+    stop: StopSignal,
+    address: str | None,
+    workers: int,
+    least: int,
+    gpus: float,
+    store_memory: int | None = None,
 ) -> Iterator[None]:
     """Ray, started here (with an object store of ``store_memory`` bytes) or attached to; what was started is ended.
-    Signals stay with whoever had them.
+    Signals stay with whoever had them. ScenarioError if ``least`` workers with ``gpus`` each do not fit.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -90,6 +99,7 @@ def cluster(
                 address="local",  # not somebody's cluster that happens to run on this machine
                 num_cpus=workers,
                 object_store_memory=store_memory,
+                _system_config={"max_direct_call_object_size": DIRECT_BYTES},
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -104,20 +114,20 @@ def cluster(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     try:
-        refuse_too_little(workers, gpus_per_worker)
+        refuse_too_little(least, gpus)
         with contextlib.nullcontext() if address else ray_head.watched(stop):
             yield
     finally:
         ray.shutdown()
 
 
-def refuse_too_little(workers: int, gpus_per_worker: float) -> None:
+def refuse_too_little(workers: int, gpus_each: float) -> None:
     """Ray would wait for ever for a CPU or GPU that it does not have."""
     here = ray.cluster_resources()
     cpus, gpus = here.get("CPU", 0.0), here.get("GPU", 0.0)
-    if workers > cpus or workers * gpus_per_worker > gpus:
+    if workers > cpus or workers * gpus_each > gpus:
         raise ScenarioError(
-            f"{workers} workers with {gpus_per_worker:g} GPUs each do not fit into {cpus:g} CPUs and {gpus:g} GPUs",
+            f"{workers} workers with {gpus_each:g} GPUs each do not fit into {cpus:g} CPUs and {gpus:g} GPUs",
             where="engine.workers, engine.gpus_per_worker",
             allowed="one CPU a worker, and no more GPUs than Ray has",
             next="lower engine.workers or engine.gpus_per_worker",
@@ -163,12 +173,12 @@ def identity_of(experiment: Experiment) -> dict[str, Any]:
 class Crew:
     """The workers of a run. Where ``engine.workers`` leaves it open, a cluster that grows brings more of them."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, gpus: float) -> None:
         scenario = setting.experiment.scenario
         self.identity = identity_of(setting.experiment)
         self.workers: list[Any] = []
         self._limit = scenario.engine.workers or scenario.clients.per_round
-        self._gpus = scenario.engine.gpus_per_worker
+        self._gpus = gpus
         self._looked = 0.0
         actor = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=-1, max_task_retries=0)(ClientWorker)
         root = setting.data_root.absolute() if setting.data_root else None
@@ -223,6 +233,7 @@ class RayPort:
 
     def __init__(self, setting: Setting, crew: Crew) -> None:
         self._clients = frozenset(range(setting.experiment.scenario.clients.count))
+        self._stack = setting.experiment.stack
         self._stop = setting.stop
         self._crew = crew
         self._costs = Costs()
@@ -262,8 +273,9 @@ class RayPort:
     def _pieces(self, request: Request) -> int:
         """Several for each worker, for balance, but none so small that passing it on costs more than the work."""
         workers = len(self._crew.workers)
-        worth = self._costs.of(request.jobs) / LEAST_PIECE_S if self._costs.known else workers * PIECES
-        return max(workers, min(workers * PIECES, math.ceil(worth)))
+        most = most_pieces(len(request.jobs), workers, self._stack)
+        worth = self._costs.of(request.jobs) / LEAST_PIECE_S if self._costs.known else most
+        return max(workers, min(most, math.ceil(worth)))
 
     def close(self) -> None:
         for worker in [] if self._stop.problem else self._crew.workers:

@@ -47,7 +47,9 @@ class Generator(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         with torch.autocast(latents.device.type, self.precision, enabled=self.precision is not None):
             x = self.project(latents).view(-1, self.width, self.start, self.start)
-            x = self.tail(self.blocks(self.norm(x.contiguous(memory_format=torch.channels_last))))
+            # Channels last, in words that torch.func.vmap knows.
+            x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+            x = self.tail(self.blocks(self.norm(x)))
         return cast(Tensor, self.whiten(torch.tanh(x.to(latents.dtype))))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,5 +26,13 @@ def describe() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "load": os.getloadavg(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "torchvision", "flwr", "ray", "numpy")},
+        "versions": {name: version_of(name) for name in ("torch", "torchvision", "flwr", "ray", "numpy")},
     }
+
+
+def version_of(name: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,9 @@ from scenarios.benchmarks.peers.session import Session, tree_cpu
 from scenarios.benchmarks.timing import Case, Cost, Figure, against, in_turn, timed
 
 CLASSES = 10
+REPEAT_S = 1.0  # what a repeat should take
+MOST_TURNS = 200  # rounds in a repeat
+LIMIT_S = 20.0  # for the repeats of one row; the last one begun is finished
 
 
 def experiment(clients: int, megabytes: int, engine: str, workers: int) -> Experiment:
@@ -52,8 +55,8 @@ def port(engine: str, opened: Experiment) -> Iterator[Port]:
         else:
             from fedcil.engines.ray import Crew, RayPort, cluster, store_bytes
 
-            with cluster(StopSignal(), None, 2, 0.0, store_bytes(opened, 2)):
-                over_ray = RayPort(setting, Crew(setting))
+            with cluster(StopSignal(), None, 2, 2, 0.0, store_bytes(opened, 2)):
+                over_ray = RayPort(setting, Crew(setting, 0.0))
                 yield over_ray
                 over_ray.close()
 
@@ -77,21 +80,33 @@ def one_round(request: Request, over: Port) -> None:
 
 
 def measure(
-    engine: str, clients: int, megabytes: int, repeats: int, log: Path, flower: Path | None
+    engines: Sequence[str], clients: int, megabytes: int, repeats: int, log: Path, flower: Path | None
 ) -> dict[str, Figure]:
-    """``engine_<engine>_<megabytes>mb_<clients>_vs_flower``; without Flower only what ours costs."""
+    """``engine_<engine>_<megabytes>mb_<clients>_vs_flower`` for each engine, all in turn; without Flower only what ours
+    cost.
+    """
     with ExitStack() as stack:
-        opened = experiment(clients, megabytes, engine, 1 if engine == "inline" else 2)
-        over = stack.enter_context(port(engine, opened))
-        turns = max(1, 1000 // (clients * megabytes))  # enough to be told from the ticks of CPU clocks
-        work = partial(rounds, whole_round(opened), over, turns)
-        cases: dict[str, Case] = {"ours": (timed if engine == "inline" else of_tree)(work, clients * turns)}
+        cases: dict[str, Case] = {}
+        for engine in engines:
+            opened = experiment(clients, megabytes, engine, 1 if engine == "inline" else 2)
+            over = stack.enter_context(port(engine, opened))
+            cases[engine] = enough(partial(rounds, whole_round(opened), over), engine, clients)
         if flower:
             session = Session(flower, "flower_empty", Path(str(clients)), str(megabytes), "_", log)
             stack.callback(session.close)
             cases["flower"] = lambda: Cost(*(seconds / clients for seconds in session.round()))
-        costs = in_turn(cases, repeats)
-    return {f"engine_{engine}_{megabytes}mb_{clients}_vs_flower": against(costs["ours"], costs.get("flower"))}
+        costs = in_turn(cases, repeats, limit_s=LIMIT_S)
+    theirs = costs.get("flower")
+    return {f"engine_{name}_{megabytes}mb_{clients}_vs_flower": against(costs[name], theirs) for name in engines}
+
+
+def enough(work: Callable[[int], None], engine: str, clients: int) -> Case:
+    """A case of as many rounds as take a second: enough to be told from the ticks of CPU clocks, and no more."""
+    work(1)  # the first round starts what is started once
+    started = time.perf_counter()
+    work(1)
+    turns = max(1, min(MOST_TURNS, int(REPEAT_S / (time.perf_counter() - started))))
+    return (timed if engine == "inline" else of_tree)(partial(work, turns), clients * turns)
 
 
 def of_tree(work: Callable[[], object], units: int) -> Case:

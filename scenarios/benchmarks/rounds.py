@@ -1,4 +1,5 @@
-"""(b) A FedAvg round, 10 clients x 50 images, batch 10: fedcil's inline engine, one worker, against everybody else.
+"""(b) A FedAvg round, 10 clients x 50 images (ResNet-18: 2 clients), batch 10: fedcil's inline engine, one worker,
+against everybody else.
 
 Against the plain loop and Flower both sides crop and flip: they image by image with PIL, fedcil in whole batches.
 Against the in-process peers both sides train on tensors as they are. Before anything is timed, each side's weights
@@ -51,13 +52,19 @@ def pixels(section: object, root: object) -> Dataset:  # noqa: ARG001  the contr
     )
 
 
-def experiment(net: str, *, precision: str = "fp32", augment: str = "none", workers: int = 1) -> Experiment:
+def experiment(
+    net: str, *, precision: str = "fp32", augment: str = "none", workers: int = 1, clients: int = CLIENTS
+) -> Experiment:
     model = {"name": "resnet18"} if net == "resnet18" else {"name": f"scenarios.benchmarks.nets:{net}"}
     scenario = {
-        "data": {"name": "scenarios.benchmarks.rounds:pixels", "augment": augment},
+        "data": {
+            "name": "scenarios.benchmarks.rounds:pixels",
+            "augment": augment,
+            "samples_per_class": clients * SAMPLES // CLASSES,
+        },
         "stream": {"tasks": 1},
         "partition": {"name": "iid"},
-        "clients": {"count": CLIENTS, "per_round": CLIENTS},
+        "clients": {"count": clients, "per_round": clients},
         "model": model,
         "method": {"name": "fedavg"},
         "training": {"epochs": 1, "batch_size": BATCH, "lr": RATE, "weight_decay": 0.0, "precision": precision},
@@ -77,8 +84,8 @@ class OurLoop:
 
     def round(self) -> None:
         broadcast = Broadcast(task=0, phase=0, round=0, tensors=self.model)
-        jobs = tuple(Job(client, client) for client in range(CLIENTS))
-        outcome = self.port.run(Request(broadcast, jobs, CLIENTS), None, lambda _: None)
+        jobs = tuple(Job(client, client) for client in range(self.experiment.scenario.clients.count))
+        outcome = self.port.run(Request(broadcast, jobs, len(jobs)), None, lambda _: None)
         assert outcome.total is not None, outcome.failures
         assert not outcome.failures
         self.model = outcome.total.mean()
@@ -94,12 +101,12 @@ def our_loop(net: str, **options: Any) -> Iterator[OurLoop]:
             loop.port.close()
 
 
-def write_data(path: Path) -> Path:
+def write_data(path: Path, clients: int = CLIENTS) -> Path:
     """The clients' images, each client's in the order in which fedcil's first round trains on them."""
-    opened = experiment(SMALL_NET)
+    opened = experiment(SMALL_NET, clients=clients)
     broadcast = Broadcast(task=0, phase=0, round=0, tensors={})
     rows = []
-    for client in range(CLIENTS):
+    for client in range(clients):
         place = client_key(opened.key, broadcast, client).at("epoch", 0, "order")
         rows.append(opened.indices(client, opened.stream.tasks[0])[torch.randperm(SAMPLES, generator=place.torch())])
     train = opened.data.train
@@ -152,9 +159,10 @@ def measure(
     repeats: int,
     log: Path,
     precisions: tuple[str, ...] = ("fp32", "bf16"),
+    limit_s: float = float("inf"),
 ) -> dict[str, Figure]:
     """``round_<net>_<precision>_vs_<plain or peer>``; ``peers``: name -> python of its environment."""
-    refuse_disagreement("fedcil", weights_differ(data))
+    clients = len(np.load(data)["labels"])
     modes = {name: "pictures" if name == "flower" else "tensors" for name in peers}
     with ExitStack() as stack:
         cases: dict[str, Case] = {"plain": timed(PlainLoop(data, net, "pictures").round)}
@@ -164,9 +172,9 @@ def measure(
             cases[name] = _of_session(session)
         for augment in {"crop_flip", *(["none"] if "tensors" in modes.values() else [])}:
             for precision in precisions:
-                ours = stack.enter_context(our_loop(net, precision=precision, augment=augment))
+                ours = stack.enter_context(our_loop(net, precision=precision, augment=augment, clients=clients))
                 cases[f"{precision}_{augment}"] = timed(ours.round)
-        costs = in_turn(cases, repeats)
+        costs = in_turn(cases, repeats, limit_s=limit_s)
     figures = {}
     for name, mode in {"plain": "pictures", **modes}.items():
         for precision in precisions:

@@ -33,14 +33,21 @@ def timed(work: Callable[[], object], units: int = 1) -> Case:
     return case
 
 
-def in_turn(cases: Mapping[str, Case], repeats: int, warm_up: int = 1) -> dict[str, list[Cost]]:
-    """A, B, C, then B, C, A, ...: a slow minute of the machine hits all cases alike."""
+def in_turn(
+    cases: Mapping[str, Case], repeats: int, warm_up: int = 1, limit_s: float = float("inf")
+) -> dict[str, list[Cost]]:
+    """A, B, C, then B, C, A, ...: a slow minute of the machine hits all cases alike. After ``limit_s`` seconds of
+    repeats no other is begun; there is one at least.
+    """
     names = list(cases)
     for _ in range(warm_up):
         for name in names:
             cases[name]()
     costs: dict[str, list[Cost]] = {name: [] for name in names}
+    started = time.perf_counter()
     for repeat in range(repeats):
+        if repeat and time.perf_counter() - started > limit_s:
+            break
         start = repeat % len(names)
         for name in names[start:] + names[:start]:
             costs[name].append(cases[name]())

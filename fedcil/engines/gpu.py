@@ -1,0 +1,83 @@
+"""How much of a GPU a worker gets where the scenario does not say: by memory, measured once at the start of a run.
+
+Written for GPUs but not tried on one: the arithmetic and the step that is measured are tested on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from client.training import LocalSGD
+from fedcil.experiment import Experiment
+from fedcil.messages import count_bytes
+
+CONTEXT_BYTES = 600 << 20  # of a process, for CUDA itself and the code of its kernels
+MARGIN = 1.25  # what an allocator reserves over what is used
+USABLE = 0.95  # of the memory that is free
+COPIES = 4  # of the model in a worker: parameters, broadcast, contribution, partial sum
+PRECISION = 10_000  # Ray counts resources in ten-thousandths
+MOST = 64  # workers on a GPU; beyond 100 a share rounded down would let one more in
+
+
+def gpus_per_worker(experiment: Experiment, workers: int) -> float:
+    """``engine.gpus_per_worker``; where it is left open, 0 on a CPU, and on a GPU the share that a worker needs."""
+    given = experiment.scenario.engine.gpus_per_worker
+    device = experiment.compute.device
+    if given is not None or device.type != "cuda":
+        return given or 0.0
+    need = worker_bytes(experiment, measured_peak(experiment))
+    free, _ = torch.cuda.mem_get_info(device)
+    wanted = math.ceil(workers / max(1, torch.cuda.device_count()))
+    return share(need, int(USABLE * free) - need, wanted)  # boundary and evaluation of the server take a part, too
+
+
+def share(need: int, usable: int, wanted: int) -> float:
+    """Share of a GPU for a worker that needs so many bytes, if ``wanted`` workers would be enough for a GPU.
+
+    Rounded down, so that the shares of the workers that fit are not more than 1; never more than a whole GPU, even
+    where not one fits.
+    """
+    workers = max(1, min(wanted, usable // need, MOST))
+    return math.floor(PRECISION / workers) / PRECISION
+
+
+def worker_bytes(experiment: Experiment, step_bytes: int) -> int:
+    """Memory of a worker on the device: a step, all training images, model, payload, pool, and CUDA itself."""
+    scenario = experiment.scenario
+    model = experiment.first_state().server.model
+    payload = scenario.method.payload_bytes(model, experiment.compute)
+    kept, _ = scenario.method.extra_images(scenario.training.batch_size, experiment.stream.tasks[-1])
+    pool = 4 * kept * math.prod(experiment.compute.architecture.image)
+    held = experiment.data.train.images.nbytes + COPIES * experiment.stack * count_bytes(model) + 2 * payload + pool
+    return int(MARGIN * (held + step_bytes)) + CONTEXT_BYTES
+
+
+def measured_peak(experiment: Experiment) -> int:
+    """Bytes on the GPU at the peak of the largest step."""
+    device = experiment.compute.device
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    largest_step(experiment)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()  # what this process reserves no worker can have
+    return peak
+
+
+def largest_step(experiment: Experiment) -> int:
+    """A step on as many images as the method ever has at once, in each client that is trained at once; their number."""
+    scenario, compute, task = experiment.scenario, experiment.compute, experiment.stream.tasks[-1]
+    _, added = scenario.method.extra_images(scenario.training.batch_size, task)
+    count = experiment.stack * (scenario.training.batch_size + added)
+    network = compute.network(task.seen).train()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    images = torch.zeros(count, *compute.architecture.image, device=compute.device)
+    labels = torch.zeros(count, dtype=torch.int64, device=compute.device)
+    optimizer = LocalSGD(list(network.parameters()), 0.0, scenario.training)
+    optimizer.step(F.cross_entropy(network(images), labels))
+    return count

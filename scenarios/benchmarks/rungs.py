@@ -1,0 +1,350 @@
+"""The rungs of the ladder: one round of MFCL's local training, in as many ways as might be fast on a GPU.
+
+Each rung is a function that is given the material and returns a round: a call that trains every client from the same
+start and returns the mean of their weights, so that all rungs can be held against the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from client.stacked import Stack, local_sgd_stacked, loss_of
+from client.training import NORM_MOMENTUM, LocalSGD, local_sgd
+from fedcil.compute import Precision
+from fedcil.messages import Tensors
+from fedcil.methods.adam import Adam
+from fedcil.methods.base import Batch
+from fedcil.methods.inversion import generator_loss
+from fedcil.methods.mfcl import Replay
+from fedcil.models.network import Network, initialise, load_state, set_norm_momentum, snapshot, state_of
+from scenarios.benchmarks import authors_order
+from scenarios.benchmarks.graphs import Epoch, capture_warm
+from scenarios.benchmarks.material import KEY, TASK, Material, plain_networks
+from scenarios.benchmarks.step import POOL
+
+Round = Callable[[], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """``open(material)`` -> a round. ``exact``: gives the weights of ``base`` up to rounding."""
+
+    what: str
+    open: Callable[[Material], Round]
+    precision: Precision
+    base: str = "authors"
+    exact: bool = True
+    autotune: bool = False  # cuDNN tries its kernels for each new shape
+
+    def start(self, material: Material) -> Tensors:
+        """The weights that a round of this rung starts from."""
+        return Boundary(material).start if self.base == "generator" else material.start
+
+
+class NoGPU(RuntimeError):
+    """This rung is about something that only a GPU has."""
+
+
+def authors(m: Material) -> Round:
+    """Two student and three teacher passes, PIL and DataLoader, torch.optim.SGD."""
+    student, teacher, generator = plain_networks(m)
+
+    def clients() -> Iterator[Tensors]:
+        for client in range(m.work.clients):
+            load_state(student, m.start)
+            optimizer = torch.optim.SGD(student.parameters(), m.lr, weight_decay=m.training.weight_decay)
+            for batch in m.pictures(client):
+                loss = authors_order.loss(student, teacher, generator, batch, w_ft=1.0, w_kd=0.1, updates=2)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            yield state_of(student)
+
+    return lambda: m.mean_of(clients())
+
+
+def merged(m: Material) -> Round:
+    """One student and one teacher pass; the images still come from PIL and DataLoader."""
+    student = momentum_of_two(m.student())
+
+    def clients() -> Iterator[Tensors]:
+        for client in range(m.work.clients):
+            load_state(student, m.start)
+            optimizer = torch.optim.SGD(student.parameters(), m.lr, weight_decay=m.training.weight_decay)
+            for images, labels, latents in m.pictures(client):
+                loss = m.method.loss(student, m.prepared, Batch(images, labels, TASK, ()), latents)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            yield state_of(student)
+
+    return lambda: m.mean_of(clients())
+
+
+def product(m: Material) -> Round:
+    """fedcil's own local training, one client after the other."""
+    student = m.student()
+
+    def clients() -> Iterator[Tensors]:
+        for client in range(m.work.clients):
+            load_state(student, m.start)
+            local_sgd(student, m.method, m.prepared, m.samples[client], key=m.keys[client], **arguments(m))
+            yield state_of(student)
+
+    return lambda: m.mean_of(clients())
+
+
+def stacked(m: Material, at_once: int) -> Round:
+    """fedcil's stacked execution, so many clients as one model."""
+    student = m.student()
+
+    def clients() -> Iterator[Tensors]:
+        load_state(student, m.start)
+        for first in range(0, m.work.clients, at_once):
+            some = slice(first, first + at_once)
+            yield from (
+                state
+                for state, _ in local_sgd_stacked(
+                    student, m.method, m.prepared, m.samples[some], keys=m.keys[some], **arguments(m)
+                )
+            )
+
+    return lambda: m.mean_of(clients())
+
+
+def ahead(m: Material) -> Round:
+    """Generator and teacher in one large batch for all steps of a client, ahead of the student."""
+    student = momentum_of_two(m.student())
+    replay: Replay = m.prepared
+
+    def clients() -> Iterator[Tensors]:
+        for client in range(m.work.clients):
+            load_state(student, m.start)
+            optimizer = LocalSGD(list(student.parameters()), m.lr, m.training)
+            for images, labels, known in known_ahead(m, replay, client):
+                optimizer.step(m.method.loss(student, known, Batch(images, labels, TASK, ()), None))
+            yield state_of(student)
+
+    return lambda: m.mean_of(clients())
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """In place of ``Replay``: the mixed images and the teacher's logits of one step are there already."""
+
+    teacher: Network
+    both: Tensor
+    past: Tensor
+
+    def mix(self, real: Tensor, draws: object) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        return self.both, self.past
+
+
+@torch.no_grad()
+def known_ahead(m: Material, replay: Replay, client: int) -> list[tuple[Tensor, Tensor, Known]]:
+    images, labels, latents = m.epoch(client)
+    sizes, made = m.work.sizes, replay.generator(torch.cat(latents))
+    old, new = replay.teacher(images).split(sizes), replay.teacher(made).split(m.work.synthetic)
+    steps = zip(images.split(sizes), labels.split(sizes), made.split(m.work.synthetic), old, new, strict=True)
+    return [
+        (real, y, Known(replay.teacher, torch.cat([real, synthetic]), torch.cat([of_real, of_made])))
+        for real, y, synthetic, of_real, of_made in steps
+    ]
+
+
+def compiled(m: Material) -> Round:
+    """torch.compile for student, teacher and generator, otherwise as ``product``."""
+    replay: Replay = m.prepared
+    for network in (replay.teacher, student := m.student()):
+        network.backbone = torch.compile(network.backbone, dynamic=False)  # type: ignore[assignment]
+    m.prepared = replace(replay, generator=torch.compile(replay.generator, dynamic=False))
+    names = [name.replace("backbone._orig_mod.", "backbone.") for name in state_of(student)]
+
+    def clients() -> Iterator[Tensors]:
+        for client in range(m.work.clients):
+            torch._foreach_copy_(list(state_of(student).values()), [m.start[name] for name in names])
+            local_sgd(student, m.method, m.prepared, m.samples[client], key=m.keys[client], **arguments(m))
+            yield dict(zip(names, state_of(student).values(), strict=True))
+
+    return lambda: m.mean_of(clients())
+
+
+class OneClient:
+    """A client's training as an epoch over fixed inputs; the learning rate is a tensor on the device."""
+
+    def __init__(self, m: Material) -> None:
+        self.m, self.student = m, momentum_of_two(m.student())
+        self.lr: Any = torch.full((), m.lr, device=m.device)
+        optimizer = LocalSGD(list(self.student.parameters()), self.lr, m.training)
+
+        def step(images: Tensor, labels: Tensor, latents: Tensor) -> None:
+            optimizer.step(m.method.loss(self.student, m.prepared, Batch(images, labels, TASK, ()), latents))
+
+        load_state(self.student, m.start)
+        self.epoch = Epoch(step, m.work.sizes, *m.epoch(0))
+
+    def train(self, client: int) -> dict[str, Tensor]:
+        load_state(self.student, self.m.start)
+        self.epoch.run(*self.m.epoch(client))
+        return state_of(self.student)
+
+
+def static(m: Material) -> Round:
+    """The form that a graph is captured of, run eagerly."""
+    one = OneClient(m)
+    return lambda: m.mean_of(map(one.train, range(m.work.clients)))
+
+
+def graph(m: Material) -> Round:
+    """A client's whole epoch as one CUDA graph."""
+    need_gpu(m)
+    one = OneClient(m)
+    one.epoch.capture()
+    return lambda: m.mean_of(map(one.train, range(m.work.clients)))
+
+
+def streams(m: Material, count: int) -> Round:
+    """Several clients at once, each on a stream of its own with a graph of its own."""
+    need_gpu(m)
+    lanes = [(torch.cuda.Stream(), OneClient(m)) for _ in range(count)]
+    for _, one in lanes:
+        one.epoch.capture()
+
+    def clients() -> Iterator[Tensors]:
+        for first in range(0, m.work.clients, count):
+            busy = list(zip(range(first, min(first + count, m.work.clients)), lanes, strict=False))
+            for client, (lane, one) in busy:
+                lane.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(lane):
+                    one.train(client)
+            for _, (lane, one) in busy:
+                torch.cuda.current_stream().wait_stream(lane)
+                yield state_of(one.student)
+
+    return lambda: m.mean_of(clients())
+
+
+def stacked_static(m: Material, capture: bool) -> Round:
+    """All clients as one model over fixed inputs, as one CUDA graph if asked for."""
+    if capture:
+        need_gpu(m)
+    network, lr = momentum_of_two(m.student()), torch.full((), m.lr, device=m.device)
+    load_state(network, m.start)
+    loss = partial(loss_of, m.method, m.prepared, TASK, ())
+    stack = Stack(network, m.work.clients, loss, lr, m.training)  # type: ignore[arg-type]
+    epoch = Epoch(lambda x, y, z: stack.step(0, len(x), x, y, z.unbind()), m.work.sizes, *all_inputs(m))
+    if capture:
+        epoch.capture()
+
+    def round_() -> dict[str, Tensor]:
+        for name, tensor in stack.tensors.items():
+            tensor.copy_(m.start[name.removeprefix("network.")])
+        epoch.run(*all_inputs(m))
+        return m.mean_of(map(stack.of, range(m.work.clients)))
+
+    return round_
+
+
+def all_inputs(m: Material) -> tuple[Tensor, Tensor, list[Tensor]]:
+    images, labels, latents = zip(*map(m.epoch, range(m.work.clients)), strict=True)
+    return torch.stack(images), torch.stack(labels), [torch.stack(each) for each in zip(*latents, strict=True)]
+
+
+class Boundary:
+    """The generator's training, a step at a time, over latents that stay where they are."""
+
+    def __init__(self, m: Material) -> None:
+        self.m, settings = m, m.settings
+        teacher = {k.removeprefix("teacher."): t for k, t in m.payload.tensors.items() if k.startswith("teacher.")}
+        self.classifier, self.weights = m.compute.frozen(teacher), settings.loss_weights()
+        generator = settings.make_generator(m.compute)
+        initialise(generator, KEY.at("generator").torch())
+        self.generator = settings.place(generator, m.compute).train()
+        self.start = snapshot(self.generator)
+        self.optimizer = Adam(self.generator.parameters(), settings.generator_lr)
+        self.fixed = self.latents(0)
+
+    def latents(self, step: int) -> Tensor:
+        size = (self.m.settings.generator_batch, self.m.settings.latent)
+        return torch.randn(size, generator=KEY.at("latents", step).torch(self.m.device), device=self.m.device)
+
+    def step(self) -> None:
+        loss, _ = generator_loss(self.classifier, self.generator(self.fixed), self.weights)
+        self.optimizer.step(loss)
+
+    def train(self, step: Callable[[], object]) -> dict[str, Tensor]:
+        load_state(self.generator, self.start)
+        for each in (*self.optimizer.first, *self.optimizer.second, *self.optimizer.steps):
+            each.zero_()
+        for place in range(self.m.work.generator_steps):
+            self.fixed.copy_(self.latents(place))
+            step()
+        return snapshot(self.generator)
+
+
+def generator_eager(m: Material) -> Round:
+    boundary = Boundary(m)
+    return lambda: boundary.train(boundary.step)
+
+
+def generator_graph(m: Material) -> Round:
+    need_gpu(m)
+    boundary, captured = Boundary(m), torch.cuda.CUDAGraph()
+    capture_warm(boundary.step, captured)
+    return lambda: boundary.train(captured.replay)
+
+
+def need_gpu(m: Material) -> None:
+    if m.device.type != "cuda":
+        raise NoGPU("needs a GPU")
+
+
+def momentum_of_two(network: Network) -> Network:
+    """Running statistics that move as in the authors' two passes."""
+    set_norm_momentum(network, 1 - (1 - NORM_MOMENTUM) ** 2)
+    return network
+
+
+def arguments(m: Material) -> dict[str, Any]:
+    """What ``local_sgd`` and ``local_sgd_stacked`` have in common."""
+    return {
+        "task": TASK,
+        "training": m.training,
+        "lr": m.lr,
+        "augment": m.augment,
+        "anchor": (),
+        "check": lambda: None,
+    }
+
+
+RUNGS: dict[str, Rung] = {  # those that might leave a device in disorder come last
+    "authors": Rung("authors' order, PIL, eager", authors, "fp32"),
+    "merged": Rung("merged passes, PIL", merged, "fp32"),
+    "resident": Rung("data on the device, augmented in batches", product, "fp32"),
+    "tf32": Rung("the same in tf32", product, "tf32"),
+    "bf16": Rung("the same in bf16", product, "bf16"),
+    "autotune": Rung("bf16, cuDNN chooses by trying", product, "bf16", autotune=True),
+    "static": Rung("bf16 over fixed inputs, eager", static, "bf16"),
+    "stacked2": Rung("2 clients as one model", partial(stacked, at_once=2), "bf16"),
+    "stacked5": Rung("5 clients as one model", partial(stacked, at_once=5), "bf16"),
+    "stacked_static": Rung("all clients as one model, fixed inputs", partial(stacked_static, capture=False), "bf16"),
+    "ahead": Rung("generator and teacher ahead, large batches", ahead, "bf16"),
+    "pool": Rung("synthetic images from a pool", product, "bf16", exact=False),
+    "generator": Rung("a boundary's steps, eager", generator_eager, "bf16", base="generator"),
+    "graph": Rung("bf16, an epoch as one CUDA graph", graph, "bf16"),
+    "streams2": Rung("graphs on 2 streams", partial(streams, count=2), "bf16"),
+    "streams3": Rung("graphs on 3 streams", partial(streams, count=3), "bf16"),
+    "streams5": Rung("graphs on 5 streams", partial(streams, count=5), "bf16"),
+    "stacked_graph": Rung("all clients as one model, one graph", partial(stacked_static, capture=True), "bf16"),
+    "generator_graph": Rung("a boundary's step as one graph", generator_graph, "bf16", base="generator"),
+    "compile": Rung("torch.compile", compiled, "bf16"),
+}
+
+POOLS = {"pool": POOL}
+"""Images of the pool of those rungs that have one."""

@@ -1,0 +1,66 @@
+"""The command behind the tables: it stops when its time is up, goes on from there, and prints what is recorded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import fedcil
+from fedcil.scenario_file import load_scenario
+from scenarios import results
+
+TINY = (
+    "data={name='synthetic', classes=20, samples_per_class=6}",
+    "stream.tasks=2",
+    "clients={count=4, per_round=2}",
+    "model={name='cnn', width=4}",
+    "training.rounds=2",
+    "training.epochs=1",
+)
+
+
+def test_the_paper_is_not_done_unless_it_is_named() -> None:
+    assert set(results.BY_NAME_ONLY) < results.TABLES.keys()
+
+
+@pytest.mark.parametrize("row", results.TABLES["paper"], ids=lambda row: row.name)
+def test_rows_of_the_paper_are_its_protocol(row: results.Row) -> None:
+    """10 tasks x 100 rounds x 5 of 50 clients x 10 epochs of ResNet-18, whatever the method."""
+    scenario = load_scenario(row.scenario, [f"name={row.name}", *row.overrides])
+    assert (scenario.stream.tasks, scenario.training.rounds, scenario.training.epochs) == (10, 100, 10)
+    assert (scenario.clients.count, scenario.clients.per_round, scenario.model.name) == (50, 5, "resnet18")
+    preset = {"paper_mfcl": "paper", "paper_mfcl_authors-code": "authors-code"}.get(row.name)
+    assert getattr(scenario.method, "preset", None) == preset
+
+
+@pytest.mark.slow
+def test_the_paper_in_small_over_several_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        replace(row, overrides=(*row.overrides, *(("method.steps=20",) if "mfcl" in row.name else ())))
+        for row in results.TABLES["paper"]
+    ]
+    monkeypatch.setitem(results.TABLES, "paper", rows)
+    words = [
+        "paper",
+        "--seeds",
+        "0",
+        "--jobs",
+        "1",
+        "--output",
+        str(tmp_path),
+        *(w for s in TINY for w in ("--set", s)),
+    ]
+    assert results.main([*words, "--max-seconds", "0.2"]) == results.STOPPED
+    said = capsys.readouterr().out
+    assert "paper_mfcl seed 0: time is up, a checkpoint is saved" in said
+    assert "paper_oracle seed 0: not begun" in said
+    (stopped,) = tmp_path.glob("paper_mfcl-0-*/")
+    assert not fedcil.load(stopped).finished
+    assert results.main(words) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| paper")]
+    assert [line.split(" | ")[0] for line in table] == [f"| {row.name}" for row in rows]
+    assert fedcil.load(stopped).finished  # the same folder, continued

@@ -1,0 +1,236 @@
+"""Clients trained as one stacked model: the same weights as one after the other, up to rounding."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fedcil
+from client.handle import Shared, Worker, do_jobs
+from client.stacked import local_sgd_stacked, stack_draws, turns
+from client.states import StateStore
+from client.training import cut_epoch, local_sgd
+from fedcil.compute import resolve_stack
+from fedcil.engines.workers import most_pieces, worker_count
+from fedcil.experiment import Experiment, open_experiment
+from fedcil.keys import Key
+from fedcil.messages import Broadcast, Failure, Job, Payload, Report
+from fedcil.methods.base import Method, Samples
+from fedcil.methods.feder import FedER
+from fedcil.methods.fedlwf import FedLwF
+from fedcil.methods.fedprox import FedProx
+from fedcil.methods.mfcl import MFCL
+from fedcil.models.network import load_state, snapshot, state_of
+from fedcil.scenario import TrainingSection
+from fedcil.scenario_file import load_scenario
+
+EQUAL = 1e-12  # largest difference of a weight, a running statistic or a loss in float64
+SIZES = (11, 4, 9, 11, 8, 2, 1)  # batches 4 4 3, 4, 4 5, 4 4 3, 4 4, 2, none: the last client has too few samples
+TINY = {"synthetic": 6, "latent": 5, "generator_width": 4}
+METHODS: dict[str, Method] = {
+    "fedavg": Method(),
+    "fedprox": FedProx(mu=0.5).build(),
+    "fedlwf": FedLwF().build(),
+    "feder": FedER().build(),
+    "mfcl": MFCL(**TINY).build(),
+    "mfcl_two_updates": MFCL(**TINY, bn_updates=2).build(),
+    "mfcl_pool": MFCL(**TINY, pool=32).build(),
+}
+
+
+def noisy(stored: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+    return stored[index] + 0.1 * torch.randn(stored[index].shape, generator=generator)
+
+
+def payload_for(small: Any, method: str, net: str) -> Payload | None:
+    teacher = small.network(3, net, seed=3)
+    if method.startswith("mfcl"):
+        return small.payload(teacher, small.generator())
+    return Payload.of(state_of(teacher)) if method in ("fedlwf", "feder") else None
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("net", ["cnn", "resnet8"])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.usefixtures("float64")
+def test_a_stack_gives_what_each_client_gives_alone(small: Any, name: str, net: str, momentum: float) -> None:
+    """Clients of unequal numbers of batches, a short last one among them; batch-norm statistics per client."""
+    method, task = METHODS[name], small.second
+    prepared = method.prepare(small.compute(net), task, payload_for(small, name, net), Key(0))
+    network = small.network(5, net)
+    start = snapshot(network)
+    samples = [Samples(small.images(n, seed=n), small.labels(n, task, seed=n)) for n in SIZES]
+    keys = [Key(0).at("client", client) for client in range(len(SIZES))]
+    common: dict[str, Any] = {
+        "task": task,
+        "training": TrainingSection(epochs=3, batch_size=4, momentum=momentum, weight_decay=0.02),
+        "lr": 0.05,
+        "augment": noisy,
+        "anchor": tuple(start[each] for each, _ in network.named_parameters()),
+        "check": lambda: None,
+    }
+    stacked = local_sgd_stacked(network, method, prepared, samples, keys=keys, **common)
+    assert all(torch.equal(tensor, start[each]) for each, tensor in state_of(network).items())
+    for mine, key, (state, said) in zip(samples, keys, stacked, strict=True):
+        load_state(network, start)
+        alone = local_sgd(network, method, prepared, mine, key=key, **common)
+        expected = state_of(network)
+        assert (said.steps, state.keys()) == (alone.steps, expected.keys())
+        torch.testing.assert_close(said.loss, alone.loss, rtol=0, atol=EQUAL, equal_nan=True)
+        for each, tensor in state.items():
+            torch.testing.assert_close(tensor, expected[each], rtol=0, atol=EQUAL, msg=each)
+            assert torch.equal(tensor, start[each]) == (len(mine.labels) == 1), f"{each} has not moved"
+
+
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=9), st.sampled_from(["ragged", "even", "drop_last"]))
+def test_every_batch_of_every_client_has_its_turn(counts: list[int], mode: str) -> None:
+    plans = [cut_epoch(count, 8, mode) for count in counts]
+    seen: list[list[int]] = [[] for _ in plans]
+    for step, start, stop in turns(plans):
+        (size,) = {plan[step] for plan in plans[start:stop]}
+        for client in range(start, stop):
+            assert len(seen[client]) == step
+            seen[client].append(size)
+    assert seen == plans
+
+
+def test_draws_are_stacked_by_their_form() -> None:
+    leaves, axes, _ = stack_draws([(torch.ones(2), None), (torch.zeros(2), None)], torch.device("cpu"))
+    assert leaves[0].tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    assert axes == [0, None]
+    for wrong in ([1, 2], [torch.ones(1), None], [(torch.ones(1),), [torch.ones(1)]]):
+        with pytest.raises(TypeError, match="draws of"):
+            stack_draws(wrong, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "expected"), [(None, "cpu", 1), (None, "cuda", 8), (3, "cpu", 3), (1, "cuda", 1)]
+)
+def test_off_on_a_cpu_unless_asked_for(wanted: int | None, device: str, expected: int) -> None:
+    assert resolve_stack(wanted, torch.device(device)) == expected
+
+
+def test_a_round_is_cut_into_whole_stacks() -> None:
+    assert [most_pieces(100, 2, 1), most_pieces(5, 1, 8), most_pieces(20, 1, 8), most_pieces(5, 2, 8)] == [8, 1, 3, 2]
+    plain = load_scenario({"clients": {"count": 9, "per_round": 9}, "method": {"name": "fedavg"}})
+    assert worker_count(plain, stack=9) == 1
+
+
+# --- a client's answer ------------------------------------------------------------------------------------
+
+
+def experiment_of(stack: int, **training: Any) -> Experiment:
+    """Six clients with 3, 3, 3, 3, 2 and 2 samples of a task."""
+    return open_experiment(
+        load_scenario(
+            {
+                "device": "cpu",
+                "data": {"name": "synthetic", "classes": 4, "samples_per_class": 8},
+                "stream": {"tasks": 2},
+                "partition": {"name": "iid"},
+                "clients": {"count": 6, "per_round": 6},
+                "model": {"name": "cnn", "width": 4},
+                "method": {"name": "fedavg"},
+                "training": {"epochs": 2, "batch_size": 2, **training},
+                "engine": {"stack": stack},
+            }
+        )
+    )
+
+
+def answers(stack: int, folder: Path, clients: tuple[int, ...] = (0, 1, 2, 3, 4, 5), **training: Any) -> Any:
+    experiment = experiment_of(stack, **training)
+    broadcast = Broadcast(task=0, phase=0, round=0, tensors=experiment.first_state().server.model)
+    jobs = [Job(client, place) for place, client in enumerate(clients)]
+    worker = Worker(Shared(experiment, StateStore(folder)), check=lambda: None)
+    return [
+        (
+            job,
+            result,
+            given and {name: tensor.clone() for name, tensor in given.tensors.items()},
+            given and given.weight,
+        )
+        for job, result, given in do_jobs(broadcast, jobs, worker)
+    ]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("stack", [2, 4, 6])
+def test_answers_do_not_depend_on_how_many_are_stacked(stack: int, tmp_path: Path) -> None:
+    for one, other in zip(answers(1, tmp_path), answers(stack, tmp_path), strict=True):
+        assert (one[0], one[3]) == (other[0], other[3])
+        assert isinstance(one[1], Report)
+        assert (one[1].samples, one[1].bytes_up, one[1].state) == (
+            other[1].samples,
+            other[1].bytes_up,
+            other[1].state,
+        )
+        assert other[1].metrics == pytest.approx(one[1].metrics, abs=EQUAL)
+        for name, tensor in one[2].items():
+            torch.testing.assert_close(other[2][name], tensor, rtol=0, atol=EQUAL)
+
+
+def test_a_client_that_breaks_takes_no_other_along(tmp_path: Path) -> None:
+    """There is no client 99: the others are trained one by one, and it is said."""
+    with pytest.warns(UserWarning, match="one by one.*IndexError"):
+        found = answers(3, tmp_path, (0, 99, 1))
+    assert [isinstance(result, Failure) for _, result, _, _ in found] == [False, True, False]
+    alone = answers(1, tmp_path, (0,))
+    assert all(torch.equal(found[0][2][name], tensor) for name, tensor in alone[0][2].items())
+
+
+def test_each_client_of_a_stack_fails_for_itself(tmp_path: Path) -> None:
+    """At this rate all diverge; without a warning, since the stack itself works."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = answers(6, tmp_path, lr=1e20, lr_end=1e20)
+    assert {result.stage for _, result, _, _ in found} == {"training"}
+    assert all(given is None for _, _, given, _ in found)
+
+
+# --- whole runs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+def test_a_whole_run_in_float64_gives_the_same_accuracies(tmp_path: Path) -> None:
+    """Three tasks of digits with MFCL: two boundaries between them."""
+    sets = ["stream.tasks=3", "data.classes=6", "training.rounds=3", "method.steps=60", "engine.workers=1"]
+    runs = [
+        fedcil.run("digits_mfcl", overrides=[*sets, f"engine.stack={stack}"], output=tmp_path, figures=False)
+        for stack in (1, 5)
+    ]
+    for one, other in zip(*(run.kind("round") for run in runs), strict=True):
+        assert other["losses"] == pytest.approx(one["losses"], abs=1e-7)
+        assert {**one, "losses": 0, "loss": 0, "cost": 0} == {**other, "losses": 0, "loss": 0, "cost": 0}
+    assert runs[0].summary["final_accuracy"] == runs[1].summary["final_accuracy"] > 0.3
+
+
+@pytest.mark.slow
+def test_digits_by_the_command_line(tmp_path: Path) -> None:
+    """float32: the first task's losses agree to 1e-3; a boundary's 200 steps of Adam then make rounding visible, so
+    the accuracies of the run agree as those of two seeds do.
+    """
+    accuracy, losses = [], []
+    for stack in (1, 5):
+        command = ["run", "digits_mfcl", "--set", f"engine.stack={stack}", "--set", "engine.workers=1", "--no-figures"]
+        command += ["--output", str(tmp_path / str(stack)), "--json"]
+        done = subprocess.run([sys.executable, "-m", "fedcil", *command], capture_output=True, text=True, check=True)
+        run = fedcil.load(json.loads(done.stdout)["run_dir"])
+        accuracy.append(run.summary["average_incremental_accuracy"])
+        losses.append([loss for line in run.kind("round") if line["task"] == 0 for loss in line["losses"]])
+        environment = json.loads((run.path / "environment.json").read_text())
+        assert environment["numeric_configuration"]["execution"] == {1: "fused", 5: "stacked 5"}[stack]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert accuracy[1] == pytest.approx(accuracy[0], abs=0.06)
+    assert min(accuracy) > 0.85
