@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from fedcil.engines import Setting, load_engine, serve
 from fedcil.errors import FedcilError, NotResumable, located
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.port import Port, StopSignal
-from fedcil.record.folder import RunFolder, refuse_changes
+from fedcil.record.folder import CLIENT_STATES, RunFolder, refuse_changes
 from fedcil.record.run import Run, open_run
 from fedcil.record.summary import finish
 from fedcil.scenario import Scenario
@@ -75,7 +74,7 @@ def resume(
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)
     folder, state = RunFolder.reopen(old.path, experiment)
-    state = replace(state, server=state.server.to(experiment.compute.device))  # checkpoints are read on the CPU
+    state = state.to(experiment.compute.device)  # checkpoints are read on the CPU
     return _carry_on(experiment, folder, state, root, figures, watcher, stop)
 
 
@@ -95,7 +94,7 @@ def _carry_on(
 ) -> Run:
     """Serve the round loop from ``state`` to the end and write what a finished run has."""
     stop = stop or StopSignal()
-    setting = Setting(experiment, data_root, folder.path / "client_states", stop)
+    setting = Setting(experiment, data_root, folder.path / CLIENT_STATES, stop)
 
     def loop(port: Port) -> None:
         run_tasks(open_session(experiment, folder, port, watcher, stop), state)

@@ -1,110 +1,91 @@
 """Who can be reached in a round: a pure function of the place in the run, so a resumed run sees the same.
 
-``recorded`` replays the clients that answered in an earlier run, from its ``metrics.jsonl``.
+``markov``, ``diurnal`` and ``trace`` count rounds through the whole run (fedcil/timeline.py); what is read from files
+is in fedcil/traces.py. Who is a member at all is another question (fedcil/population.py).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedcil.errors import InputError
+from fedcil.traces import Clients, recorded, trace
 
 if TYPE_CHECKING:
     from fedcil.keys import Key
     from fedcil.scenario import AvailabilitySection
+    from fedcil.timeline import Timeline
 
-Clients = frozenset[int]
-Place = tuple[int, int, int]  # task, phase, round
 Availability = Callable[[int, int, int], Clients]
+Mask = NDArray[np.bool_]
 
 
-def make_availability(section: AvailabilitySection, clients: int, key: Key) -> Availability:
+def make_availability(section: AvailabilitySection, clients: int, key: Key, timeline: Timeline) -> Availability:
     """A function (task, phase, round) -> the clients of 0..clients - 1 that can be reached then.
 
-    Raises InputError if a recorded file is missing or broken; the function made from one raises InputError
-    for a round that is not in it.
+    Raises InputError if a file is missing or broken; the function made from a record raises InputError for a round
+    that is not in it.
     """
+    key = key.at("availability")
+    if section.name == "recorded":
+        return recorded(Path(str(section.file)), clients)
+    if section.name == "always":
+        everyone = frozenset(range(clients))
+        return lambda *_: everyone
     if section.name == "bernoulli":
-        return _bernoulli(section.probability, clients, key)
-    if section.file is not None:
-        return _recorded(Path(section.file), clients)
-    everyone = frozenset(range(clients))
-    return lambda *_: everyone
+        return lambda *place: _ids(key.at(*place).numpy().random(clients) < section.probability)
+    if section.name == "trace":
+        there = trace(Path(str(section.file)), clients)
+        return lambda *place: there(timeline.number(*place))
+    model = Markov(section, clients, key) if section.name == "markov" else Diurnal(section, clients, key)
+    return lambda *place: _ids(model.at(timeline.number(*place)))
 
 
-def _bernoulli(probability: float, clients: int, key: Key) -> Availability:
-    def present(task: int, phase: int, round: int) -> Clients:
-        draws = key.at("availability", task, phase, round).numpy().random(clients)
-        return frozenset(np.flatnonzero(draws < probability).tolist())
-
-    return present
+def _ids(mask: Mask) -> Clients:
+    return frozenset(np.flatnonzero(mask).tolist())
 
 
-def _recorded(path: Path, clients: int) -> Availability:
-    answered = _read_rounds(path, clients)
+class Markov:
+    """Each client is there for ``rounds_on`` rounds in the mean and away for ``rounds_off``, both geometric.
 
-    def present(task: int, phase: int, round: int) -> Clients:
-        if (task, phase, round) not in answered:
-            raise InputError(
-                f"task {task}, phase {phase}, round {round} was not recorded",
-                where=str(path),
-                allowed="a record with every round of this scenario",
-                next="record a run with the same stream, method and training.rounds, run to its end",
-            )
-        return answered[task, phase, round]
+    A round's state follows from the draws of all rounds before it, so it is a function of its number alone; the last
+    one is kept, only to save time.
+    """
 
-    return present
+    def __init__(self, section: AvailabilitySection, clients: int, key: Key) -> None:
+        self._on, self._off = section.rounds_on, section.rounds_off
+        self._clients, self._key = clients, key.at("markov")
+        self._number, self._mask = -1, np.zeros(0, dtype=np.bool_)
 
-
-def _read_rounds(path: Path, clients: int) -> dict[Place, Clients]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _broken(path, f"cannot be read: {error}") from None
-    rounds: dict[Place, Clients] = {}
-    for number, line in enumerate(lines, start=1):
-        place, answered = _read_line(line, f"{path}:{number}", clients)
-        if place in rounds:
-            raise _broken(f"{path}:{number}", f"task, phase, round = {place} stands here for the second time")
-        if place is not None:
-            rounds[place] = answered
-    if not rounds:
-        raise _broken(path, "has no rounds")
-    return rounds
+    def at(self, number: int) -> Mask:
+        if number < self._number:
+            self._number = -1
+        while self._number < number:
+            self._number += 1
+            draws = self._key.at(self._number).numpy().random(self._clients)
+            if self._number == 0:  # as many as there are in the long run
+                self._mask = draws < self._on / (self._on + self._off)
+            else:
+                self._mask = np.where(self._mask, draws >= 1 / self._on, draws < 1 / self._off)
+        return self._mask
 
 
-def _read_line(line: str, where: str, clients: int) -> tuple[Place | None, Clients]:
-    """Place and clients of a round's line; None for lines of another kind."""
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise _broken(where, f"not JSON: {error}") from None
-    if not isinstance(entry, dict):
-        raise _broken(where, "not a JSON object")
-    if entry.get("kind") != "round":
-        return None, frozenset()
-    place: Any = (entry.get("task"), entry.get("phase"), entry.get("round"))
-    answered = entry.get("answered")
-    if not _all_whole(place) or not isinstance(answered, list) or not _all_whole(answered):
-        raise _broken(where, "task, phase and round must be whole numbers, and answered a list of them")
-    if answered and max(answered) >= clients:
-        raise _broken(where, f"client {max(answered)} answered, but clients.count = {clients}")
-    return place, frozenset(answered)
+class Diurnal:
+    """A client's chance is a sine of the round: ``share`` + ``amplitude`` sin(2 pi (round / ``period`` + its phase)).
 
+    Phases are uniform over the part ``spread`` of a period: 0 is one time zone for all, 1 the whole earth.
+    """
 
-def _all_whole(values: Any) -> bool:
-    return all(type(value) is int and value >= 0 for value in values)
+    def __init__(self, section: AvailabilitySection, clients: int, key: Key) -> None:
+        self._section, self._clients, self._key = section, clients, key.at("diurnal")
+        self._phases = section.spread * self._key.at("phase").numpy().random(clients)
 
-
-def _broken(where: str | Path, what: str) -> InputError:
-    return InputError(
-        what,
-        where=str(where),
-        allowed='a metrics.jsonl whose lines with "kind": "round" have task, phase, round and answered',
-        next="point availability.file at the metrics.jsonl of a finished run with as many clients",
-    )
+    def at(self, number: int) -> Mask:
+        section, draws = self._section, self._key.at(number).numpy().random(self._clients)
+        waves = np.sin(2 * np.pi * (number / section.period + self._phases))
+        mask: Mask = draws < section.share + section.amplitude * waves
+        return mask

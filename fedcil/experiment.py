@@ -19,10 +19,12 @@ from fedcil.methods.base import Method, Samples
 from fedcil.models import make_architecture
 from fedcil.models.network import initialise, snapshot
 from fedcil.partition import TaskPartition, make_partition
+from fedcil.population import Population, make_population
 from fedcil.rule import PLAIN
 from fedcil.scenario import Scenario
 from fedcil.state import RunState, ServerState
 from fedcil.stream import Stream, Task, make_stream
+from fedcil.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +35,36 @@ class Experiment:
     key: Key
     data: Dataset
     stream: Stream
+    population: Population
     partition: Sequence[TaskPartition]
     method: Method
     compute: Compute
 
-    def tasks_of_data(self, task: Task) -> range:
+    @property
+    def timeline(self) -> Timeline:
+        return self.population.timeline
+
+    def tasks_of_data(self, client: int, task: Task) -> range:
         """The tasks whose samples a client has in this task."""
-        return range(task.index + 1) if self.method.data == "so_far" else range(task.index, task.index + 1)
+        if self.method.data == "so_far":
+            return range(task.index + 1)
+        source = self.population.source(client, task.index)
+        return range(source, source + 1)
 
     def counts(self, task: Task) -> NDArray[np.int64]:
-        """Samples of each client in this task, (clients,)."""
-        counts = [self.partition[t].counts() for t in self.tasks_of_data(task)]
-        total: NDArray[np.int64] = np.stack(counts).sum(axis=0)
-        return total
+        """Samples of each client in this task, (clients,), whether it is a member now or not."""
+        if self.method.data == "so_far":
+            total: NDArray[np.int64] = np.sum([self.partition[t].counts() for t in range(task.index + 1)], axis=0)
+            return total
+        counts = self.partition[task.index].counts()
+        if self.method.takes_old_labels:
+            behind = sorted(self.population.behind[task.index])
+            counts[behind] = [len(self.indices(client, task)) for client in behind]
+        return counts
+
+    def counts_at(self, task: Task, number: int) -> NDArray[np.int64]:
+        """Samples of each member in a round of this task, (clients,); 0 for who is no member then."""
+        return np.where(self.population.present(number), self.counts(task), 0)
 
     def task_counts(self) -> NDArray[np.int64]:
         """Training samples of each client in each task, (clients, tasks)."""
@@ -63,7 +82,7 @@ class Experiment:
 
     def indices(self, client: int, task: Task) -> NDArray[np.int64]:
         """Where a client's samples of this task stand in the training set."""
-        parts = [self.partition[t].of(client) for t in self.tasks_of_data(task)]
+        parts = [self.partition[t].of(client) for t in self.tasks_of_data(client, task)]
         return np.concatenate(parts).astype(np.int64)
 
     def statistics(self, task: Task) -> Tensors:
@@ -100,15 +119,23 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     scenario.method.check_image(architecture.image)
     method = scenario.method.build()
     refuse_idle_rule(scenario, method, stream)
+    clients, timeline = scenario.clients.count, make_timeline(method, stream, scenario.training.rounds)
+    population = make_population(scenario.population, clients, timeline, key)
     return Experiment(
         scenario=scenario,
         key=key,
         data=data,
         stream=stream,
-        partition=make_partition(scenario.partition, scenario.clients.count, stream, labels, key),
+        population=population,
+        partition=make_partition(scenario.partition, clients, stream, labels, key, population.sharing),
         method=method,
         compute=Compute(architecture, device, precision),
     )
+
+
+def make_timeline(method: Method, stream: Stream, rounds: int) -> Timeline:
+    """The rounds of every phase of every task."""
+    return Timeline.of([[phase.rounds for phase in method.phases(task, rounds)] for task in stream.tasks])
 
 
 def refuse_idle_rule(scenario: Scenario, method: Method, stream: Stream) -> None:

@@ -55,14 +55,24 @@ class TaskPartition:
 
 
 def make_partition(
-    section: PartitionSection, clients: int, stream: Stream, labels: Ints, key: Key
+    section: PartitionSection,
+    clients: int,
+    stream: Stream,
+    labels: Ints,
+    key: Key,
+    sharing: Callable[[int], Ints] | None = None,
 ) -> tuple[TaskPartition, ...]:
     """Share the samples of every task; each task draws afresh, from ``key.at("partition", task.index)``.
 
-    ``labels`` (n,) are the stream labels of all training samples; -1 is not in the stream. Raises
-    ScenarioError if the rule cannot serve that many clients, or leaves one without samples that may not be.
+    ``labels`` (n,) are the stream labels of all training samples; -1 is not in the stream. ``sharing(task)`` gives
+    the sorted ids of those who share it, all clients by default; the others get nothing. Raises ScenarioError if the
+    rule cannot serve that many clients, or leaves one without samples that may not be.
     """
-    return tuple(_share_task(section, clients, task, labels, key.at("partition", task.index)) for task in stream.tasks)
+    owners = sharing or (lambda _: np.arange(clients))
+    return tuple(
+        _share_task(section, clients, owners(task.index), task, labels, key.at("partition", task.index))
+        for task in stream.tasks
+    )
 
 
 def save_partition(path: str | Path, parts: Sequence[TaskPartition]) -> None:
@@ -96,14 +106,17 @@ def _load_task(arrays: Any, task: int) -> TaskPartition:
     return part
 
 
-def _share_task(section: PartitionSection, clients: int, task: Task, labels: Ints, key: Key) -> TaskPartition:
+def _share_task(
+    section: PartitionSection, clients: int, owners: Ints, task: Task, labels: Ints, key: Key
+) -> TaskPartition:
     members = np.flatnonzero((labels >= task.old) & (labels < task.seen))
-    rule = _load_rule(section.name)
+    rule, sharing = _load_rule(section.name), len(owners)
+    counts = np.zeros(clients, dtype=np.int64)
     try:
-        _refuse_too_few_samples(len(members), clients, section)
-        shares = _checked(_call(rule, labels[members], clients, section, key.numpy()), len(members), clients)
-        counts = np.array([len(share) for share in shares], dtype=np.int64)
-        _refuse_empty_client(counts, section)
+        _refuse_too_few_samples(len(members), sharing, section)
+        shares = _checked(_call(rule, labels[members], sharing, section, key.numpy()), len(members), sharing)
+        counts[owners] = [len(share) for share in shares]
+        _refuse_empty_client(counts, owners, section)
     except ScenarioError as error:  # the rules do not know which task they share
         raise ScenarioError(
             f"task {task.index}: {error.what}", where=error.where, allowed=error.allowed, next=error.next
@@ -153,13 +166,13 @@ def _refuse_too_few_samples(samples: int, clients: int, section: PartitionSectio
         )
 
 
-def _refuse_empty_client(counts: Ints, section: PartitionSection) -> None:
-    empty = np.flatnonzero(counts == 0)
+def _refuse_empty_client(counts: Ints, owners: Ints, section: PartitionSection) -> None:
+    empty = owners[counts[owners] == 0]
     if section.allow_empty or not len(empty):
         return
     others = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
     raise ScenarioError(
-        f"client {empty[0]}{others} of {len(counts)} would be without samples",
+        f"client {empty[0]}{others} of {len(owners)} would be without samples",
         where="partition",
         allowed="at least one sample for each client, or partition.allow_empty = true",
         next="lower clients.count, choose a less skewed partition, or set partition.allow_empty = true",

@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializeAsAny,
+    Strict,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -51,6 +52,9 @@ DATASETS = (
 PARTITIONS = ("dirichlet_equal", "dirichlet", "iid", "shards", "classes", "quantity")
 MODELS = ("cnn", "resnet8", "resnet18")
 Threads = Annotated[int, Field(ge=1, le=256)]
+AtLeast1 = Annotated[float, Field(ge=1.0)]
+Tier = Annotated[tuple[Above0, Above0, Above0, Above0], Strict(False)]
+Tiers = Annotated[tuple[Tier, ...], Strict(False), Field(min_length=1)]
 
 
 DOTTED = {"type": "string", "pattern": ":"}  # package.module:function
@@ -132,19 +136,95 @@ class ClientsSection(Section):
 
     count: Annotated[int, Field(ge=1, le=10**7)] = 20
     per_round: Positive = 5
+    over_sample: AtLeast1 = Field(
+        1.0, description="ask so many times more; the round closes when per_round are in (needs [clock])"
+    )
+    dropout: Share = Field(0.0, description="chance that a client vanishes in mid-round")
+
+
+class PopulationSection(Section):
+    """``[population]``: who belongs to the federation when (fedcil/population.py)."""
+
+    name: Literal["fixed", "turnover", "growing"] = "fixed"
+    size: Positive | None = Field(None, description="turnover: members at any time; growing: members in the first task")
+    replaced_per_task: Share = Field(0.0, description="turnover: share that newcomers replace at each task border")
+    replaced_per_round: Share = Field(
+        0.0, description="turnover: share that newcomers replace before each round but a phase's first"
+    )
+    newcomers: Count = Field(10, description="growing: clients that join at each task border")
+    move_on: Share = Field(
+        0.9, description="growing: share of the old ones that get samples of the new task; the others stay behind"
+    )
+
+    @model_validator(mode="after")
+    def _size_given(self) -> Self:
+        if (self.name == "fixed") != (self.size is None):
+            raise ValueError("size belongs to name = 'turnover' and 'growing', which need it")
+        return self
+
+    def replaced(self, share: float) -> int:
+        """Clients that a share of the members is, to the nearest whole one."""
+        return int(share * (self.size or 0) + 0.5)
+
+    def needed(self, borders: int, steps: int) -> int:
+        """Ids that so many task borders and so many rounds inside phases use up."""
+        if self.name == "growing":
+            return (self.size or 0) + borders * self.newcomers
+        per_task, per_round = self.replaced(self.replaced_per_task), self.replaced(self.replaced_per_round)
+        return (self.size or 0) + borders * per_task + steps * per_round
 
 
 class AvailabilitySection(Section):
     """``[availability]``: who can be reached in a round (fedcil/availability.py)."""
 
-    name: Literal["always", "bernoulli", "recorded"] = "always"
+    name: Literal["always", "bernoulli", "markov", "diurnal", "trace", "recorded"] = "always"
     probability: Share = Field(1.0, description="bernoulli: chance of being there in a round")
-    file: str | None = Field(None, description="recorded: a metrics.jsonl to replay")
+    rounds_on: AtLeast1 = Field(10.0, description="markov: rounds a client is there in the mean")
+    rounds_off: AtLeast1 = Field(10.0, description="markov: rounds it is away in the mean")
+    share: Share = Field(0.5, description="diurnal: share that is there in the mean over a period")
+    amplitude: Share = Field(0.4, description="diurnal: how far the share goes up and down")
+    period: Above0 = Field(24.0, description="diurnal: rounds of a day")
+    spread: Share = Field(1.0, description="diurnal: part of a period that the clients' phases are spread over")
+    file: str | None = Field(
+        None, description="recorded: a metrics.jsonl to replay; trace: a CSV file with client,from,to"
+    )
 
     @model_validator(mode="after")
     def _file_given(self) -> Self:
-        if (self.name == "recorded") != (self.file is not None):
-            raise ValueError("file belongs to name = 'recorded', which needs it")
+        if (self.name in ("recorded", "trace")) != (self.file is not None):
+            raise ValueError("file belongs to name = 'recorded' and 'trace', which need it")
+        if self.name == "diurnal" and not self.amplitude <= min(self.share, 1 - self.share) + 1e-9:
+            raise ValueError("share - amplitude and share + amplitude must lie in 0 to 1")
+        return self
+
+
+class ClockSection(Section):
+    """``[clock]``: a simulated clock that decides who is back in time (fedcil/clock.py). Off by default."""
+
+    name: Literal["off", "lognormal", "tiers"] = "off"
+    samples_per_s: Above0 | None = Field(None, description="lognormal: median training speed of a client")
+    speed_sigma: NonNegative = Field(1.0, description="lognormal: deviation of the logarithm of speeds")
+    down_bytes_per_s: Above0 | None = Field(None, description="lognormal: median rate to a client")
+    up_bytes_per_s: Above0 | None = Field(None, description="lognormal: median rate from a client")
+    network_sigma: NonNegative = Field(1.0, description="lognormal: deviation of the logarithm of rates")
+    tiers: Tiers | None = Field(
+        None, description="tiers: rows of [share of clients, samples a second, bytes down a second, bytes up a second]"
+    )
+    deadline_s: Above0 | None = Field(None, description="simulated seconds after which a round closes")
+    late: Literal["drop", "fold"] = Field(
+        "drop", description="updates that are late: never made, or folded into the round in which they arrive"
+    )
+    staleness: NonNegative = Field(0.5, description="late = fold: weight (1 + rounds late) ** -staleness")
+
+    @model_validator(mode="after")
+    def _numbers_given(self) -> Self:
+        medians = (self.samples_per_s, self.down_bytes_per_s, self.up_bytes_per_s)
+        if self.name == "lognormal" and None in medians:
+            raise ValueError("lognormal needs samples_per_s, down_bytes_per_s and up_bytes_per_s")
+        if (self.name == "tiers") != (self.tiers is not None):
+            raise ValueError("tiers belongs to name = 'tiers', which needs it")
+        if self.name == "off" and (self.deadline_s or self.late != "drop"):
+            raise ValueError("deadline_s and late need a clock; allowed: name = 'lognormal' or 'tiers'")
         return self
 
 
@@ -259,7 +339,9 @@ class Scenario(Section):
     stream: StreamSection = StreamSection()
     partition: PartitionSection = PartitionSection()
     clients: ClientsSection = ClientsSection()
+    population: PopulationSection = PopulationSection()
     availability: AvailabilitySection = AvailabilitySection()
+    clock: ClockSection = ClockSection()
     model: ModelSection = ModelSection()
     method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(_load_method)]
     training: TrainingSection = TrainingSection()
@@ -272,16 +354,33 @@ class Scenario(Section):
             raise ValueError(
                 f"clients.per_round = {self.clients.per_round} is more than clients.count = {self.clients.count}"
             )
+        if self.clients.over_sample > 1 and self.clock.name == "off":
+            raise ValueError("clients.over_sample needs a clock: clock.name says who of them is in first")
+        self._refuse_small_population()
         if self.server.rule.least > self.clients.per_round:
             raise ValueError(
                 f"server.fold = {self.server.fold!r} with byzantine = {self.server.byzantine} needs "
                 f"{self.server.rule.least} clients in a round, clients.per_round is {self.clients.per_round}"
             )
+        if self.clock.late == "fold" and self.server.fold != "mean":
+            raise ValueError("clock.late = 'fold' adds late updates to a mean: it needs server.fold = 'mean'")
         if self.engine.gpus_per_worker > 0 and self.device == "cpu":
             raise ValueError("engine.gpus_per_worker needs device = 'cuda' or 'auto'")
         if self.data.name == "super_imagenet" and self.data.mapping is None:
             raise ValueError("data.mapping is needed for super_imagenet: a file of super-classes (docs/data.md)")
         return self
+
+    def _refuse_small_population(self) -> None:
+        """What can be known before the method's phases are; fedcil/population.py counts the rounds inside tasks too."""
+        size, needed = self.population.size, self.population.needed(self.stream.tasks - 1, 0)
+        if size is not None and self.clients.per_round > size:
+            raise ValueError(f"clients.per_round = {self.clients.per_round} is more than population.size = {size}")
+        if self.clients.count < needed:
+            raise ValueError(
+                f"clients.count = {self.clients.count} is too small: population.name = {self.population.name!r} over"
+                f" {self.stream.tasks} tasks needs {'at least ' * bool(self.population.replaced_per_round)}{needed}"
+                " (newcomers are clients never seen before)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those that are not set (TOML has no null)."""

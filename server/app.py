@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context
@@ -58,7 +57,7 @@ def continue_folder(grid: Grid, path: Path, min_clients: int) -> None:
 
 
 def serve(grid: Grid, experiment: Experiment, folder: RunFolder, state: RunState, min_clients: int) -> None:
-    state = replace(state, server=state.server.to(experiment.compute.device))  # checkpoints are read on the CPU
+    state = state.to(experiment.compute.device)  # checkpoints are read on the CPU
     try:
         port = GridPort(grid, experiment, folder.path.name, StopSignal(), state.nodes, min_clients)
         run_tasks(open_session(experiment, folder, port), state)

@@ -21,18 +21,27 @@ from typing import Any, Protocol
 import torch
 
 from fedcil.availability import Availability, make_availability
+from fedcil.clock import Devices, asked_clients, make_devices
 from fedcil.errors import RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment
-from fedcil.messages import BORDER, UNEXPECTED, Broadcast, Job, Outcome, Payload, Request, count_bytes
+from fedcil.messages import BORDER, UNEXPECTED, Outcome, Payload, Request, count_bytes
 from fedcil.methods.base import Phase
 from fedcil.port import Port, StopSignal
 from fedcil.record.folder import RunFolder
-from fedcil.rule import PLAIN, Rule
 from fedcil.state import Cursor, RunState
 from fedcil.stream import Task
 from server import boundary
 from server.cohort import choose, eligible
 from server.evaluation import Evaluator
+from server.late import (
+    Answered,
+    hold_round,
+    make_schedule,
+    number_of,
+    rule_of,
+    simulated_line,
+    wanted_answers,
+)
 
 LOG = logging.getLogger("fedcil.border")
 
@@ -71,6 +80,10 @@ class Session:
     stop: StopSignal
     evaluator: Evaluator
     availability: Availability
+    devices: Devices | None
+
+    def ask(self, request: Request) -> Outcome:
+        return self.port.run(request, self.experiment.scenario.server.deadline_s, self.watcher.client_done)
 
     def save(self, state: RunState) -> None:
         self.folder.checkpoint(state, self.experiment)
@@ -101,7 +114,10 @@ def open_session(
         watcher=watcher or Nobody(),
         stop=stop or StopSignal(),
         evaluator=Evaluator(experiment),
-        availability=make_availability(scenario.availability, scenario.clients.count, experiment.key),
+        availability=make_availability(
+            scenario.availability, scenario.clients.count, experiment.key, experiment.timeline
+        ),
+        devices=make_devices(scenario.clock, scenario.clients.count, experiment.key),
     )
 
 
@@ -163,22 +179,24 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     session.stop.check()
     experiment, cursor, clock = session.experiment, state.cursor, Clock()
     scenario = experiment.scenario
-    cohort = choose_cohort(session, cursor, task, phase)
-    request = make_request(state, cohort, rule_of(experiment, phase))
-    outcome = session.port.run(request, scenario.server.deadline_s, session.watcher.client_done)
+    answered = ask_cohort(session, state, task, phase)
+    outcome = answered.outcome
     torch.set_num_threads(scenario.server.threads)  # clients in threads of this process may have set another
     clock.stage("clients")
-    status = round_status(outcome, len(cohort), scenario.server.quorum, request.rule.least)
+    wanted = wanted_answers(scenario.clients.per_round, phase, answered.cohort)
+    status = round_status(answered.count, wanted, scenario.server.quorum, rule_of(experiment, phase).least)
     server = state.server
     if status == "ok":
         server = experiment.method.reduce(server, phase, outcome.total)
     clock.stage("reduce")
-    line = round_line(state, task, phase, request, outcome, status)
+    line = round_line(state, task, phase, answered, status)
     if evaluation_due(cursor, phase, scenario.server.evaluate_every):
         evaluation = session.evaluator.evaluate(server, task)
         line |= {"accuracy": evaluation.accuracy, "task_aware": evaluation.task_aware}
     clock.stage("evaluate")
-    after = replace(advance(state, cohort, outcome, phase, status), server=server)
+    after = replace(advance(state, answered, phase, status), server=server)
+    after = forget_leavers(after, experiment)
+    line |= simulated_line(answered, after.pending, number_of(experiment, state), scenario.clock)
     line["client_state_bytes"] = sum(after.client_state_bytes.values())
     line["cost"] = clock.read() | {"wire_bytes": outcome.wire_bytes}
     if outcome.attendance and outcome.attendance.events:
@@ -186,7 +204,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     session.record([line])
     session.watcher.recorded(line)
     log_refused(outcome)
-    refuse_broken_method(outcome, len(cohort))
+    refuse_broken_method(outcome, answered.trained)
     if after.short_rounds >= scenario.server.patience:
         session.save(after)
         raise too_few(after.short_rounds, task, scenario.server.quorum, outcome)
@@ -195,40 +213,30 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     return after
 
 
-def choose_cohort(session: Session, cursor: Cursor, task: Task, phase: Phase) -> tuple[int, ...]:
+def ask_cohort(session: Session, state: RunState, task: Task, phase: Phase) -> Answered:
     experiment = session.experiment
-    scenario = experiment.scenario
+    cohort = choose_cohort(session, state, task, phase)
+    schedule = make_schedule(experiment, session.devices, state, task, phase, cohort)
+    return hold_round(experiment, schedule, state, phase, cohort, session.ask)
+
+
+def choose_cohort(session: Session, state: RunState, task: Task, phase: Phase) -> tuple[int, ...]:
+    """Of those who are members, there, free and have samples."""
+    experiment, cursor = session.experiment, state.cursor
+    clients = experiment.scenario.clients
     here = session.availability(cursor.task, cursor.phase, cursor.round)
-    present = here & session.port.reachable()
-    candidates = eligible(present, experiment.counts(task))
+    busy = {late.client for late in state.pending}
+    present = (here & session.port.reachable()) - busy
+    candidates = eligible(present, experiment.counts_at(task, number_of(experiment, state)))
     place = ("task", cursor.task, "phase", cursor.phase, "round", cursor.round, "cohort")
-    return choose(candidates, phase, scenario.clients.per_round, experiment.key.at(*place))
+    asked = asked_clients(clients.per_round, clients.over_sample)
+    return choose(candidates, phase, asked, experiment.key.at(*place))
 
 
-def rule_of(experiment: Experiment, phase: Phase) -> Rule:
-    """Limits and robust folds are for models; what else clients send keeps its sum."""
-    return experiment.scenario.server.rule if phase.sends_model else PLAIN
-
-
-def make_request(state: RunState, cohort: tuple[int, ...], rule: Rule = PLAIN) -> Request:
-    cursor, server = state.cursor, state.server
-    broadcast = Broadcast(
-        task=cursor.task,
-        phase=cursor.phase,
-        round=cursor.round,
-        tensors=server.model,
-        payload=server.payload,
-    )
-    states = state.client_states
-    jobs = (Job(client, place, states.get(client)) for place, client in enumerate(cohort))
-    return Request(broadcast, tuple(jobs), len(cohort), rule)
-
-
-def round_status(outcome: Outcome, asked: int, quorum: float, least: int = 0) -> str:
+def round_status(answered: int, asked: int, quorum: float, least: int = 0) -> str:
     """ok, empty (nobody was asked), or no_quorum: too few of the asked answered, or fewer than a robust fold needs."""
-    if asked == 0:
+    if asked == answered == 0:
         return "empty"
-    answered = len(outcome.reports)
     enough = quorum * asked - 1e-9  # a share like 0.28 of 25 is not exact in binary
     return "ok" if answered >= max(1, least, enough) else "no_quorum"
 
@@ -238,28 +246,34 @@ def evaluation_due(cursor: Cursor, phase: Phase, every: int) -> bool:
     return every > 0 and (cursor.round + 1) % every == 0 and cursor.round + 1 < phase.rounds
 
 
-def advance(state: RunState, cohort: tuple[int, ...], outcome: Outcome, phase: Phase, status: str) -> RunState:
-    """Everything of the state but the model: cursor, who holds what, rounds without quorum."""
+def advance(state: RunState, answered: Answered, phase: Phase, status: str) -> RunState:
+    """Everything of the state but the model: cursor, who holds what, rounds without quorum, late updates."""
     cursor = Cursor(state.cursor.task, state.cursor.phase, state.cursor.round + 1)
     if cursor.round == phase.rounds:
         cursor = Cursor(cursor.task, cursor.phase + 1, 0)
-    kept = {r.client: r for r in outcome.reports if phase.work == "remember" and r.state}
+    kept = {r.client: r for r in answered.outcome.reports if phase.work == "remember" and r.state}
     return replace(
         state,
         cursor=cursor,
         client_states={**state.client_states, **{c: str(r.state) for c, r in kept.items()}},
         client_state_bytes={**state.client_state_bytes, **{c: r.state_bytes for c, r in kept.items()}},
-        holders=state.holders | set(cohort) if state.server.payload else state.holders,
+        holders=state.holders | set(answered.cohort) if state.server.payload else state.holders,
         short_rounds=0 if status == "ok" else state.short_rounds + 1,
-        nodes=outcome.attendance.shares if outcome.attendance else state.nodes,
+        nodes=seen.shares if (seen := answered.outcome.attendance) else state.nodes,
+        pending=answered.pending if cursor.phase == state.cursor.phase else (),  # they do not outlive their phase
     )
 
 
-def round_line(
-    state: RunState, task: Task, phase: Phase, request: Request, outcome: Outcome, status: str
-) -> dict[str, Any]:
+def forget_leavers(state: RunState, experiment: Experiment) -> RunState:
+    """Who has left when the next round begins takes along what it kept."""
+    number = number_of(experiment, state)
+    return state.without(lambda client: experiment.population.gone(client, number))
+
+
+def round_line(state: RunState, task: Task, phase: Phase, answered: Answered, status: str) -> dict[str, Any]:
     """What the record says of a round. Bytes are logical tensors, the same on every engine."""
-    cohort = [job.client for job in request.jobs]
+    cohort, outcome, late = list(answered.cohort), answered.outcome, answered.arrived
+    sent = sum(report.bytes_up for report in outcome.reports) + sum(count_bytes(each.total.tensors) for each in late)
     payload = state.server.payload
     newcomers = set(cohort) - state.holders
     return {
@@ -275,12 +289,12 @@ def round_line(
         "failures": [
             {"client": failure.client, "stage": failure.stage, "reason": failure.reason} for failure in outcome.failures
         ],
-        "samples": sum(report.samples for report in outcome.reports),
+        "samples": sum(each.samples for each in outcome.reports) + sum(each.samples for each in late),
         "loss": mean_loss(outcome),
         "losses": [report.metrics.get("loss") for report in outcome.reports],
         "bytes": {
             "down": {"model": len(cohort) * count_bytes(state.server.model)} | payload_bytes(payload, len(newcomers)),
-            "up": {SENT[phase.work]: sum(report.bytes_up for report in outcome.reports)},
+            "up": {SENT[phase.work]: sent},
         },
     }
 
@@ -328,6 +342,7 @@ def end_task(session: Session, state: RunState, task: Task) -> RunState:
         session.watcher.recorded(lines[-1])
     session.record(lines)
     after = replace(state, server=server, cursor=Cursor(task.index + 1), holders=frozenset())
+    after = forget_leavers(after, experiment)
     session.save(after)
     return after
 

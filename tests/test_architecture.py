@@ -25,10 +25,12 @@ EXPERIMENT = (
     "fedcil.methods",
     "fedcil.models",
     "fedcil.partition",
+    "fedcil.population",
     "fedcil.port",
     "fedcil.robust",
     "fedcil.scenario",
     "fedcil.scenario_file",
+    "fedcil.timeline",
 )
 
 # room -> what it may import of the project (a name allows everything below it) and which libraries
@@ -57,7 +59,11 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.port": (("fedcil.errors", "fedcil.messages"), ()),
     "fedcil.stream": (BOTTOM, ("numpy",)),
     "fedcil.partition": ((*BOTTOM, "fedcil.stream"), ("numpy",)),
-    "fedcil.availability": (BOTTOM, ("numpy",)),
+    "fedcil.timeline": ((), ()),
+    "fedcil.population": ((*BOTTOM, "fedcil.timeline"), ("numpy",)),
+    "fedcil.traces": (("fedcil.errors",), ("numpy",)),
+    "fedcil.clock": (("fedcil.keys",), ("numpy",)),
+    "fedcil.availability": ((*BOTTOM, "fedcil.timeline", "fedcil.traces"), ("numpy",)),
     "fedcil.scenario": ((*BOTTOM, "fedcil.methods"), ("pydantic",)),
     "fedcil.scenario_file": ((*BOTTOM, "fedcil.scenario"), ("pydantic",)),
     "fedcil.data": (
@@ -78,7 +84,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch", "numpy", "safetensors", "filelock", "matplotlib", "PIL", "jinja2", "rich"),
     ),
     "server": (
-        (*EXPERIMENT, "fedcil.availability", "fedcil.wire", "fedcil.record", "server"),
+        (*EXPERIMENT, "fedcil.availability", "fedcil.clock", "fedcil.wire", "fedcil.record", "server"),
         ("torch", "numpy"),
     ),
     "server.app": ((*EXPERIMENT, "fedcil.record", "server"), ("flwr",)),
@@ -103,6 +109,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.cli": (("fedcil",), ("typer", "rich", "numpy", "torch")),
     "fedcil.__main__": (("fedcil.cli",), ()),
     "scenarios": (("fedcil.api", "fedcil.record", "fedcil.scenario_file", "fedcil"), ()),
+    "scenarios.turnover": (("fedcil",), ("matplotlib",)),
     # A benchmark times parts of the machine, so it may reach all of them.
     "scenarios.benchmarks": (
         ("fedcil", "client", "server", "scenarios.benchmarks"),

@@ -9,18 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedcil.availability import Availability, make_availability
 from fedcil.errors import InputError
 from fedcil.keys import Key
 from fedcil.scenario import AvailabilitySection
+from fedcil.timeline import Timeline
 
+RUN = Timeline.of([[30, 1]] * 20)  # 20 tasks of 31 rounds
 Record = Callable[[str], Availability]
 
 
 def bernoulli(probability: float, clients: int = 50, seed: int = 0) -> Availability:
     section = AvailabilitySection(name="bernoulli", probability=probability)
-    return make_availability(section, clients, Key(seed))
+    return make_availability(section, clients, Key(seed), RUN)
 
 
 def line(task: int, phase: int, round: int, answered: list[int], **more: Any) -> str:
@@ -35,13 +39,13 @@ def record(tmp_path: Path) -> Record:
     def replay(text: str) -> Availability:
         path = tmp_path / "metrics.jsonl"
         path.write_text(text, encoding="utf-8")
-        return make_availability(AvailabilitySection(name="recorded", file=str(path)), 5, Key(0))
+        return make_availability(AvailabilitySection(name="recorded", file=str(path)), 5, Key(0), RUN)
 
     return replay
 
 
 def test_always_is_everyone() -> None:
-    present = make_availability(AvailabilitySection(), 3, Key(0))
+    present = make_availability(AvailabilitySection(), 3, Key(0), RUN)
     assert present(0, 0, 0) == present(4, 1, 9) == frozenset({0, 1, 2})
 
 
@@ -131,5 +135,122 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         if content:
             path.write_bytes(content)
         with pytest.raises(InputError, match="cannot be read") as caught:
-            make_availability(AvailabilitySection(name="recorded", file=str(path)), 5, Key(0))
+            make_availability(AvailabilitySection(name="recorded", file=str(path)), 5, Key(0), RUN)
         assert caught.value.where == str(path)
+
+
+# Models that count rounds through the whole run
+
+MODELS = {
+    "markov": AvailabilitySection(name="markov", rounds_on=6.0, rounds_off=2.0),
+    "diurnal": AvailabilitySection(name="diurnal", share=0.5, amplitude=0.4, period=24.0),
+    "bernoulli": AvailabilitySection(name="bernoulli", probability=0.4),
+}
+PLACES = st.tuples(st.integers(0, 19), st.integers(0, 1), st.integers(0, 29)).filter(lambda p: not (p[1] and p[2]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(name=st.sampled_from(sorted(MODELS)), places=st.lists(PLACES, min_size=1, max_size=6), seed=st.integers(0, 3))
+def test_no_model_remembers_what_it_was_asked(name: str, places: list[tuple[int, int, int]], seed: int) -> None:
+    """In any order, again and again, and in a fresh process: the place decides."""
+    asked = make_availability(MODELS[name], 20, Key(seed), RUN)
+    answers = [asked(*place) for place in places]
+    for place, answer in zip(places, answers, strict=True):
+        assert asked(*place) == answer == make_availability(MODELS[name], 20, Key(seed), RUN)(*place)
+    assert all(type(client) is int and 0 <= client < 20 for answer in answers for client in answer)
+
+
+def seen(section: AvailabilitySection, clients: int, rounds: int) -> Any:
+    """(rounds, clients) of the first task of a long run."""
+    present = make_availability(section, clients, Key(0), Timeline.of([[rounds]]))
+    return np.array(
+        [[client in there for client in range(clients)] for there in (present(0, 0, r) for r in range(rounds))]
+    )
+
+
+def test_markov_has_the_spells_it_was_told() -> None:
+    """200 clients, 500 rounds, 6 on and 2 off: about 12,500 spells of each kind, deviations sqrt(30) and sqrt(2)."""
+    table = seen(MODELS["markov"], 200, 500)
+    assert table.mean() == pytest.approx(0.75, abs=0.01)
+    assert table[0].mean() == pytest.approx(0.75, abs=0.12)  # stationary from the first round: deviation 0.031
+    starts_on = (~table[:-1] & table[1:]).sum()
+    starts_off = (table[:-1] & ~table[1:]).sum()
+    assert table[:-1].sum() / starts_off == pytest.approx(6.0, abs=0.3)
+    assert (~table[:-1]).sum() / starts_on == pytest.approx(2.0, abs=0.1)
+
+
+def test_a_markov_client_is_no_coin() -> None:
+    """With long spells, who was there in one round is there in the next."""
+    table = seen(AvailabilitySection(name="markov", rounds_on=50.0, rounds_off=50.0), 100, 200)
+    assert (table[1:] == table[:-1]).mean() == pytest.approx(0.98, abs=0.005)
+
+
+def test_markov_counts_through_phases_and_tasks() -> None:
+    """The chain does not begin anew with a task: the same rows, however they are cut into tasks."""
+    section = MODELS["markov"]
+    whole = make_availability(section, 30, Key(0), Timeline.of([[12]]))
+    cut = make_availability(section, 30, Key(0), Timeline.of([[3, 1], [3, 1], [3, 1]]))
+    places = [(task, *rest) for task in range(3) for rest in ((0, 0), (0, 1), (0, 2), (1, 0))]
+    assert [cut(*place) for place in places] == [whole(0, 0, number) for number in range(12)]
+
+
+def test_diurnal_in_one_time_zone_is_a_sine() -> None:
+    """2000 clients: deviation of a share at most sqrt(0.25 / 2000) = 0.011."""
+    section = AvailabilitySection(name="diurnal", share=0.5, amplitude=0.4, period=24.0, spread=0.0)
+    table = seen(section, 2000, 48)
+    expected = 0.5 + 0.4 * np.sin(2 * np.pi * np.arange(48) / 24)
+    assert np.abs(table.mean(axis=1) - expected).max() < 0.05
+
+
+def test_diurnal_clients_have_phases_of_their_own() -> None:
+    """Over the whole earth the share is flat, while each client still has its day: 20 periods of 24 rounds."""
+    table = seen(MODELS["diurnal"], 300, 480)
+    assert np.abs(table.mean(axis=1) - 0.5).max() < 0.15  # deviation 0.026
+    waves = np.exp(2j * np.pi * np.arange(480) / 24) @ table / 240  # amplitude and phase of each client
+    assert np.abs(waves).mean() == pytest.approx(0.4, abs=0.02)
+    assert np.abs((waves / np.abs(waves)).mean()) < 0.2  # all over the circle
+
+
+def test_a_sine_that_leaves_0_to_1_is_refused() -> None:
+    with pytest.raises(ValueError, match="must lie in 0 to 1"):
+        AvailabilitySection(name="diurnal", share=0.2, amplitude=0.3)
+
+
+def replay_trace(path: Path, text: str) -> Availability:
+    path.write_text(text, encoding="utf-8")
+    return make_availability(AvailabilitySection(name="trace", file=str(path)), 5, Key(0), Timeline.of([[2, 1], [2]]))
+
+
+def test_a_trace_says_who_is_there_with_both_ends(tmp_path: Path) -> None:
+    present = replay_trace(tmp_path / "t.csv", "client,from,to\n0,0,1\n1,1,3\n\n0,4,99\n2,2,2\n")
+    by_round = [present(0, 0, 0), present(0, 0, 1), present(0, 1, 0), present(1, 0, 0), present(1, 0, 1)]
+    assert by_round == [{0}, {0, 1}, {1, 2}, {1}, {0}]
+
+
+NO_TRACE = {
+    "": ("t.csv:1", "first line is not client,from,to"),
+    "client;from;to\n1;2;3\n": ("t.csv:1", "first line is not client,from,to"),
+    "client,from,to\n": ("t.csv", "has no clients"),
+    "client,from,to\n0,0,1\n0,1\n": ("t.csv:3", "'0,1' is not three whole numbers"),
+    "client,from,to\n0,0,1.5\n": ("t.csv:2", "is not three whole numbers"),
+    "client,from,to\n0,0,1\n\n5,0,1\n": ("t.csv:4", "client 5 is none of the clients.count = 5"),
+    "client,from,to\n-1,0,1\n": ("t.csv:2", "client -1 is none"),
+    "client,from,to\n1,3,2\n": ("t.csv:2", "from 3 to 2 is no span"),
+    "client,from,to\n1,-3,2\n": ("t.csv:2", "from -3 to 2 is no span"),
+    f"client,from,to\n1,0,{10**30}\n": ("t.csv:2", "is no span"),
+}
+
+
+@pytest.mark.parametrize("text", NO_TRACE)
+def test_a_broken_trace_names_its_line(tmp_path: Path, text: str) -> None:
+    where, message = NO_TRACE[text]
+    with pytest.raises(InputError, match=message) as caught:
+        replay_trace(tmp_path / "t.csv", text)
+    assert caught.value.where.endswith(where)
+    assert "rounds count from 0" in caught.value.allowed
+
+
+def test_a_trace_that_is_not_there(tmp_path: Path) -> None:
+    section = AvailabilitySection(name="trace", file=str(tmp_path / "none.csv"))
+    with pytest.raises(InputError, match="cannot be read"):
+        make_availability(section, 5, Key(0), RUN)

@@ -116,6 +116,31 @@ def test_plan_counts_without_training(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_plan_says_how_many_clients_will_be_there(tmp_path: Path) -> None:
+    """The run's own draws, so the run asks just as many: members, away half of the time, in every round."""
+    sets = [
+        "population={name='turnover', size=8, replaced_per_task=0.5, replaced_per_round=0.25}",
+        "availability={name='markov', rounds_on=3, rounds_off=3}",
+        "clients={count=48, per_round=8}",
+        "data.samples_per_class=40",
+        "training.rounds=5",
+        "server.patience=99",
+    ]
+    small = [
+        *(text for text in SMALL if text.startswith("--set")),
+        *(part for text in sets for part in ("--set", text)),
+    ]
+    facts = json.loads(call("plan", "digits_fedavg", *small, "--json", cwd=tmp_path).stdout)
+    folder = json.loads(call("run", "digits_fedavg", *small, "--json", cwd=tmp_path).stdout)["run_dir"]
+    lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+    for task in facts["tasks"]:
+        asked = [len(line["cohort"]) for line in lines if line["kind"] == "round" and line["task"] == task["task"]]
+        there = task["clients_present"]
+        assert (there["least"], there["most"]) == (min(asked), max(asked))
+        assert there["mean"] == pytest.approx(sum(asked) / len(asked))
+        assert task["client_trainings"] == sum(asked)
+
+
 def test_list_and_schema_are_for_programs_too(tmp_path: Path) -> None:
     listed = json.loads(call("list", "--json", cwd=tmp_path).stdout)
     assert "mfcl" in listed["methods"]

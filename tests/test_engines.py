@@ -61,6 +61,26 @@ def test_engines_agree_bit_for_bit(method: str, engine: str, workers: int, refer
     assert run(method, engine, workers, tmp_path) == reference(method)
 
 
+CHURN = [  # members come and go in every round, some vanish in mid-round, some are late and folded in later
+    "population={name='turnover', size=12, replaced_per_task=0.5, replaced_per_round=0.25}",
+    "availability={name='markov', rounds_on=4, rounds_off=1}",
+    "clients={count=60, per_round=4, over_sample=1.5, dropout=0.2}",
+    "clock={name='lognormal', samples_per_s=50, down_bytes_per_s=1e5, up_bytes_per_s=1e5, late='fold'}",
+    "training.rounds=6",
+    "server.patience=99",
+]
+
+
+@pytest.mark.parametrize("method", ["mfcl", "feder"])
+def test_clients_that_come_go_and_vanish_are_the_same_on_every_engine(method: str, tmp_path: Path) -> None:
+    expected = run(method, "inline", 1, tmp_path, *CHURN)
+    rounds = [line for line in expected if line["kind"] == "round"]
+    assert any(failure["stage"] == "dropout" for line in rounds for failure in line["failures"])
+    assert any(line["arrived"] for line in rounds)
+    for engine in ("ray", "flower"):
+        assert run(method, engine, 2, tmp_path, *CHURN) == expected
+
+
 @pytest.mark.parametrize("engine", ["ray", "flower"])
 @pytest.mark.parametrize(
     "rule", ["server={fold='krum', byzantine=1}", "server={fold='trimmed_mean', byzantine=1, norm_limit=1.4}"]

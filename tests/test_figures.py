@@ -196,3 +196,17 @@ def test_no_global_state_of_matplotlib() -> None:
 def axes_of(figure: Figure | None) -> list[Any]:
     assert figure is not None
     return figure.axes
+
+
+def test_who_is_no_member_of_a_task_is_not_drawn_as_empty(tmp_path: Path) -> None:
+    """With a fixed population a client without samples is worth seeing; with turnover it is only not there."""
+    for name, head in (("fixed", ""), ("turnover", "[population]\nname = 'turnover'\nsize = 6\n")):
+        drawn = make_run(tmp_path / name, make_lines(3, 2), head=head)
+        share(drawn.path, tasks=3, clients=30, classes=2)
+        sizes = figures._sizes(drawn)
+        assert [len(each) for each in sizes] != [30] * 3 or name == "fixed"
+        assert any((each == 0).any() for each in sizes) == (name == "fixed")
+        figure = figures.samples_figure(drawn)
+        assert figure is not None
+        texts = " ".join(label.get_text() for label in figure.axes[0].get_xticklabels())
+        assert ("empty" in texts) == (name == "fixed")

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def inside(code: str) -> subprocess.CompletedProcess[str]:
-    script = f"import os, signal\nfrom fedcil.engines import ray_head\nwith ray_head.last_words(ray_head.LAST):\n    {code}"
+    script = (
+        f"import os, signal\nfrom fedcil.engines import ray_head\nwith ray_head.last_words(ray_head.LAST):\n    {code}"
+    )
     return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
 
 

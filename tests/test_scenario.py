@@ -242,7 +242,7 @@ def test_a_misspelt_name_is_guessed() -> None:
 def test_no_part_of_a_scenario_can_be_changed() -> None:
     made = scenario()
     sections = [getattr(made, name) for name in Scenario.model_fields if isinstance(getattr(made, name), Section)]
-    assert len(sections) == 10
+    assert len(sections) == 12
     for part in [made, *sections]:
         with pytest.raises(ValidationError, match="frozen"):
             part.__setattr__(next(iter(type(part).model_fields)), 1)
@@ -251,6 +251,7 @@ def test_no_part_of_a_scenario_can_be_changed() -> None:
 # Digest
 
 IGNORED = {"data.root", "server.checkpoint_every"}
+CLOCK = {"name": "lognormal", "samples_per_s": 1.0, "down_bytes_per_s": 1.0, "up_bytes_per_s": 1.0}
 OTHER = {  # a value that differs from the default and can stand alone
     "data.root": "/elsewhere",
     "data.mapping": "x.yaml",
@@ -259,6 +260,15 @@ OTHER = {  # a value that differs from the default and can stand alone
     "server.byzantine": {"fold": "trimmed_mean", "byzantine": 1},
     "stream.class_order": "seeded",
     "clients.per_round": 3,
+    "population.name": {"name": "turnover", "size": 5},
+    "population.size": {"name": "turnover", "size": 6},
+    "availability.rounds_on": 2.0,
+    "availability.rounds_off": 2.0,
+    "clients.over_sample": {"count": 21},  # needs a clock: tests/test_late.py
+    "clock.name": CLOCK,
+    "clock.tiers": {"name": "tiers", "tiers": [[1.0, 1.0, 1.0, 1.0]]},
+    "clock.deadline_s": CLOCK | {"deadline_s": 1.0},
+    "clock.late": CLOCK | {"late": "fold"},
     "availability.name": {"name": "recorded", "file": "x"},
     "availability.file": {"name": "recorded", "file": "y"},
     "method.name": "oracle",

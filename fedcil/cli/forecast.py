@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
+from fedcil.availability import Availability, make_availability
+from fedcil.clock import asked_clients
 from fedcil.engines.workers import worker_count
 from fedcil.experiment import Experiment
 from fedcil.keys import Key
 from fedcil.messages import Tensors, count_bytes
+from fedcil.methods.base import Phase
 from fedcil.models.network import count_parameters, grow_head
 from fedcil.stream import Task
 
@@ -23,9 +27,10 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
     scenario = experiment.scenario
     model = experiment.first_state().server.model
     tasks, payload = [], 0
+    there = make_availability(scenario.availability, scenario.clients.count, experiment.key, experiment.timeline)
     for task in experiment.stream.tasks:
         model = grow_head(model, task.seen, Key(0).torch()) if task.old else model
-        tasks.append(forecast_task(experiment, task, model, payload))
+        tasks.append(forecast_task(experiment, task, model, payload, there))
         payload = scenario.method.payload_bytes(model, experiment.compute)
     network = experiment.compute.architecture.build(experiment.stream.tasks[-1].seen)
     return {
@@ -33,6 +38,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         "method": scenario.method.name,
         "engine": scenario.engine.name,
         "availability": "always there" if scenario.availability.name == "always" else scenario.availability.name,
+        "population": scenario.population.name,
         "numeric_configuration": experiment.numeric(),
         "parameters": count_parameters(network),
         "model_bytes": count_bytes(model),
@@ -44,31 +50,52 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def forecast_task(experiment: Experiment, task: Task, model: Tensors, payload: int) -> dict[str, Any]:
-    """``payload_bytes_down`` is what comes if no client is asked twice before all were: at most that."""
-    counts = experiment.counts(task)
+def forecast_task(
+    experiment: Experiment, task: Task, model: Tensors, payload: int, there: Availability
+) -> dict[str, Any]:
+    """``payload_bytes_down`` is what comes if no client is asked twice before all were: at most that.
+
+    Drop-outs and the simulated clock are not looked ahead at: up comes what is wanted.
+    """
+    counts, clients = experiment.counts(task), experiment.scenario.clients
     phases = experiment.method.phases(task, experiment.scenario.training.rounds)
-    asked = [_asked(experiment, phase.who, counts) * phase.rounds for phase in phases]
+    present = [present_clients(experiment, task, phase, there) for phase in range(len(phases))]
+    many = asked_clients(clients.per_round, clients.over_sample)
+    asked = [_limited(here, phase, many) for here, phase in zip(present, phases, strict=True)]
+    trained = [_limited(here, phase, clients.per_round) for here, phase in zip(present, phases, strict=True)]
     sent = {"train": count_bytes(model), "remember": 0}
     if any(phase.work == "fit" for phase in phases):
         sent["fit"] = count_bytes(experiment.statistics(task))
-    with_samples = int((counts > 0).sum())
+    with_samples, here = int((counts > 0).sum()), [count for each in present for count in each]
+    of_members = counts[experiment.population.members(task.index)]
     return {
         "task": task.index,
         "classes": list(experiment.stream.order[task.old : task.seen]),
         "rounds": sum(phase.rounds for phase in phases),
-        "client_trainings": sum(asked),
+        "client_trainings": sum(trained),
         "clients_with_samples": with_samples,
-        "samples_per_client": [int(counts.min()), int(counts.max())],
+        "clients_present": {"least": min(here), "mean": sum(here) / len(here), "most": max(here)},
+        "samples_per_client": [int(of_members.min()), int(of_members.max())],
         "model_bytes_down": sum(asked) * count_bytes(model),
         "payload_bytes_down": min(with_samples, sum(asked)) * payload,
-        "bytes_up": sum(count * sent[phase.work] for count, phase in zip(asked, phases, strict=True)),
+        "bytes_up": sum(count * sent[phase.work] for count, phase in zip(trained, phases, strict=True)),
     }
 
 
-def _asked(experiment: Experiment, who: str, counts: Any) -> int:
-    with_samples = int((counts > 0).sum())
-    return with_samples if who == "all" else min(experiment.scenario.clients.per_round, with_samples)
+def present_clients(experiment: Experiment, task: Task, phase: int, there: Availability) -> list[int]:
+    """Of each round of a phase: how many members are there and have samples. No expectation: the run's own draws."""
+    timeline, counts = experiment.timeline, experiment.counts(task)
+    found = []
+    for round_ in range(timeline.lengths(task.index)[phase]):
+        number = timeline.number(task.index, phase, round_)
+        ready = np.flatnonzero(experiment.population.present(number) & (counts > 0)).tolist()
+        found.append(len(there(task.index, phase, round_).intersection(ready)))
+    return found
+
+
+def _limited(present: list[int], phase: Phase, most: int) -> int:
+    """Over the rounds of a phase."""
+    return sum(present) if phase.who == "all" else sum(min(count, most) for count in present)
 
 
 def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
@@ -98,6 +125,12 @@ def activation_bytes(experiment: Experiment) -> int:
     return sum(sizes)
 
 
+def _clients(row: dict[str, Any]) -> str:
+    """Those with samples; how many of them are there in a round, if that is not all of them."""
+    all_of_them, least, most = row["clients_with_samples"], *(row["clients_present"][k] for k in ("least", "most"))
+    return str(all_of_them) if least == most == all_of_them else f"{least} to {most} of {all_of_them}"
+
+
 def print_forecast(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -113,7 +146,7 @@ def print_forecast(facts: dict[str, Any]) -> None:
             " ".join(map(str, row["classes"])),
             str(row["rounds"]),
             str(row["client_trainings"]),
-            str(row["clients_with_samples"]),
+            _clients(row),
             f"{low}" if low == high else f"{low} to {high}",
             f"{(row['model_bytes_down'] + row['payload_bytes_down']) / 1e6:.1f}",
             f"{row['bytes_up'] / 1e6:.1f}",
@@ -125,6 +158,7 @@ def print_forecast(facts: dict[str, Any]) -> None:
         f"{facts['train_images']:,} training and {facts['test_images']:,} test images; "
         f"about {facts['predicted_memory_mb']:,} MB of memory; engine {facts['engine']}; "
         f"clients are {facts['availability']}"
+        + (f", population {facts['population']}" if facts["population"] != "fixed" else "")
     )
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False)

@@ -33,7 +33,13 @@ class AFCL(MethodSettings):
     gamma: Above0 = 1.0  # ridge strength, added once on the server
 
     def build(self) -> Method:
-        return Method(phases=self._phases, fit=self._fit, reduce=self._reduce, predict=self._predict)
+        return Method(
+            takes_old_labels=False,  # what is in the sums already must not be counted twice
+            phases=self._phases,
+            fit=self._fit,
+            reduce=self._reduce,
+            predict=self._predict,
+        )
 
     def _phases(self, task: Task, rounds: int) -> tuple[Phase, ...]:
         statistics = Phase(name="statistics", rounds=1, who="all", work="fit", fold="sum")

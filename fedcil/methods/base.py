@@ -147,6 +147,8 @@ class Method:
 
     Attributes:
         data: a client trains on its samples of this task, or on all it has had so far.
+        takes_old_labels: the loss takes labels of earlier tasks, so a client that stays behind with an earlier
+            task's samples (population ``growing``) may train; if not, it is not asked.
         phases: rounds of a task, by kind.
         prepare: once per task and process, from the payload: frozen networks, a pool.
         draw: all randomness of one step, as tensors.
@@ -161,6 +163,7 @@ class Method:
     """
 
     data: Literal["task", "so_far"] = "task"
+    takes_old_labels: bool = True
     phases: Callable[[Task, int], tuple[Phase, ...]] = train_only
     prepare: Callable[[Compute, Task, Payload | None, Key], Prepared] = nothing_to_prepare
     draw: Callable[[Prepared, int, Task, Key], Draws] = nothing_to_draw

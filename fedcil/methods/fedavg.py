@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from fedcil.losses import cross_entropy_new
-from fedcil.methods.base import Batch, Draws, Method, Prepared, cross_entropy_seen
+from fedcil.methods.base import Batch, Draws, Method, Prepared
 from fedcil.models.network import Network
 from fedcil.section import MethodSettings
 
@@ -17,7 +17,9 @@ class FedAvg(MethodSettings):
     loss_slice: Literal["all", "new"] = "all"  # cross-entropy over all classes seen, or the new ones alone
 
     def build(self) -> Method:
-        return Method(loss=cross_entropy_seen if self.loss_slice == "all" else new_classes_only)
+        if self.loss_slice == "all":
+            return Method()
+        return Method(loss=new_classes_only, takes_old_labels=False)
 
 
 def new_classes_only(model: Network, prepared: Prepared, batch: Batch, draws: Draws) -> Tensor:

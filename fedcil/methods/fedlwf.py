@@ -29,7 +29,7 @@ class FedLwF(MethodSettings):
         return count_bytes(model)
 
     def build(self) -> Method:
-        return Method(prepare=teacher_from, loss=self._loss, boundary=teacher_becomes_payload)
+        return Method(takes_old_labels=False, prepare=teacher_from, loss=self._loss, boundary=teacher_becomes_payload)
 
     def _loss(self, model: Network, teacher: Prepared, batch: Batch, draws: Draws) -> Tensor:
         old, seen = batch.task.old, batch.task.seen

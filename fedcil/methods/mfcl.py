@@ -127,6 +127,7 @@ class MFCL(MethodSettings):
 
     def build(self) -> Method:
         return Method(
+            takes_old_labels=False,
             prepare=self._prepare,
             draw=self._draw,
             loss=self._loss,

@@ -15,8 +15,8 @@ from typing import Any
 
 from fedcil.errors import NotResumable
 from fedcil.files import write_atomic
-from fedcil.messages import Payload, Tensors, content_hash
-from fedcil.state import Cursor, RunState, ServerState
+from fedcil.messages import Payload, Tensors, Total, content_hash
+from fedcil.state import Cursor, Pending, RunState, ServerState
 from fedcil.tensor_files import read_tensors, write_tensors
 
 FORMAT = 1
@@ -39,6 +39,7 @@ class CheckpointFolder:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self._last: int | None = None  # the state that was saved or loaded last; later ones are damaged
+        self.client_states: frozenset[str] = frozenset()  # named by the checkpoints that are kept, as of the last save
         self._intact: set[str] = set()  # tensors that were written or read whole since this was opened
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -53,7 +54,8 @@ class CheckpointFolder:
             "memory": self._put(server.memory),
             "payload": self._put(server.payload.tensors, server.payload.hash) if server.payload else None,
         }
-        plain = _to_json(checkpoint, groups)
+        pending = [_pending_to_json(late, self._put(late.total.tensors)) for late in checkpoint.state.pending]
+        plain = _to_json(checkpoint, groups) | {"pending": pending}
         plain["digest"] = _digest(plain)
         write_atomic(self._state_path(last + 1), json.dumps(plain, indent=1).encode())
         self._last = last + 1
@@ -102,8 +104,14 @@ class CheckpointFolder:
             holders=frozenset(plain["holders"]),
             short_rounds=plain["short_rounds"],
             nodes={node: tuple(clients) for node, clients in plain.get("nodes", {}).items()},
+            pending=tuple(self._read_pending(late) for late in plain.get("pending", ())),
         )
         return Checkpoint(state, plain["metrics_length"], plain["identity"])
+
+    def _read_pending(self, plain: Mapping[str, Any]) -> Pending:
+        total = Total(self._get(plain["tensors"]), plain["weight"])
+        fields = {name: plain[name] for name in ("client", "number", "left_s", "samples")}
+        return Pending(**fields, total=total)
 
     def _put(self, tensors: Tensors, name: str | None = None) -> str:
         name = name or content_hash(tensors)
@@ -123,9 +131,10 @@ class CheckpointFolder:
         numbers = self._numbers()
         for number in numbers[:-KEPT]:
             self._state_path(number).unlink()
-        named: set[str] = set()
-        for number in numbers[-KEPT:]:
-            named |= set(filter(None, json.loads(self._state_path(number).read_text())["tensors"].values()))
+        kept = [json.loads(self._state_path(number).read_text()) for number in numbers[-KEPT:]]
+        named = {name for plain in kept for name in plain["tensors"].values() if name}
+        named |= {late["tensors"] for plain in kept for late in plain.get("pending", ())}
+        self.client_states = frozenset(name for plain in kept for name in plain["client_states"].values())
         self._intact &= named
         for path in self.folder.iterdir():
             left_by_a_kill = path.name.startswith(".")
@@ -164,3 +173,8 @@ def _to_json(checkpoint: Checkpoint, groups: Mapping[str, str | None]) -> dict[s
         "nodes": {node: list(clients) for node, clients in state.nodes.items()},
         "metrics_length": checkpoint.metrics_length,
     }
+
+
+def _pending_to_json(late: Pending, tensors: str) -> dict[str, Any]:
+    plain = {"client": late.client, "number": late.number, "left_s": late.left_s, "samples": late.samples}
+    return plain | {"weight": late.total.weight, "tensors": tensors}

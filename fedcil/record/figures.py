@@ -124,7 +124,7 @@ def samples_figure(run: Run) -> Figure | None:
     """How many training samples each client has in each task: a dot for a client, a box for all of them."""
     if not (run.path / "partition.npz").is_file():
         return None
-    counts = [part.counts() for part in run.partition]
+    counts = _sizes(run)
     places = np.arange(1, len(counts) + 1)
     figure = Figure(figsize=(min(max(0.8 * len(counts) + 2.0, 7.0), 12.0), 4.0), layout="constrained")
     axes = figure.subplots()
@@ -137,8 +137,14 @@ def samples_figure(run: Run) -> Figure | None:
     axes.set(xlabel="task", ylabel="training samples of a client", ylim=(-0.02 * top, top))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _clean(axes, grid="y")
-    _title(axes, run, f"{len(counts[0])} clients (box: middle half, orange: median)")
+    _title(axes, run, f"{len(run.partition[0].counts())} clients (box: middle half, orange: median)")
     return figure
+
+
+def _sizes(run: Run) -> list[NDArray[np.int64]]:
+    """Samples of each client in each task. Who is no member of a task is not a client without samples."""
+    counts = [part.counts() for part in run.partition]
+    return counts if run.scenario.population.name == "fixed" else [sizes[sizes > 0] for sizes in counts]
 
 
 def partition_figure(run: Run) -> Figure | None:

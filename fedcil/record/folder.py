@@ -29,6 +29,7 @@ from fedcil.state import RunState
 PACKAGES = ("fedcil", "torch", "torchvision", "numpy", "flwr", "ray", "pydantic", "safetensors")
 METRICS = "metrics.jsonl"
 PROBLEM = "problem.json"  # what ended a run on a server, for whoever watches it
+CLIENT_STATES = "client_states"
 
 
 class RunFolder:
@@ -53,6 +54,7 @@ class RunFolder:
                 f"cannot write to this run folder: {error.strerror}", where=str(path), next="make it writable"
             ) from None
         self._saved: RunState | None = None
+        self._named_states: frozenset[str] | None = None  # client states at the last look into their folder
 
     @classmethod
     def create(cls, root: Path, experiment: Experiment) -> Self:
@@ -110,6 +112,7 @@ class RunFolder:
             return
         with _on_disk(self.path):
             self.checkpoints.save(Checkpoint(state, self._metrics.tell(), identity(experiment)))
+            self._forget_client_states()
         self._saved = state
 
     def write(self, name: str, content: str) -> None:
@@ -120,6 +123,16 @@ class RunFolder:
         with contextlib.suppress(OSError):  # whole lines are on disk already
             self._metrics.close()
         self._lock.release()
+
+    def _forget_client_states(self) -> None:
+        """What simulated clients kept goes when no checkpoint names it any more: it is outdated, or its owner left."""
+        named = self.checkpoints.client_states
+        if named == self._named_states:
+            return
+        for path in (self.path / CLIENT_STATES).glob("*.safetensors"):
+            if path.stem not in named:
+                path.unlink()
+        self._named_states = named
 
     def _cut_metrics(self, length: int) -> None:
         """Rounds after the checkpoint are repeated; what they had written is kept beside."""

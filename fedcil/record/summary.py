@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from typing import Any
 
 from fedcil import metrics
@@ -49,8 +50,15 @@ def summarise(run: Run) -> dict[str, Any]:
         "rounds": len(run.kind("round")),
         "short_rounds": sum(line["status"] != "ok" for line in run.kind("round")),
         "client_failures": sum(len(line["failures"]) for line in run.kind("round")),
+        "simulated_seconds": _simulated(run),
         **_costs(run),
     }
+
+
+def _simulated(run: Run) -> float | None:
+    """Of all rounds; None where no simulated clock ran."""
+    seconds = [line["simulated_seconds"] for line in run.kind("round") if "simulated_seconds" in line]
+    return math.fsum(seconds) if seconds else None
 
 
 def _weighted(values: list[float], counts: list[int]) -> float:

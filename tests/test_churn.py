@@ -1,0 +1,179 @@
+"""A federation in which nearly everyone is replaced within three rounds: nothing fails, nothing of leavers is left."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+import client.handle
+import fedcil
+from fedcil.experiment import open_experiment
+from fedcil.messages import Tensors
+from fedcil.record.run import Run
+from fedcil.scenario_file import load_scenario
+
+TASKS, ROUNDS, MEMBERS = 5, 4, 200
+METHODS: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "fedprox": {},
+    "oracle": {},
+    "fedlwf": {},
+    "feder": {"memory": 4},
+    "afcl": {"expansion": 8},
+    "mfcl": {"preset": "small", "steps": 2, "pool": 16, "latent": 8, "generator_width": 8, "generator_batch": 8},
+}
+
+
+DATA = {"name": "synthetic", "classes": 10, "image_size": 4, "test_per_class": 5}
+
+
+def scenario(method: str, seed: int = 0, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Of 200 members 60 leave and 60 join before every round but the first: 200 + 19 * 60 ids with 4 rounds a task."""
+    return {
+        "name": method,
+        "seed": seed,
+        "data": {
+            "name": "synthetic",
+            "classes": 10,
+            "samples_per_class": 200 * rounds,
+            "image_size": 4,
+            "test_per_class": 5,
+        },
+        "stream": {"tasks": TASKS},
+        "partition": {"name": "iid"},
+        "population": {"name": "turnover", "size": MEMBERS, "replaced_per_task": 0.3, "replaced_per_round": 0.3},
+        "clients": {"count": MEMBERS + 60 * (TASKS * rounds - 1), "per_round": 10},
+        "model": {"width": 2},
+        "method": {"name": method, **METHODS[method]},
+        "training": {"rounds": rounds, "epochs": 1, "batch_size": 4},
+        "engine": {"workers": 1},
+        "server": {"evaluate_every": 0},
+    }
+
+
+@pytest.fixture
+def kept_alive(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tensor]]:
+    """Weak references to everything that clients stored or read back in this process."""
+    seen: list[weakref.ref[Tensor]] = []
+
+    class Watched(client.handle.StateStore):
+        def save(self, tensors: Tensors) -> str:
+            seen.extend(map(weakref.ref, tensors.values()))
+            return super().save(tensors)
+
+        def load(self, name: str) -> Tensors:
+            tensors = super().load(name)
+            seen.extend(map(weakref.ref, tensors.values()))
+            return tensors
+
+    monkeypatch.setattr("fedcil.engines.inline.StateStore", Watched)
+    return seen
+
+
+def assert_churned(finished: Run) -> None:
+    """Nobody failed, everybody who was asked was a member then, and only members are known at the end."""
+    opened = open_experiment(load_scenario(finished.path / "scenario.toml"))
+    population, timeline = opened.population, opened.timeline
+    for line in finished.kind("round"):
+        assert line["status"] == "ok"
+        assert line["failures"] == []
+        assert line["answered"] == line["cohort"]
+        present = population.present(timeline.number(line["task"], line["phase"], line["round"]))
+        assert present.sum() == MEMBERS
+        assert present[line["cohort"]].all()
+    last = population.present(timeline.rounds - 1)
+    for state in (finished.path / "checkpoints").glob("state-*.json"):
+        plain = json.loads(state.read_text())
+        assert last[[int(owner) for owner in plain["client_states"]]].all()
+        assert plain["client_states"].keys() == plain["client_state_bytes"].keys()
+        assert last[plain["holders"]].all()
+
+
+def assert_memory_leaves(finished: Run) -> None:
+    """FedER's memory is that of at most the members, though 1340 clients came by, and falls as they leave."""
+    image = 4 * 4 * 3 + 8  # 4 x 4 pixels in three colours, and a label
+    remembered = [line["client_state_bytes"] for line in finished.kind("round") if line["phase_name"] == "remember"]
+    assert len(remembered) == TASKS
+    assert all(0 < size <= MEMBERS * 4 * image for size in remembered)
+    by_round = [line["client_state_bytes"] for line in finished.kind("round") if line["task"] == 1]
+    assert all(after < before for before, after in pairwise(by_round[: ROUNDS - 1]))
+
+
+def named_states(finished: Run) -> set[str]:
+    states = (finished.path / "checkpoints").glob("state-*.json")
+    return {name for state in states for name in json.loads(state.read_text())["client_states"].values()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_fails_and_nothing_is_left(method: str, tmp_path: Path, kept_alive: list[weakref.ref[Tensor]]) -> None:
+    finished = fedcil.run(scenario(method), output=tmp_path, figures=False)
+    assert_churned(finished)
+    gc.collect()
+    assert bool(kept_alive) == (method == "feder")
+    assert not any(reference() is not None for reference in kept_alive)
+    files = {path.stem for path in (finished.path / "client_states").glob("*")}
+    assert files == named_states(finished)
+    assert bool(files) == (method == "feder")
+    if files:
+        assert_memory_leaves(finished)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_growing_groups_run_with_every_method(method: str, tmp_path: Path) -> None:
+    """A third stays behind at each border; they are asked by methods that can use what they have, and by no other."""
+    growing = {
+        "population": {"name": "growing", "size": 12, "newcomers": 4, "move_on": 0.67},
+        "clients": {"count": 12 + 4 * (TASKS - 1), "per_round": 10},
+        "data": DATA | {"samples_per_class": 60},
+    }
+    finished = fedcil.run(scenario(method) | growing, output=tmp_path, figures=False)
+    opened = open_experiment(load_scenario(finished.path / "scenario.toml"))
+    stayed = 0
+    for line in finished.kind("round"):
+        assert line["status"] == "ok"
+        assert line["failures"] == []
+        assert max(line["cohort"]) < 12 + 4 * line["task"]
+        stayed += len(opened.population.behind[line["task"]].intersection(line["cohort"]))
+    assert bool(stayed) == (method in ("fedavg", "fedprox", "oracle", "feder"))
+
+
+def test_full_turnover_makes_oracle_fedavg(tmp_path: Path) -> None:
+    """All data "so far" of clients who were never here before are the data of this task."""
+    everyone = {"population": {"name": "turnover", "size": 20, "replaced_per_task": 1.0}, "clients": {"count": 100}}
+    everyone["data"] = DATA | {"samples_per_class": 100}
+    lines = []
+    for method in ("fedavg", "oracle"):
+        finished = fedcil.run(scenario(method) | everyone, output=tmp_path, figures=False)
+        lines.append([{key: value for key, value in line.items() if key != "cost"} for line in finished.lines])
+    assert lines[0] == lines[1]
+
+
+def test_an_oracle_loses_the_data_of_those_who_leave(tmp_path: Path) -> None:
+    """Half of them are replaced: what the others had so far is still there, what the leavers had is not."""
+    half = {"population": {"name": "turnover", "size": 20, "replaced_per_task": 0.5}, "clients": {"count": 60}}
+    opened = open_experiment(load_scenario(scenario("oracle") | half))
+    task = opened.stream.tasks[1]
+    there = opened.population.present(opened.timeline.span(1).start)
+    first, second = (opened.partition[t].counts() for t in (0, 1))
+    held = opened.counts_at(task, opened.timeline.span(1).start)
+    assert np.array_equal(held, np.where(there, first + second, 0))
+    assert 0 < first[there].sum() < first.sum()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("seed", range(1, 20))
+def test_more_seeds_with_20_rounds_a_task(seed: int, tmp_path: Path) -> None:
+    """6140 clients, of whom 200 are there at a time."""
+    finished = fedcil.run(scenario("feder", seed, rounds=20), output=tmp_path, figures=False)
+    assert_churned(finished)
+    files = {path.stem for path in (finished.path / "client_states").glob("*")}
+    assert files == named_states(finished)
