@@ -10,7 +10,7 @@ from fedcil.engines import Setting, load_engine, serve
 from fedcil.errors import FedcilError, NotResumable, located
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.port import Port, StopSignal
-from fedcil.record.folder import CLIENT_STATES, RunFolder, refuse_changes
+from fedcil.record.folder import CLIENT_STATES, RunFolder, on_disk, refuse_changes
 from fedcil.record.run import Run, open_run
 from fedcil.record.summary import finish
 from fedcil.scenario import Scenario
@@ -101,9 +101,10 @@ def _carry_on(
 
     try:
         serve(setting, loop)
-        finished = finish(folder)
-        if figures:
-            draw(finished)
+        with on_disk(folder.path):
+            finished = finish(folder)
+            if figures:
+                draw(finished)
     except FedcilError as error:
         raise in_folder(error, folder.path) from None
     finally:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedcil
-from fedcil.errors import MessageRefused, ScenarioError
+from fedcil.errors import MessageRefused, RunFailed, ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.messages import Contribution, Tensors, content_hash
+from fedcil.record.summary import finish
 from fedcil.robust import Collection, admissible, distance, empty_fold, krum_order, median, multi_krum, trimmed_mean
 from fedcil.rule import PLAIN, Rule
 from fedcil.scenario_file import load_scenario
@@ -456,3 +459,27 @@ def test_runs_from_before_these_keys_stay_resumable() -> None:
     assert not {"server.fold", "server.byzantine"} & load_scenario(TABLES).deciding().keys()
     assert load_scenario(TABLES, [RULES["median"]]).deciding()["server.fold"] == "median"
     assert "server.fold" in json.dumps(load_scenario(TABLES, [RULES["krum"]]).deciding())
+
+
+# The end of a run
+
+
+@pytest.mark.parametrize("what", ["folder", "figures"])
+def test_a_disk_that_fails_when_all_rounds_are_over_is_a_clear_error(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is removed before the tables are written, or there is no room for the pictures."""
+
+    def vanished(folder: Any) -> fedcil.Run:
+        shutil.rmtree(folder.path)
+        return finish(folder)
+
+    def full(run: fedcil.Run) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if what == "folder":
+        monkeypatch.setattr("fedcil.api.finish", vanished)
+    else:
+        monkeypatch.setattr("fedcil.api.draw", full)
+    with pytest.raises(RunFailed, match="cannot write: No s"):
+        fedcil.run(TABLES, output=tmp_path)

@@ -68,7 +68,7 @@ class RunFolder:
         try:
             folder.write("scenario.toml", to_toml(experiment.scenario))
             folder.write("environment.json", json.dumps(_environment(experiment), indent=1))
-            with _on_disk(path):
+            with on_disk(path):
                 save_partition(path / "partition.npz", experiment.partition)
                 np.save(path / "label_counts.npy", experiment.label_counts(), allow_pickle=False)
         except BaseException:
@@ -83,7 +83,7 @@ class RunFolder:
         try:
             checkpoint = folder.checkpoints.load()
             refuse_changes(checkpoint.identity, identity(experiment), path)
-            with _on_disk(path):
+            with on_disk(path):
                 folder._cut_metrics(checkpoint.metrics_length)
         except BaseException:
             folder.close()
@@ -101,7 +101,7 @@ class RunFolder:
     def append(self, line: Mapping[str, Any]) -> None:
         """One whole line at the end of metrics.jsonl, on disk when this returns."""
         content = json.dumps(line, allow_nan=False).encode() + b"\n"
-        with _on_disk(self.path):
+        with on_disk(self.path):
             self._metrics.write(content)
             self._metrics.flush()
             os.fsync(self._metrics.fileno())
@@ -110,13 +110,13 @@ class RunFolder:
         """Save the state unless it is the one saved last."""
         if state is self._saved:
             return
-        with _on_disk(self.path):
+        with on_disk(self.path):
             self.checkpoints.save(Checkpoint(state, self._metrics.tell(), identity(experiment)))
             self._forget_client_states()
         self._saved = state
 
     def write(self, name: str, content: str) -> None:
-        with _on_disk(self.path):
+        with on_disk(self.path):
             write_atomic(self.path / name, content.encode())
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def _on_disk(path: Path) -> Iterator[None]:
+def on_disk(path: Path) -> Iterator[None]:
     """A disk that is full or broken ends the run with a message; the last checkpoint stays whole."""
     try:
         yield

@@ -267,8 +267,9 @@ def missing_folder(seed: int, workdir: Path) -> Outcome:
     command = start(workdir / "runs", logs=workdir)
     folder = await_checkpoint(command, workdir / "runs")
     time.sleep(moment(seed))
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+    if not command.running() or folder is None:
+        return Outcome(folder is not None, "ended before")
+    shutil.rmtree(folder, ignore_errors=True)
     problem = clear(command, NOTHING_YET)
     return Outcome(problem is None, problem or error_line(command))
 
