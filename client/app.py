@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from client.handle import Shared, Worker, do_jobs
 from client.share import own_clients
 from client.states import StateStore
+from fedcil.errors import MessageRefused
 from fedcil.experiment import open_experiment
 from fedcil.files import write_atomic
 from fedcil.hello import Hello, pack_hello
@@ -24,6 +25,7 @@ from fedcil.scenario_file import load_scenario
 from fedcil.wire import Answer, pack_answer, place_of, unpack_broadcast, unpack_payload
 
 LIMIT = 2**31  # bytes of one packet from the server
+KEPT_PAYLOADS = 4  # on a node's disk
 HOME = "FEDCIL_CLIENT_HOME"  # folder for payloads and client states
 DATA_ROOT = "FEDCIL_DATA_ROOT"
 
@@ -81,14 +83,26 @@ def open_worker(scenario: str, data_root: str | None, home: Path) -> Worker:
 
 
 def find_payload(message: Message, name: str, home: Path) -> Payload | None:
-    """The payload from the message, which is then kept on disk, or from disk; None if it is nowhere."""
+    """The payload from the message, which is then kept on disk, or from disk; None if it is nowhere whole."""
     path = home / "payloads" / f"{name}.packet"
     if "payload" in message.content:
         packet = read_packet(message, "payload")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, packet)
+        forget_old(path.parent)
         return unpack_payload(packet, limit=LIMIT)
-    return unpack_payload(path.read_bytes(), limit=LIMIT) if path.exists() else None
+    try:
+        payload = unpack_payload(path.read_bytes(), limit=LIMIT)
+    except (OSError, MessageRefused):
+        return None  # the server sends it once more
+    return payload if payload.hash == name else None
+
+
+def forget_old(folder: Path) -> None:
+    """A payload is for one task; whoever needs an old one again is sent it again."""
+    newest = sorted(folder.glob("*.packet"), key=lambda path: path.stat().st_mtime_ns)
+    for path in newest[:-KEPT_PAYLOADS]:
+        path.unlink(missing_ok=True)
 
 
 def packet_record(packet: bytes) -> ArrayRecord:

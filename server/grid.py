@@ -74,8 +74,9 @@ class GridPort:
 
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
         gathered, expected = Gathered(request, done), self._expected(request)
-        started, lacking = time.monotonic(), set[int]()
+        lacking = set[int]()
         open_messages = self._send(request, lacking, gathered)
+        started = time.monotonic()
         while open_messages and remaining(deadline_s, started) != 0.0:
             self._stop.check()
             for reply in self._grid.pull_messages([*open_messages, *self._nodes.owed]):

@@ -18,7 +18,7 @@ from fedcil.messages import Attendance
 from server.roster import Roster
 
 log = logging.getLogger("fedcil")
-OWED_S = 600.0  # a node that owes an answer for so long is asked again
+OWED_S = 180.0  # a node that owes an answer for so long is asked again
 HELLO_BYTES = 1 << 24
 
 

@@ -238,11 +238,12 @@ def test_an_error_of_flower_counts_for_each_client_of_the_node(tmp_path: Path) -
     assert [failure["reason"] for failure in rounds(lines)[0]["failures"]] == ["Flower error 8: gone"] * 2
 
 
-def test_a_payload_that_a_node_lost_is_sent_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_a_payload_that_a_node_lost_or_damaged_is_sent_again(tmp_path: Path, harm: Callable[[Path], object]) -> None:
     def loses(reply: Message, works: int) -> Reply:
         if works == 4:  # after the first round of the second task, which brought the payload
             for path in (tmp_path / "home" / "101" / "payloads").iterdir():
-                path.unlink()
+                harm(path)
         return reply
 
     nodes = Nodes(three(n101=Node({"partition-id": 0, "num-partitions": 3}, loses)), tmp_path / "home")
