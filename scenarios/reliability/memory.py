@@ -4,6 +4,9 @@
 
 Resident and proportional memory of all processes of the run, after each recorded round. Target: the mean over the
 last tenth is within 5 % of the mean around round 20. Writes ``<output>-<engine>.json`` and ``.csv``.
+
+``--engine deploy`` is a deployment on loopback with three nodes: compared with round 5 (of 20), of the processes that
+live as long as the run (Flower starts one for every message), and the size of the SuperLink's database.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from typing import Any
 import psutil
 
 TARGET = 0.05
-WARM = 20  # rounds after which nothing should grow any more
-EVERY = 5  # rounds between two samples
+WARM = {"deploy": 5}  # rounds after which nothing should grow any more; elsewhere 20
+EVERY = {"deploy": 1}  # rounds between two samples; elsewhere 5
+FLEETING = "flwr-clientapp"  # a process for one message
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Sample:
     proportional: float
     processes: int
     files: int
+    database: float = 0.0  # of a SuperLink, on disk
 
 
 def overrides(engine: str, rounds: int, clients: int) -> list[str]:
@@ -52,7 +57,8 @@ def overrides(engine: str, rounds: int, clients: int) -> list[str]:
         "method={name='fedavg'}",
         f"training={{rounds={rounds}, epochs=1}}",
         "server.evaluate_every=10",
-        f"engine={{name='{engine}', workers=2}}",
+        f"engine={{name='{'inline' if engine == 'deploy' else engine}', workers=2}}",
+        "server.deadline_s=60",
         "device='cpu'",
     ]
 
@@ -64,16 +70,19 @@ def tree(pid: int) -> list[psutil.Process]:
     return []
 
 
-def look(pid: int, done: int) -> Sample:
+def look(pid: int, done: int, output: Path) -> Sample:
     resident = proportional = 0.0
     count = files = 0
     for process in tree(pid):
         with contextlib.suppress(psutil.Error):
+            if FLEETING in " ".join(process.cmdline()):
+                continue
             full = process.memory_full_info()
             resident, proportional = resident + full.rss / 2**20, proportional + full.pss / 2**20
             files += process.num_fds()
             count += 1
-    return Sample(done, resident, proportional, count, files)
+    database = sum(path.stat().st_size for path in output.glob("*/deployment/superlink.db*")) / 2**20
+    return Sample(done, resident, proportional, count, files, database)
 
 
 def rounds_done(output: Path) -> int:
@@ -81,15 +90,15 @@ def rounds_done(output: Path) -> int:
     return found[0].read_bytes().count(b'"kind": "round"') if found else 0
 
 
-def watch(command: list[str], output: Path) -> list[Sample]:
+def watch(command: list[str], output: Path, every: int) -> list[Sample]:
     """Run it, and look at it after every few recorded rounds."""
     samples: list[Sample] = []
     log = output / "log"
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         while process.poll() is None:
             done = rounds_done(output)
-            if done and (not samples or done >= samples[-1].round + EVERY):
-                samples.append(look(process.pid, done))
+            if done and (not samples or done >= samples[-1].round + every):
+                samples.append(look(process.pid, done, output))
             time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"the run ended with {process.returncode}: {log.read_text()[-2000:]}")
@@ -100,37 +109,43 @@ def around(samples: Iterable[Sample], first: float, last: float, what: str) -> f
     return statistics.mean(getattr(sample, what) for sample in samples if first <= sample.round <= last)
 
 
-def judge(samples: list[Sample], rounds: int) -> dict[str, Any]:
-    """What it was around round 20 and in the last tenth of the rounds."""
+def judge(samples: list[Sample], rounds: int, warm_round: int = 20, every: int = 5) -> dict[str, Any]:
+    """What it was around the round when all is warm, and in the last tenth of the rounds."""
     result: dict[str, Any] = {}
     for what in ("resident", "proportional", "files", "processes"):
-        warm = around(samples, WARM, WARM + 2 * EVERY, what)
+        warm = around(samples, warm_round, warm_round + 2 * every, what)
         end = around(samples, 0.9 * rounds, rounds, what)
         result[what] = {
-            f"round_{WARM}": round(warm, 1),
+            f"round_{warm_round}": round(warm, 1),
             "end": round(end, 1),
             "peak": round(max(getattr(sample, what) for sample in samples), 1),
             "growth": round(end / warm - 1, 4),
         }
+    first, last = samples[0], samples[-1]
+    if last.database:
+        a_round = (last.database - first.database) / max(1, last.round - first.round)
+        result["database"] = {"end": round(last.database, 1), "a_round": round(a_round, 2)}
     result["passed"] = result["resident"]["growth"] <= TARGET
     return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--engine", default="inline", choices=["inline", "ray", "flower"])
+    parser.add_argument("--engine", default="inline", choices=["inline", "ray", "flower", "deploy"])
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--output", type=Path, default=Path("memory"), help="stem of the JSON and the CSV")
     given = parser.parse_args()
     sets = [part for text in overrides(given.engine, given.rounds, given.clients) for part in ("--set", text)]
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
-        command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *sets, "--output", folder, "--no-figures"]
+        words = ["deploy", "local"] if given.engine == "deploy" else ["run"]
+        command = [sys.executable, "-m", "fedcil", *words, "digits_fedavg", *sets, "--output", folder, "--no-figures"]
         started = time.monotonic()
-        samples = watch(command, Path(folder))
+        every, warm = EVERY.get(given.engine, 5), WARM.get(given.engine, 20)
+        samples = watch(command, Path(folder), every)
         seconds = time.monotonic() - started
     result = {"engine": given.engine, "rounds": given.rounds, "clients": given.clients, "seconds": round(seconds, 1)}
-    result |= judge(samples, given.rounds)
+    result |= judge(samples, given.rounds, warm, every)
     stem = given.output.with_name(f"{given.output.name}-{given.engine}")
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1))
     with stem.with_suffix(".csv").open("w", newline="") as file:
