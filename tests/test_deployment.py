@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from fedcil.deploy.control import Control, ControlFailed, wait_healthy
+from fedcil.deploy.health import healthy
 from fedcil.deploy.pki import Pki, make_pki
 from fedcil.deploy.processes import (
     Keeper,
@@ -113,7 +114,7 @@ def test_a_node_without_a_key_is_refused(servers: Servers) -> None:
         place = words.index("--auth-supernode-private-key")
         return words[:place] + words[place + 2 :]
 
-    servers.node_says(servers.pki, 0, change=without_key)
+    assert "SuperNode authentication is enabled" in servers.node_says(servers.pki, 0, change=without_key)
     assert not servers.online()
 
 
@@ -122,13 +123,15 @@ def test_a_node_without_tls_is_refused(servers: Servers) -> None:
         place = words.index("--root-certificates")
         return [*words[:place], "--insecure", *words[place + 2 :]]
 
-    servers.node_says(servers.pki, 0, change=without_tls)
+    assert "TLS is not enabled" in servers.node_says(servers.pki, 0, change=without_tls)
+    assert not healthy(f"http://{servers.control.address}/health")  # nor does the SuperLink talk to anybody without
+    assert healthy(f"https://{servers.control.address}/health", servers.pki.ca)
     assert not servers.online()
 
 
 def test_a_superlink_of_another_authority_is_not_trusted(servers: Servers, tmp_path: Path) -> None:
     stranger = make_pki(tmp_path / "pki", hosts=LOOPBACK, nodes=1)
-    servers.node_says(stranger, 0)
+    assert "CERTIFICATE_VERIFY_FAILED" in servers.node_says(stranger, 0)
     assert not servers.online()
     assert not replace(servers.control, ca=stranger.ca).healthy()
 

@@ -9,6 +9,7 @@ import socket
 import ssl
 import sys
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ def healthy(url: str, ca: Path | None = None, timeout_s: float = 3.0) -> bool:
             return True
         with urllib.request.urlopen(url, timeout=timeout_s, context=context) as answer:
             return bool(answer.status == 200)
-    except OSError:
+    except (OSError, HTTPException):  # the second: somebody else listens there
         return False
 
 
