@@ -98,13 +98,12 @@ class Control:
         return ControlFailed(f"`flwr {words[0]}` failed: {reason}", where=f"SuperLink {self.address}")
 
     def _write_connection(self) -> None:
-        config = self.home / "config.toml"
-        if not config.exists():
-            self.home.mkdir(parents=True, exist_ok=True)
-            config.write_text(
-                f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-                f'address = "{self.address}"\nroot-certificates = "{self.ca.absolute()}"\n'
-            )
+        """Anew each time: a SuperLink that is started again may have another port."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        (self.home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+            f'address = "{self.address}"\nroot-certificates = "{self.ca.absolute()}"\n'
+        )
 
 
 def _last_object(text: str) -> dict[str, Any]:
