@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,19 @@ from server.roster import Roster
 
 log = logging.getLogger("fedcil")
 OWED_S = 180.0  # a node that owes an answer for so long is asked again
+SILENT_S = 120.0  # so is one that did not answer its hello
+AGAIN_S = 20.0  # between two hellos to a node that could not say one, or that got no client
 HELLO_BYTES = 1 << 24
+NEVER = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A hello under way. What a node was offered is offered to nobody else until it has answered."""
+
+    node: int
+    offer: Share
+    since: float
 
 
 class Nodes:
@@ -31,8 +45,9 @@ class Nodes:
         self._roster = Roster(samples, experiment.data.digest, known)
         self._here: set[int] = set()
         self._welcome: set[int] = set()  # nodes that said what they serve
-        self._asked: dict[str, tuple[int, Share]] = {}  # hellos under way: message -> node, offer
-        self._refused: set[int] = set()
+        self._spare: set[int] = set()  # nodes that are here for clients that nobody serves yet
+        self._asked: dict[str, Asked] = {}  # by message
+        self._not_before: dict[int, float] = {}  # when a node may be asked again
         self._owed: dict[str, tuple[int, float]] = {}  # messages whose round is over -> node, since when
         self._events: list[dict[str, Any]] = []
 
@@ -42,10 +57,21 @@ class Nodes:
         for node in sorted(self._here - here):
             self._leave(node)
         self._here = here
-        self._greet(here - self._welcome - self._refused - {node for node, _ in self._asked.values()})
+        now = time.monotonic()
+        self._asked = {name: asked for name, asked in self._asked.items() if now - asked.since < SILENT_S}
+        self._greet(sorted(node for node in here if self._to_be_asked(node, now)), now)
         if self._asked:
             for reply in self._grid.pull_messages(list(self._asked)):
                 self._hear(reply)
+
+    def _to_be_asked(self, node: int, now: float) -> bool:
+        if node in self._welcome or node in {asked.node for asked in self._asked.values()}:
+            return False
+        due = now >= self._not_before.get(node, 0.0)
+        return due and (node not in self._spare or bool(self._roster.free(self._reserved())))
+
+    def _reserved(self) -> set[int]:
+        return {client for asked in self._asked.values() for client in asked.offer}
 
     def serving(self) -> dict[int, int]:
         """Client -> node, of the nodes that are here and owe nothing."""
@@ -75,41 +101,52 @@ class Nodes:
         return Attendance(shares, events)
 
     def counts(self) -> str:
-        return f"{len(self._here)} nodes here, {len(self._welcome)} met, {len(self._refused)} refused"
+        refused = sum(when == NEVER for when in self._not_before.values())
+        return f"{len(self._here)} nodes here, {len(self._welcome)} serve, {len(self._spare)} spare, {refused} refused"
 
     def _leave(self, node: int) -> None:
         self._welcome.discard(node)
-        self._refused.discard(node)
-        self._asked = {message: asked for message, asked in self._asked.items() if asked[0] != node}
+        self._spare.discard(node)
+        self._not_before.pop(node, None)
+        self._asked = {message: asked for message, asked in self._asked.items() if asked.node != node}
         self._owed = {message: owed for message, owed in self._owed.items() if owed[0] != node}
         self._note("left", node)
 
-    def _greet(self, nodes: Collection[int]) -> None:
-        offers = self._roster.offers(nodes)
-        messages = [self._hello(node, offers[node]) for node in sorted(nodes)]
+    def _greet(self, nodes: Sequence[int], now: float) -> None:
+        """A node for which nothing is left waits while somebody else thinks about an offer."""
+        reserved = self._reserved()
+        offers = {node: offer for node, offer in self._roster.offers(nodes, reserved).items() if offer or not reserved}
+        messages = [self._hello(node, offer) for node, offer in offers.items()]
         ids = self._grid.push_messages(messages) if messages else []
-        for message, node in zip(ids, sorted(nodes), strict=True):
+        for message, (node, offer) in zip(ids, offers.items(), strict=True):
             if message:
-                self._asked[message] = (node, offers[node])
+                self._asked[message] = Asked(node, offer, now)
 
     def _hello(self, node: int, offer: Share) -> Message:
         content = ConfigRecord({"scenario": self._scenario, "offer": list(offer)})
         return Message(RecordDict({"hello": content}), dst_node_id=node, message_type="query.hello")
 
     def _hear(self, reply: Message) -> None:
-        node, offer = self._asked.pop(reply.metadata.reply_to_message_id)
+        asked, now = self._asked.pop(reply.metadata.reply_to_message_id), time.monotonic()
+        node = asked.node
+        if reply.has_error():  # it may do better next time
+            self._not_before[node] = now + AGAIN_S
+            return self._note("silent", node, reason=f"Flower error {reply.error.code}: {reply.error.reason}")
         try:
-            if reply.has_error():
-                raise MessageRefused(f"Flower error {reply.error.code}: {reply.error.reason}")
-            packet = packet_of(reply.content.get("hello"))
-            hello = unpack_hello(packet, tasks=self._tasks, limit=HELLO_BYTES)
-            share = self._roster.welcome(node, hello, offer, self._here & self._welcome)
+            hello = unpack_hello(packet_of(reply.content.get("hello")), tasks=self._tasks, limit=HELLO_BYTES)
+            share = self._roster.welcome(node, hello, asked.offer, self._here & self._welcome)
         except MessageRefused as error:
-            self._refused.add(node)
-            self._note("refused", node, reason=error.what)
-        else:
+            self._not_before[node] = NEVER
+            return self._note("refused", node, reason=error.what)
+        if share:
             self._welcome.add(node)
-            self._note("joined" if share else "spare", node)
+            self._spare.discard(node)
+            return self._note("joined", node)
+        self._not_before[node] = NEVER if hello.fixed else now + AGAIN_S
+        if node not in self._spare:
+            self._spare.add(node)
+            self._note("spare", node)
+        return None
 
     def _note(self, event: str, node: int, **more: str) -> None:
         line = {"event": event, "node": str(node), "clients": list(self._roster.shares.get(node, ())), **more}

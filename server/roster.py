@@ -19,10 +19,12 @@ class Roster:
         self._samples, self._data = samples, data
         self.shares: dict[int, Share] = dict(shares)
 
-    def offers(self, nodes: Collection[int]) -> dict[int, Share]:
-        """What each of the nodes that come now may take: its old share, or an even part of the free clients."""
+    def offers(self, nodes: Collection[int], reserved: Collection[int] = ()) -> dict[int, Share]:
+        """What each of the nodes that come now may take: its old share, or an even part of the clients that nobody
+        serves and that are not ``reserved``: offered to a node that has not answered yet.
+        """
         new = [node for node in sorted(nodes) if not self.shares.get(node)]
-        free = self._free()
+        free = self.free(reserved)
         parts = {node: tuple(free[place :: len(new)]) for place, node in enumerate(new)}
         return {node: self.shares.get(node) or parts[node] for node in nodes}
 
@@ -42,8 +44,8 @@ class Roster:
         self.shares[node] = share
         return share
 
-    def _free(self) -> list[int]:
-        taken = {client for share in self.shares.values() for client in share}
+    def free(self, reserved: Collection[int] = ()) -> list[int]:
+        taken = {client for share in self.shares.values() for client in share} | set(reserved)
         return [client for client in range(len(self._samples)) if client not in taken]
 
     def _refuse_strangers(self, hello: Hello) -> None:

@@ -21,6 +21,7 @@ from fedcil.record.folder import RunFolder
 from fedcil.scenario_file import load_scenario
 from fedcil.state import RunState
 from server import grid as grid_module
+from server import nodes as nodes_module
 from server.grid import GridPort
 from server.rounds import open_session, run_tasks
 
@@ -43,6 +44,8 @@ class Node:
 
     config: dict[str, Any]
     change: Callable[[Message, int], Reply] = lambda reply, _: reply
+    thinks: int = 0  # looks at the grid until its hello is there
+    breaks: int = 0  # hellos that end in an error of Flower
     hellos: int = 0
     works: int = 0
 
@@ -57,9 +60,12 @@ class Nodes:
     calls: int = 0
     sent: int = 0
     replies: dict[str, Message] = field(default_factory=dict)
+    thought: dict[str, tuple[int, Message]] = field(default_factory=dict)  # message -> (by which call, reply)
 
     def get_node_ids(self) -> list[int]:
         self.calls += 1
+        for name in [name for name, (call, _) in self.thought.items() if call <= self.calls]:
+            self.replies[name] = self.thought.pop(name)[1]
         return list(self.here(self.calls) if self.here else self.nodes)
 
     def push_messages(self, messages: list[Message]) -> list[str]:
@@ -77,7 +83,11 @@ class Nodes:
         context = Context(run_id=1, node_id=number, node_config=config, state=RecordDict(), run_config={})
         if message.metadata.message_type == "query.hello":
             node.hellos += 1
-            reply: Reply = client_app.hello(message, context)
+            said = client_app.hello(message, context)
+            if node.hellos <= node.breaks:
+                said = answer_to(said, Message(Error(code=8, reason="gone"), reply_to=said))
+            self.thought[name] = (self.calls + node.thinks, said)
+            reply: Reply = None if node.thinks else self.thought.pop(name)[1]
         else:
             node.works += 1
             reply = node.change(client_app.work(message, context), node.works)
@@ -146,6 +156,41 @@ def test_nodes_without_clients_of_their_own_get_the_next_free_ones_and_keep_them
     known = {"9": (0, 1), "8": (2, 3)}  # as a checkpoint has them: 7 is new
     _, resumed = train(Nodes(any_two(7, 8, 9), tmp_path / "home"), tmp_path / "b", known=known)
     assert resumed.nodes == {**known, "7": (4, 5)}
+
+
+def test_what_a_node_thinks_about_is_offered_to_nobody_else(tmp_path: Path) -> None:
+    """The second comes while the first has not answered: it waits for what is left."""
+    plain = {7: Node({"clients": 3}, thinks=3), 8: Node({"clients": 3})}
+    nodes = Nodes(plain, tmp_path / "home", lambda call: (7,) if call == 1 else (7, 8))
+    lines, state = train(nodes, tmp_path / "runs")
+    assert state.nodes == {"7": (0, 1, 2), "8": (3, 4, 5)}
+    assert {event for event, *_ in events(lines)} == {"joined"}
+
+
+def test_a_node_that_could_not_say_hello_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes_module, "AGAIN_S", 0.1)
+    nodes = Nodes(three(n102=Node({"partition-id": 1, "num-partitions": 3}, breaks=2)), tmp_path / "home")
+    lines, _ = train(nodes, tmp_path / "runs")
+    assert nodes.nodes[102].hellos == 3
+    assert [event for event, node, _ in events(lines) if node == "102"] == ["silent", "silent", "joined"]
+
+
+def test_a_spare_node_is_left_alone_while_every_client_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes_module, "AGAIN_S", 0.0)
+    plain = {7: Node({"clients": 6}), 8: Node({"clients": 1})}
+    nodes = Nodes(plain, tmp_path / "home", lambda call: (7,) if call < 3 else (7, 8))
+    lines, _ = train(nodes, tmp_path / "runs")
+    assert nodes.nodes[8].hellos == 1
+    assert ("spare", "8", ()) in events(lines)
+
+
+def test_a_node_takes_up_to_its_room_and_the_next_one_the_rest(tmp_path: Path) -> None:
+    """A node that was spare, since others thought about all that is free, is asked again when they took less."""
+    plain = {7: Node({"clients": 1}, thinks=2), 8: Node({"clients": 5})}
+    _, state = train(Nodes(plain, tmp_path / "home", lambda call: (7,) if call == 1 else (7, 8)), tmp_path / "runs")
+    assert state.nodes == {"7": (0,), "8": (1, 2, 3, 4, 5)}
 
 
 def test_who_leaves_is_not_asked_and_who_returns_has_its_clients(tmp_path: Path) -> None:
