@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from fedcil.scenario_file import load_scenario
 from fedcil.state import RunState
 from server.grid import GridPort
 from server.rounds import open_session, run_tasks
+
+BUSY_S = 60.0
 
 app = ServerApp()
 
@@ -47,13 +50,25 @@ def continue_folder(grid: Grid, path: Path, min_clients: int) -> None:
     """The run in a folder, begun or continued; what ends it is written there for the one who watches."""
     try:
         experiment = open_experiment(load_scenario(path / "scenario.toml"), data_root(""))
-        folder, state = RunFolder.enter(path, experiment)
+        folder, state = enter(path, experiment)
         serve(grid, experiment, folder, state, min_clients)
     except FolderBusy:
         raise  # another server app is at it; its own end is what counts
     except FedcilError as error:
         write_atomic(path / PROBLEM, json.dumps(error.as_dict() | {"exit_code": error.exit_code}).encode())
         raise
+
+
+def enter(path: Path, experiment: Experiment) -> tuple[RunFolder, RunState]:
+    """The folder, once the server app before this one has let go of it; one that was stopped takes a while to notice."""
+    until = time.monotonic() + BUSY_S
+    while True:
+        try:
+            return RunFolder.enter(path, experiment)
+        except FolderBusy:
+            if time.monotonic() > until:
+                raise
+            time.sleep(1.0)
 
 
 def serve(grid: Grid, experiment: Experiment, folder: RunFolder, state: RunState, min_clients: int) -> None:
