@@ -60,7 +60,7 @@ def continue_folder(grid: Grid, path: Path, min_clients: int) -> None:
 
 
 def enter(path: Path, experiment: Experiment) -> tuple[RunFolder, RunState]:
-    """The folder, once the server app before this one has let go of it; one that was stopped takes a while to notice."""
+    """The folder, once the server app before this one has let go of it; one that was stopped needs a moment."""
     until = time.monotonic() + BUSY_S
     while True:
         try:
