@@ -12,8 +12,6 @@ from fedcil.cli.guard import stoppable
 from fedcil.errors import InputError, ScenarioError, located
 
 if TYPE_CHECKING:
-    from fedcil.deploy.control import Control
-    from fedcil.deploy.pki import Pki
     from fedcil.port import StopSignal
     from fedcil.record.run import Run
     from fedcil.scenario import Scenario
@@ -55,7 +53,7 @@ def supervise(
     figures: bool,
     json: bool,
 ) -> None:
-    from fedcil.deploy.control import Control
+    from fedcil.deploy.control import Control, enrol
     from fedcil.deploy.pki import Pki
     from fedcil.deploy.supervisor import Supervisor
 
@@ -85,15 +83,6 @@ def node(*, superlink: str, pki: Path, homes: Path, slots: int, share: str, port
 
     with stoppable(None, what="leaving") as stop:
         serve(Pki(pki), superlink, homes, slots, port, share, stop)
-
-
-def enrol(control: Control, keys: Pki, nodes: int, stop: StopSignal) -> None:
-    """Register the keys that may join; keys that are registered already stay as they are."""
-    from fedcil.deploy.control import wait_healthy
-
-    wait_healthy(control, stop)
-    for slot in range(nodes):
-        control.register(keys.node_public(slot))
 
 
 def run_folder(target: str, overrides: Sequence[str], output: Path, *, continue_unfinished: bool) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcil.deploy.health import healthy
+from fedcil.deploy.pki import Pki
 from fedcil.deploy.processes import flower_environment, program
 from fedcil.errors import FedcilError, RunFailed
 from fedcil.port import StopSignal
@@ -129,3 +130,10 @@ def wait_healthy(control: Control, stop: StopSignal, tend: Callable[[], None] = 
                 next="its log says why",
             )
         time.sleep(POLL_S)
+
+
+def enrol(control: Control, pki: Pki, nodes: int, stop: StopSignal, tend: Callable[[], None] = lambda: None) -> None:
+    """Once the SuperLink is healthy, register the keys of so many nodes."""
+    wait_healthy(control, stop, tend)
+    for slot in range(nodes):
+        control.register(pki.node_public(slot))

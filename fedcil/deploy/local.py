@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcil.deploy.control import Control, wait_healthy
+from fedcil.deploy.control import Control, enrol
 from fedcil.deploy.node import Node
 from fedcil.deploy.pki import Pki, make_pki
 from fedcil.deploy.processes import Keeper, Role, flower_environment, free_port, server_app, superlink
@@ -56,9 +56,8 @@ def deploy_local(
     topology, keeper = Topology(folder, nodes, free_port(), pki), Keeper()
     try:
         start_servers(topology, keeper)
-        wait_healthy(topology.control, stop, keeper.tend)
+        enrol(topology.control, pki, nodes, stop, keeper.tend)
         for slot in range(nodes):
-            topology.control.register(pki.node_public(slot))
             start_node(topology, keeper, slot, f"partition-id={slot} num-partitions={nodes}")
         return Supervisor(topology.control, run, 0, say).run(stop, keeper.tend, progress)
     finally:

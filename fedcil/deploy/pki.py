@@ -148,21 +148,21 @@ def _node_key(pki: Pki, slot: int) -> None:
         _write(public, line, mode=0o644)
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: float) -> _Builder:
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: float
+) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
+    end = now + timedelta(days=days)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(minutes=5 if days > 0 else 60 * 24 * 400))  # clocks differ a little
-        .not_valid_after(now + timedelta(days=days))
+        .not_valid_before(min(now, end) - timedelta(minutes=5))  # clocks differ a little
+        .not_valid_after(end)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
-
-
-_Builder = x509.CertificateBuilder
 
 
 def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
