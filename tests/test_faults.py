@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,28 @@ def test_a_full_or_forbidden_disk_has_the_outcome_that_is_required(name: str, tm
         pytest.skip("needs root, to mount a small disk")
     subprocess.run(["umount", str(tmp_path)], check=True)
     run(ROOT_ONLY[name], name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["killed", "read_only_disk", "forbidden_folder", "missing_folder"])
+def test_a_run_that_ends_before_the_fault_passes(name: str, tmp_path: Path) -> None:
+    """A fast machine is no fault."""
+    late = (
+        "import sys, time, pathlib\n"
+        "from scenarios.reliability import common, disk, kills\n"
+        "def ended(command, output):\n"
+        "    while command.running() and not list(output.glob('*/summary.json')): time.sleep(0.05)\n"
+        "    return common.folder_in(output)\n"
+        "disk.await_checkpoint = kills.await_checkpoint = ended\n"
+        "disk.moment = kills.moment = lambda seed: 0.0\n"
+        f"print({'kills' if name == 'killed' else 'disk'}.{name}(0, pathlib.Path(sys.argv[1])))\n"
+    )
+    command = [sys.executable, "-c", late, str(tmp_path / "trial")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    if "mount" in done.stderr or "chattr" in done.stderr:
+        pytest.skip("needs root, to mount a small disk")
+    assert "passed=True" in done.stdout, done.stderr
+    assert re.search("ended before|killed; resumed to identical", done.stdout)  # the kill may meet its last breath
 
 
 @pytest.mark.slow

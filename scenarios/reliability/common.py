@@ -112,7 +112,8 @@ class Command:
         return self.code
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        os.kill(self.pid, number)
+        if self.code is None:  # not waited for yet: the number is still its own
+            os.kill(self.pid, number)
 
     def family(self) -> list[psutil.Process]:
         """Its descendants, as far as they live."""

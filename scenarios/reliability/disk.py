@@ -242,9 +242,11 @@ def read_only_disk(seed: int, workdir: Path) -> Outcome:
         command.wait()
         if folder is None:
             return Outcome(False, "no checkpoint")
+        if (folder / "summary.json").exists():
+            return resumed(folder, "ended before")
         remount(disk, "ro")
         refused = Command("resume", str(folder), folder=workdir)
-        problem = clear(refused, [1, 2]) if not (folder / "summary.json").exists() else None
+        problem = clear(refused, [1, 2])
         remount(disk, "rw")
         return Outcome(False, problem) if problem else resumed(folder, error_line(refused))
 
@@ -267,7 +269,7 @@ def missing_folder(seed: int, workdir: Path) -> Outcome:
     command = start(workdir / "runs", logs=workdir)
     folder = await_checkpoint(command, workdir / "runs")
     time.sleep(moment(seed))
-    if not command.running() or folder is None:
+    if folder is None or (folder / "summary.json").exists():
         return Outcome(folder is not None, "ended before")
     shutil.rmtree(folder, ignore_errors=True)
     problem = clear(command, NOTHING_YET)
