@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from fedcil.messages import Contribution, Failure, Job, Outcome, Reply, Report, Request
@@ -9,13 +10,21 @@ from fedcil.port import ClientDone
 from fedcil.robust import empty_fold
 
 
-def cut(request: Request, pieces: int) -> list[Request]:
-    """Consecutive runs of jobs, about ``pieces`` of them, aligned so that each comes back as one partial sum."""
-    size = 1
-    while size * pieces < len(request.jobs):
-        size *= 2
-    starts = range(0, len(request.jobs), size)
-    return [replace(request, jobs=request.jobs[start : start + size]) for start in starts]
+def cut(request: Request, workers: int, least: int = 1) -> list[Request]:
+    """Consecutive runs of jobs, aligned so that each comes back as one partial sum, for ``workers`` side by side.
+
+    Long ones first and then ever shorter ones, so that with equal jobs all workers end together (guided
+    self-scheduling, Polychronopoulos and Kuck, 1987). ``least``: how many jobs are worth a request of their own,
+    rounded up to a power of two; there is a run for each worker all the same.
+    """
+    jobs, start, runs = request.jobs, 0, []
+    least = 1 << (min(least, math.ceil(len(jobs) / workers)) - 1).bit_length()
+    while start < len(jobs):
+        half_a_share = (len(jobs) - start) // (2 * workers)
+        size = max(least, 1 << max(0, half_a_share.bit_length() - 1))
+        runs.append(replace(request, jobs=jobs[start : start + size]))
+        start += size
+    return runs
 
 
 class Gathered:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -138,21 +139,33 @@ def test_an_answer_or_a_failure_after_an_answer_is_refused() -> None:
         gathered.answer(report(4), given(4))
 
 
-@examples(jobs=st.integers(1, 70), pieces=st.integers(1, 80))
-def test_a_request_falls_apart_into_aligned_runs_of_the_same_tree(jobs: int, pieces: int) -> None:
-    """Each run of a power of two is one partial sum, but for the last."""
-    request = Request(REQUEST.broadcast, tuple(Job(client, client) for client in range(jobs)), jobs)
-    parts = cut(request, pieces)
+@examples(jobs=st.integers(1, 70), workers=st.integers(1, 12), least=st.integers(1, 20))
+def test_a_request_falls_apart_into_aligned_runs_of_the_same_tree(jobs: int, workers: int, least: int) -> None:
+    """Each run of a power of two is one partial sum, but for the last; there is one for each worker."""
+    request = request_of(jobs)
+    parts = cut(request, workers, least)
     assert tuple(job for part in parts for job in part.jobs) == request.jobs
-    assert len(parts) <= pieces
-    sizes = {len(part.jobs) for part in parts[:-1]}
-    assert len(sizes) <= 1
+    assert len(parts) >= min(jobs, workers) // 2 + 1
+    assert all(len(part.jobs) >= least for part in parts[:-1]) or least > jobs / workers
     for part in parts:
         fold = Fold.empty(part.cohort)
         for job in part.jobs:
             fold.add(job.position, given_one())
         assert part is parts[-1] or len(fold.sums) == 1
         assert part.broadcast is REQUEST.broadcast
+
+
+@examples(jobs=st.integers(1, 400), workers=st.integers(1, 40))
+def test_workers_with_equal_jobs_end_together(jobs: int, workers: int) -> None:
+    """10 clients on 2 workers are 5 and 5, not 6 and 4: whoever is free takes the next run."""
+    busy = [0] * workers
+    for part in cut(request_of(jobs), workers):
+        busy[busy.index(min(busy))] += len(part.jobs)
+    assert max(busy) == math.ceil(jobs / workers)
+
+
+def request_of(jobs: int) -> Request:
+    return Request(REQUEST.broadcast, tuple(Job(client, client) for client in range(jobs)), jobs)
 
 
 def given_one() -> Contribution:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.engines import Setting
-from fedcil.engines.workers import most_pieces, worker_count
+from fedcil.engines.workers import worker_count
 from fedcil.gather import Gathered, cut
 from fedcil.messages import Outcome, Reply, Request
 from fedcil.port import ClientDone, Port
@@ -51,9 +51,8 @@ class InlinePort:
         """As they come; what is late is not waited for, and its thread gives up at its next step."""
         gathered, abandoned = Gathered(request, done), threading.Event()
         # With a deadline each client stands for itself: who is late takes no other answer along.
-        most = most_pieces(len(request.jobs), self._workers, self._stack)
-        pieces = most if deadline_s is None else len(request.jobs)
-        futures = [self._threads.submit(self._handle, piece, abandoned) for piece in cut(request, pieces)]
+        runs = cut(request, self._workers, self._stack) if deadline_s is None else cut(request, len(request.jobs))
+        futures = [self._threads.submit(self._handle, run, abandoned) for run in runs]
         try:
             for future in as_completed(futures, deadline_s):
                 gathered.add(future.result())

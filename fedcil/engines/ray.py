@@ -28,7 +28,7 @@ from client.states import StateStore
 from fedcil.engines import Setting, ray_head
 from fedcil.engines.flat import Flat, FlatReply, flatten_tensors
 from fedcil.engines.gpu import gpus_per_worker
-from fedcil.engines.workers import most_pieces, worker_count
+from fedcil.engines.workers import worker_count
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gather import Gathered, cut
@@ -254,7 +254,7 @@ class RayPort:
         place = replace(request.broadcast, tensors={}, payload=None)
         model = ray.put(flatten_tensors(request.broadcast.tensors))
         payload = self._put_payload(request.broadcast.payload)
-        todo = [Piece(part.jobs) for part in cut(request, self._pieces(request))]
+        todo = [Piece(part.jobs) for part in cut(request, len(self._crew.workers), self._least(request))]
         todo.sort(key=lambda piece: self._costs.of(piece.jobs), reverse=True)
         idle = [worker for worker in self._crew.workers if worker not in self._asleep]
         busy: dict[Any, tuple[Any, Piece | None]] = {}
@@ -275,12 +275,11 @@ class RayPort:
         self._asleep += [worker for worker, piece in busy.values() if not piece]
         return gathered.outcome()
 
-    def _pieces(self, request: Request) -> int:
-        """Several for each worker, for balance, but none so small that passing it on costs more than the work."""
-        workers = len(self._crew.workers)
-        most = most_pieces(len(request.jobs), workers, self._stack)
-        worth = self._costs.of(request.jobs) / LEAST_PIECE_S if self._costs.known else most
-        return max(workers, min(most, math.ceil(worth)))
+    def _least(self, request: Request) -> int:
+        """How many jobs to pass on at once: none so few that passing them on costs more than the work."""
+        seconds = self._costs.of(request.jobs)
+        worth = seconds / LEAST_PIECE_S if self._costs.known else len(request.jobs)
+        return max(self._stack, math.ceil(len(request.jobs) / max(1.0, worth)))
 
     def close(self) -> None:
         for worker in [] if self._stop.problem else self._crew.workers:
