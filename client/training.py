@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from fedcil.gradients import gradients
+from fedcil.gradients import as_stored, gradients
 from fedcil.keys import Key
 from fedcil.methods.base import Batch, Method, Prepared, Samples
 from fedcil.models.network import Network, set_norm_momentum
@@ -96,16 +96,19 @@ class LocalSGD:
         momenta: list[Tensor | None] | None = None,
     ) -> None:
         self.parameters, self.lr, self.training = parameters, lr, training
+        self.stored = [as_stored(parameter) for parameter in parameters]
         self.momenta = momenta or [None] * len(parameters)
 
     def step(self, loss: Tensor) -> None:
         """One update; a parameter that the loss does not reach stays as it is, as in torch."""
         found = {
-            place: gradient for place, gradient in enumerate(gradients(loss, self.parameters)) if gradient is not None
+            place: as_stored(gradient)
+            for place, gradient in enumerate(gradients(loss, self.parameters))
+            if gradient is not None
         }
         momenta = [self.momenta[place] for place in found]
         sgd(
-            [self.parameters[place] for place in found],
+            [self.stored[place] for place in found],
             list(found.values()),
             momenta,
             fused=True,

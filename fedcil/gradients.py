@@ -26,3 +26,17 @@ def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
     if all(size == 1 or one == two for size, one, two in pairs):
         return tensor
     return torch.empty_like(other).copy_(tensor)
+
+
+def as_stored(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order in which they lie in memory: itself, or a view (numel,).
+
+    torch's fused optimisers copy, and throw away, whatever is not contiguous: a tenth of ResNet-18's step.
+    ValueError for a tensor with gaps in its memory, which a fused optimiser would write to.
+    """
+    if tensor.is_contiguous():
+        return tensor
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if reach != tensor.numel():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} with strides {tensor.stride()} is not dense")
+    return tensor.detach().as_strided((tensor.numel(),), (1,))

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from client import handle
 from client.handle import Shared, Worker, do_job
 from client.states import StateStore
-from client.training import Trained, cut_epoch, grouped, learning_rate, local_sgd
+from client.training import LocalSGD, Trained, cut_epoch, grouped, learning_rate, local_sgd
 from fedcil.errors import Stopped
 from fedcil.experiment import Experiment, open_experiment
-from fedcil.gradients import gradients
+from fedcil.gradients import as_stored, gradients
 from fedcil.keys import Key
 from fedcil.messages import Broadcast, Contribution, Failure, Job, Report, Request, Tensors, content_hash
 from fedcil.methods.base import Batch, Method, Samples
@@ -187,6 +187,32 @@ def test_gradients_lie_in_memory_as_their_parameters(small: Any, name: str, layo
     )
     for after, parameter, gradient in zip(flat, parameters, found, strict=True):
         torch.testing.assert_close(after, parameter.detach() - gradient)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_channels_last_weights_are_updated_in_place_without_a_copy(momentum: float) -> None:
+    """To the bits of torch's own optimiser."""
+    ours, theirs = (torch.nn.Conv2d(3, 8, 3).requires_grad_().to(memory_format=torch.channels_last) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    step = LocalSGD(list(ours.parameters()), 0.1, TrainingSection(momentum=momentum, weight_decay=0.01))
+    reference = torch.optim.SGD(theirs.parameters(), 0.1, momentum=momentum, weight_decay=0.01, fused=True)
+    with torch.profiler.profile() as seen:
+        for _ in range(3):
+            step.step(ours(images).square().mean())
+    inside = [event.name for event in seen.events() or () if "fused_sgd" in getattr(event.cpu_parent, "name", "")]
+    assert inside == []
+    for _ in range(3):
+        reference.zero_grad()
+        theirs(images).square().mean().backward()
+        reference.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_weights_with_gaps_in_memory_are_refused() -> None:
+    with pytest.raises(ValueError, match="not dense"):
+        as_stored(torch.zeros(4, 6)[:, ::2])
 
 
 def test_each_epoch_has_each_sample_once_in_an_order_of_its_own(small: Any) -> None:

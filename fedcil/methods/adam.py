@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from fedcil.gradients import gradients
+from fedcil.gradients import as_stored, gradients
 
 
 class Adam:
@@ -19,15 +19,16 @@ class Adam:
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         self.parameters, self.lr = list(parameters), lr
-        self.first = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.second = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.stored = [as_stored(parameter) for parameter in self.parameters]
+        self.first = [torch.zeros_like(parameter) for parameter in self.stored]
+        self.second = [torch.zeros_like(parameter) for parameter in self.stored]
         self.steps = [torch.zeros((), device=parameter.device) for parameter in self.parameters]
 
     def step(self, loss: Tensor) -> None:
         """One update; ``loss`` must reach every parameter."""
         adam(
-            list(self.parameters),
-            [gradient for gradient in gradients(loss, self.parameters) if gradient is not None],
+            self.stored,
+            [as_stored(gradient) for gradient in gradients(loss, self.parameters) if gradient is not None],
             self.first,
             self.second,
             [],
