@@ -157,7 +157,7 @@ def as_pending(outcome: Outcome, number: int, done_after: Mapping[int, float], s
 
 
 def stale_weight(late: Pending, number: int, staleness: float) -> float:
-    """(1 + s) ** -a for an update that is s rounds old (FedAsync, arXiv 1903.03934; FedBuff, 2106.06581)."""
+    """(1 + s) ** -a for an update that is s rounds old (FedAsync, arXiv 1903.03934; FedBuff, 2106.06639)."""
     return float((1 + number - late.number) ** -staleness)
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fedcil
 from fedcil.compute import Compute, Precision
+from fedcil.errors import Stopped
 from fedcil.keys import Key
 from fedcil.messages import Payload
 from fedcil.methods.base import prefixed
 from fedcil.models import make_architecture
 from fedcil.models.generator import Generator
 from fedcil.models.network import Backbone, Network, freeze, initialise, state_of
+from fedcil.port import StopSignal
 from fedcil.scenario import ModelSection
 from fedcil.stream import Task
 
@@ -94,6 +97,37 @@ def shake_norms(module: nn.Module, generator: torch.Generator) -> None:
             if part.affine:
                 nn.init.uniform_(part.weight, 0.5, 1.5, generator=generator)
                 nn.init.normal_(part.bias, 0.0, 0.3, generator=generator)
+
+
+class StopAfter:
+    """A watcher that asks for a stop after so many recorded lines."""
+
+    def __init__(self, lines: int, stop: StopSignal) -> None:
+        self.left, self.stop = lines, stop
+
+    def recorded(self, line: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.stop.set(130)
+
+    def client_done(self, client: int) -> None: ...
+
+    def boundary_step(self, step: int, steps: int, terms: Any) -> None: ...
+
+
+@pytest.fixture
+def stopped_run() -> Callable[..., Path]:
+    """Runs a scenario, stops it after so many recorded lines, and says where it lies."""
+
+    def run(scenario: Any, lines: int, output: Path, overrides: Sequence[str] = ()) -> Path:
+        stop = StopSignal()
+        options: Any = {"output": output, "figures": False, "watcher": StopAfter(lines, stop), "stop": stop}
+        with pytest.raises(Stopped):
+            fedcil.run(scenario, overrides=overrides, **options)
+        (folder,) = output.iterdir()
+        return folder
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -112,14 +112,15 @@ def test_a_process_that_ends_is_started_again_after_a_pause(tmp_path: Path) -> N
     keeper = Keeper()
     keeper.start(sleeper(tmp_path, 100))
     try:
-        first = keeper.pid("sleeper")
-        assert first
-        psutil.Process(first).kill()
+        (first,) = psutil.Process().children()
+        first.kill()
+        first.wait()
         until = time.monotonic() + 10
-        while keeper.pid("sleeper") in (first, None) and time.monotonic() < until:
+        while not (now := psutil.Process().children()) and time.monotonic() < until:
             keeper.tend()
             time.sleep(0.05)
-        assert keeper.pid("sleeper") not in (first, None)
+        assert now
+        assert now[0].pid != first.pid
     finally:
         keeper.close()
     assert not keeper.children

@@ -10,9 +10,8 @@ import torch
 
 import fedcil
 from fedcil.clock import asked_clients
-from fedcil.errors import ScenarioError, Stopped
+from fedcil.errors import ScenarioError
 from fedcil.messages import Total
-from fedcil.port import StopSignal
 from fedcil.record.run import Run
 from fedcil.scenario_file import load_scenario
 from fedcil.state import Pending
@@ -250,22 +249,6 @@ def test_when_all_are_busy_each_round_waits_for_the_next_update(seed: int, tmp_p
 # Everything at once
 
 
-class StopAfter:
-    """A watcher that asks for a stop after so many recorded lines."""
-
-    def __init__(self, count: int, stop: StopSignal) -> None:
-        self.left, self.stop = count, stop
-
-    def recorded(self, line: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.stop.set(130)
-
-    def client_done(self, client: int) -> None: ...
-
-    def boundary_step(self, step: int, steps: int, terms: Any) -> None: ...
-
-
 @pytest.fixture(scope="module", params=["fedavg", "feder", "afcl"])
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(tmp_path_factory.mktemp(request.param), request.param, **CHURN)
@@ -281,25 +264,17 @@ def test_everything_at_once_happens(whole: Run) -> None:
         assert lost
 
 
-def stopped(method: str, count: int, output: Path) -> Path:
-    """The folder of a run that was stopped after so many lines."""
-    stop = StopSignal()
-    watcher = StopAfter(count, stop)
-    with pytest.raises(Stopped):
-        fedcil.run(scenario(method, **CHURN), output=output, figures=False, watcher=watcher, stop=stop)
-    (folder,) = output.iterdir()
-    return folder
-
-
 @pytest.mark.parametrize("count", [2, 4, 9])
-def test_a_stopped_run_goes_on_with_its_late_updates(whole: Run, count: int, tmp_path: Path) -> None:
-    folder = stopped(whole.scenario.name, min(count, len(whole.lines) - 1), tmp_path)
+def test_a_stopped_run_goes_on_with_its_late_updates(whole: Run, count: int, stopped_run: Any, tmp_path: Path) -> None:
+    plain = scenario(whole.scenario.name, **CHURN)
+    folder = stopped_run(plain, min(count, len(whole.lines) - 1), tmp_path)
     assert lines(fedcil.resume(folder, figures=False)) == lines(whole)
 
 
-def test_what_the_checkpoint_before_the_last_needs_is_still_there(whole: Run, tmp_path: Path) -> None:
+def test_what_the_checkpoint_before_the_last_needs_is_still_there(whole: Run, stopped_run: Any, tmp_path: Path) -> None:
     """Leavers' states and late updates are removed only when neither of two checkpoints names them."""
-    folder = stopped(whole.scenario.name, min(9, len(whole.lines) - 1), tmp_path)
+    plain = scenario(whole.scenario.name, **CHURN)
+    folder = stopped_run(plain, min(9, len(whole.lines) - 1), tmp_path)
     newest = max((folder / "checkpoints").glob("state-*.json"), key=lambda path: int(path.stem[6:]))
     newest.write_text("{")
     assert lines(fedcil.resume(folder, figures=False)) == lines(whole)
@@ -315,17 +290,12 @@ def test_nothing_of_late_updates_is_left_when_the_run_is_over(whole: Run) -> Non
     assert '"pending": []' in states[-1].read_text()
 
 
-def test_the_timeline_in_the_docs_is_what_happens(tmp_path: Path) -> None:
+def test_the_timeline_in_the_docs_is_what_happens(stopped_run: Any, tmp_path: Path) -> None:
     """docs/availability.md, "Late updates"."""
     text = (Path(__file__).parent.parent / "docs" / "availability.md").read_text()
     example = text.partition("The first two rounds of `digits_fedavg` with ")[2]
     sets = example.partition(":\n\n```")[0].replace("\n", " ").split("`")[1::2]
-    stop = StopSignal()
-    with pytest.raises(Stopped):
-        fedcil.run(
-            "digits_fedavg", overrides=sets, output=tmp_path, figures=False, watcher=StopAfter(3, stop), stop=stop
-        )
-    (folder,) = tmp_path.iterdir()
+    folder = stopped_run("digits_fedavg", 3, tmp_path, sets)
     first, second, third = Run(folder).kind("round")
     assert [round(line["simulated_seconds"], 1) for line in (first, second)] == [17.6, 10.3]  # 27.9 together
     assert (first["answered"], first["pending"]) == ([0, 5, 9, 10, 19], [1, 17])

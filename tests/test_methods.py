@@ -14,9 +14,7 @@ import pytest
 import torch
 
 import fedcil
-from fedcil.errors import Stopped
 from fedcil.methods import METHODS
-from fedcil.port import StopSignal
 from fedcil.record.run import Run
 from fedcil.stream import Task
 
@@ -113,30 +111,13 @@ def test_another_seed_is_another_run(method: str, base: Base, tmp_path: Path) ->
     assert final_state(base(method)) != final_state(run(scenario(method), tmp_path, "seed=1"))
 
 
-class StopAfter:
-    """A watcher that asks for a stop after so many recorded lines."""
-
-    def __init__(self, lines: int, stop: StopSignal) -> None:
-        self.left, self.stop = lines, stop
-
-    def recorded(self, line: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.stop.set(130)
-
-    def client_done(self, client: int) -> None: ...
-
-    def boundary_step(self, step: int, steps: int, terms: Any) -> None: ...
-
-
 @pytest.mark.parametrize("method", TABLE)
 @pytest.mark.parametrize("lines", [1, 3, 4, 7])  # 3: between a task and its boundary
-def test_a_stopped_run_resumes_to_the_same_bits(method: str, lines: int, base: Base, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_bits(
+    method: str, lines: int, base: Base, stopped_run: Any, tmp_path: Path
+) -> None:
     whole = base(method)
-    stop = StopSignal()
-    with pytest.raises(Stopped):
-        fedcil.run(scenario(method), output=tmp_path, figures=False, watcher=StopAfter(lines, stop), stop=stop)
-    (folder,) = tmp_path.glob(f"{method}-0-*")
+    folder = stopped_run(scenario(method), lines, tmp_path)
     resumed = fedcil.resume(folder, figures=False)
     assert result(resumed) == result(whole)
     assert final_state(resumed) == final_state(whole)

@@ -174,10 +174,6 @@ class Keeper:
             if child.process is None and time.monotonic() >= child.not_before:
                 child.process, child.started = start(child.role), time.monotonic()
 
-    def pid(self, name: str) -> int | None:
-        process = self.children[name].process
-        return process.pid if process else None
-
     def stop(self, name: str) -> None:
         """End one for good."""
         child = self.children.pop(name)
