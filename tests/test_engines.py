@@ -28,7 +28,7 @@ METHODS = {
 }
 SMALL = ["data.classes=4", "stream.tasks=2", "training.rounds=2", "training.epochs=1"]
 ENGINES = [("inline", 2), ("ray", 1), ("ray", 2), ("flower", 2)]
-DAEMONS = ("raylet", "gcs_server", "ray::", "flower-", "flwr-")
+DAEMONS = ("raylet", "gcs_server", "ray::", "default_worker.py", "flower-", "flwr-")
 
 
 def start(method: str, engine: str, workers: int, cwd: Path, *more: str) -> list[str]:
@@ -212,7 +212,7 @@ def kill_a_worker(process: subprocess.Popen[bytes], output: Path) -> None:
         time.sleep(0.05)
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if " ".join(child.cmdline()).startswith("ray::ClientWorker"):
+            if any(name in " ".join(child.cmdline()) for name in ("ray::ClientWorker", "default_worker.py")):
                 child.kill()
                 return
     raise AssertionError("no Ray worker was found")

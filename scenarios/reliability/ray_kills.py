@@ -26,7 +26,7 @@ from scenarios.reliability.common import (
     start,
 )
 
-WORKER = "ray::ClientWorker"
+WORKER = "ray::ClientWorker", "default_worker.py"  # Ray gives a process its name only where the environment lets it
 LONGEST_S = 30.0  # from the death of the head to the end of the run
 
 
@@ -37,11 +37,13 @@ def in_a_round(command: Command, folder: Path | None, seed: int) -> None:
     time.sleep(moment(seed, 0.5))
 
 
-def find(command: Command, name: str) -> list[psutil.Process]:
+def find(command: Command, *names: str) -> list[psutil.Process]:
+    """Its descendants of this name, or running a program of this name."""
     found = []
     for child in command.family():
         with contextlib.suppress(psutil.Error):
-            if child.name() == name or " ".join(child.cmdline()).startswith(name):
+            words = child.name(), *child.cmdline()[:2]
+            if any(word.startswith(name) or word.endswith(f"/{name}") for word in words for name in names):
                 found.append(child)
     return found
 
@@ -61,7 +63,7 @@ def begun(seed: int, workdir: Path) -> tuple[Command, Path | None]:
 
 def worker_killed(seed: int, workdir: Path) -> Outcome:
     command, folder = begun(seed, workdir)
-    workers = find(command, WORKER)
+    workers = find(command, *WORKER)
     if not workers or folder is None:
         return Outcome(False, "no Ray worker was found")
     random.Random(seed).choice(workers).kill()

@@ -7,7 +7,6 @@ Ray's own cluster of several nodes on one machine. Exit code 1 if the metrics di
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ from typing import Any
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when ray is imported
 
-import psutil
+import ray
 from common import Panel, Table, command, draw, environment, new_folder, options, say_load
 from ray.cluster_utils import Cluster
 
@@ -41,8 +40,8 @@ STOPPED = 143  # exit code of a run that SIGTERM ended
 class Watch:
     """The run on the cluster, looked at from outside: rounds recorded, workers alive."""
 
-    def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
-        self.process, self.output = process, output
+    def __init__(self, process: subprocess.Popen[bytes], output: Path, workers: Callable[[], int]) -> None:
+        self.process, self.output, self.workers = process, output, workers
         self.end = time.monotonic() + LIMIT_S
         self.workers_in_round: list[int] = []  # as each round's line was seen
 
@@ -52,7 +51,7 @@ class Watch:
 
     def look(self) -> tuple[int, int]:
         """(rounds, workers) now."""
-        rounds, alive = self.rounds(), workers()
+        rounds, alive = self.rounds(), self.workers()
         if self.process.poll() is not None and self.workers_in_round:  # its workers went with it
             alive = self.workers_in_round[-1]
         self.workers_in_round += [alive] * (rounds - len(self.workers_in_round))
@@ -79,17 +78,14 @@ class Watch:
 
 
 def workers() -> int:
-    """Ray workers of this run's cluster: they descend from this process."""
-    count = 0
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            count += " ".join(child.cmdline()).startswith("ray::ClientWorker")
-    return count
+    """Workers on the cluster: each holds one CPU."""
+    return int(ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0))
 
 
 def on_a_cluster_that_changes(folder: Path) -> tuple[Path, list[int]]:
     """(run folder, workers at the end of each round)."""
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     process = None
     try:
         overrides = [*OVERRIDES, "engine.name='ray'", f"engine.address='{cluster.address}'"]
@@ -98,7 +94,7 @@ def on_a_cluster_that_changes(folder: Path) -> tuple[Path, list[int]]:
             env=environment(),
             stdout=subprocess.DEVNULL,
         )
-        watch = Watch(process, folder)
+        watch = Watch(process, folder, workers)
         first = watch.until("a first round", lambda rounds, _: rounds >= 1)
         print(f"round {first}: a node joins", flush=True)
         node = cluster.add_node(**NODE)
@@ -113,6 +109,7 @@ def on_a_cluster_that_changes(folder: Path) -> tuple[Path, list[int]]:
         if process and process.poll() is None:
             process.kill()
             process.wait()
+        ray.shutdown()
         cluster.shutdown()
     (path,) = (path.parent for path in folder.glob("*/metrics.jsonl"))
     return path, watch.workers_in_round
@@ -126,7 +123,7 @@ def inline(folder: Path, rounds: int) -> Path:
         stdout=subprocess.DEVNULL,
     )
     try:
-        watch = Watch(process, folder)
+        watch = Watch(process, folder, lambda: 1)
         watch.until(f"{rounds} rounds", lambda seen, _: seen >= rounds)
         watch.stop()
     finally:
