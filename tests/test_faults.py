@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def test_a_process_of_ray_that_dies_has_the_outcome_that_is_required(name: str, 
     run(RAY[name], name, tmp_path)
 
 
-def test_the_script_tells_when_something_does_not_hold(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_tells_when_something_does_not_hold(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A trial that fails, and one that breaks: both count, with the seed that repeats them."""
 
     def trial(seed: int, workdir: Path) -> Outcome:
@@ -105,6 +108,7 @@ def test_the_script_tells_when_something_does_not_hold(capsys: pytest.CaptureFix
         (workdir / "left").write_text("")
         return Outcome(seed != 1, "as it should be" if seed != 1 else "another model", 1.0 + seed)
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     row = examine(Fault("made_up", "nothing happens", trial), 4, seed=0)
     assert (row["trials"], row["passed"]) == (4, 2)
     assert row["outcomes"]["as it should be"] == 2
@@ -113,6 +117,7 @@ def test_the_script_tells_when_something_does_not_hold(capsys: pytest.CaptureFix
     assert failed[1].startswith("the trial itself broke: ValueError: oops (seed 2, ")
     assert row["recovery_s"] == {"median": 2.0, "max": 4.0}
     assert "another model" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 2  # what failed can be looked at
 
 
 def test_trials_of_a_fault_with_few_places_go_over_each_once() -> None:

@@ -5,10 +5,12 @@ A new fault is one function ``(seed, workdir) -> Outcome`` and one line in a tab
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -155,10 +157,17 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
 
 
+def scratch(name: str) -> Path:
+    """A folder that goes away with this process."""
+    path = Path(mkdtemp(prefix=f"{name}-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
 @cache
 def reference() -> tuple[list[dict[str, Any]], float]:
     """(metrics of the undisturbed run, seconds that its rounds and boundaries took)."""
-    output = Path(mkdtemp(prefix="reference-"))
+    output = scratch("reference")
     command = start(output)
     assert command.wait() == 0, command.said()
     folder = folder_in(output)

@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import psutil
 
-from scenarios.reliability.common import RESUMES, Command, Fault, Outcome, last_line, metrics, sets
+from scenarios.reliability.common import RESUMES, Command, Fault, Outcome, last_line, metrics, scratch, sets
 
 SETTINGS = ("training.rounds=3", "stream.tasks=2", "data.classes=4", "training.epochs=3", "server.deadline_s=40")
 NODES = 3
@@ -39,7 +38,7 @@ def rounds(output: Path) -> int:
 @cache
 def undisturbed() -> list[dict[str, Any]]:
     """The metrics of the same scenario on the inline engine."""
-    output = Path(mkdtemp(prefix="reference-"))
+    output = scratch("reference")
     command = Command("run", "deploy_digits", *sets(SETTINGS), "--output", str(output), folder=output)
     assert command.wait() == 0, command.said()
     folder = run_in(output)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 from fedcil.messages import content_hash
@@ -29,6 +28,7 @@ from scenarios.reliability.common import (
     folder_in,
     moment,
     resumed,
+    scratch,
     start,
 )
 
@@ -115,7 +115,7 @@ def torn(content: bytes, rng: random.Random) -> bytes:
 @cache
 def operations() -> int:
     """Writes, syncs, renames and removals of an undisturbed run."""
-    output = Path(mkdtemp(prefix="operations-"))
+    output = scratch("operations")
     command = start(output, prepare=partial(_count_into, output / "count"))
     assert command.wait() == 0, command.said()
     return int((output / "count").read_text())
@@ -165,14 +165,14 @@ def resumable_or_never_begun(command: Command, output: Path) -> Outcome:
 @cache
 def intact() -> tuple[Path, tuple[str, str]]:
     """(checkpoints of a run that was stopped, what they hold: newest and the one before)."""
-    output = Path(mkdtemp(prefix="intact-"))
+    output = scratch("intact")
     command = start(output, "training.rounds=2")
     assert command.wait() == 0, command.said()
     folder = folder_in(output)
     assert folder is not None
     numbers = sorted(int(path.stem[6:]) for path in (folder / "checkpoints").glob("state-*.json"))
     newest = bits(CheckpointFolder(folder / "checkpoints").load())
-    before = Path(mkdtemp(prefix="before-")) / "checkpoints"
+    before = scratch("before") / "checkpoints"
     shutil.copytree(folder / "checkpoints", before)
     (before / f"state-{numbers[-1]}.json").unlink()
     return folder / "checkpoints", (newest, bits(CheckpointFolder(before).load()))
