@@ -17,7 +17,7 @@ from torch import Tensor
 
 from client.stacked import local_sgd_stacked
 from client.states import StateStore
-from client.training import Trained, learning_rate, local_sgd
+from client.training import Recipe, Trained, learning_rate, local_sgd
 from fedcil.data.augment import make_batch
 from fedcil.errors import FedcilError, MessageRefused, Stopped
 from fedcil.experiment import Experiment
@@ -230,25 +230,27 @@ def _train(
     broadcast: Broadcast, job: Job, phase: Phase, network: Network, own: Samples, worker: Worker
 ) -> tuple[Contribution, Metrics]:
     """Local SGD from the broadcast model; the contribution is the model that came out of it."""
+    experiment = worker.shared.experiment
+    samples = _with_memory(own, job, worker.shared)
+    key = client_key(experiment.key, broadcast, job.client)
+    trained = local_sgd(network, _recipe(broadcast, phase, worker), samples, key)
+    return _given(worker.state, trained, samples, experiment)
+
+
+def _recipe(broadcast: Broadcast, phase: Phase, worker: Worker) -> Recipe:
     shared = worker.shared
     experiment = shared.experiment
-    training = experiment.scenario.training
-    task = experiment.stream.tasks[broadcast.task]
-    samples = _with_memory(own, job, shared)
-    trained = local_sgd(
-        network,
-        experiment.method,
-        shared.prepared(broadcast, task),
-        samples,
+    training, task = experiment.scenario.training, experiment.stream.tasks[broadcast.task]
+    return Recipe(
+        method=experiment.method,
+        prepared=shared.prepared(broadcast, task),
         task=task,
         training=training,
         lr=learning_rate(training, broadcast.round, phase.rounds),
         augment=partial(_augmented, shared),
         anchor=tuple(broadcast.tensors[name] for name in worker.parameters),
-        key=client_key(experiment.key, broadcast, job.client),
         check=worker.check,
     )
-    return _given(worker.state, trained, samples, experiment)
 
 
 def _train_stacked(broadcast: Broadcast, jobs: Sequence[Job], phase: Phase, worker: Worker) -> list[Answer]:
@@ -256,24 +258,12 @@ def _train_stacked(broadcast: Broadcast, jobs: Sequence[Job], phase: Phase, work
     started = time.perf_counter()
     shared = worker.shared
     experiment = shared.experiment
-    training = experiment.scenario.training
     task = experiment.stream.tasks[broadcast.task]
     network = worker.load(task.seen, broadcast.tensors)
     own = [shared.samples(job.client, task) for job in jobs]
     samples = [_with_memory(mine, job, shared) for mine, job in zip(own, jobs, strict=True)]
-    trained = local_sgd_stacked(
-        network,
-        experiment.method,
-        shared.prepared(broadcast, task),
-        samples,
-        task=task,
-        training=training,
-        lr=learning_rate(training, broadcast.round, phase.rounds),
-        augment=partial(_augmented, shared),
-        anchor=tuple(broadcast.tensors[name] for name in worker.parameters),
-        keys=[client_key(experiment.key, broadcast, job.client) for job in jobs],
-        check=worker.check,
-    )
+    keys = [client_key(experiment.key, broadcast, job.client) for job in jobs]
+    trained = local_sgd_stacked(network, _recipe(broadcast, phase, worker), samples, keys)
     seconds = (time.perf_counter() - started) / len(jobs)
     return [
         _answer(job, len(mine.labels), partial(_given, state, said, joined, experiment), seconds)

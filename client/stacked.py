@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -19,13 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from client.training import NORM_MOMENTUM, Augment, LocalSGD, Trained, batches, cut_epoch
+from client.training import LocalSGD, Recipe, Trained, batches, cut_epoch
 from fedcil.keys import Key
 from fedcil.messages import Tensors
-from fedcil.methods.base import Batch, Method, Prepared, Samples
+from fedcil.methods.base import Samples
 from fedcil.models.network import Network, set_norm_momentum, state_of
 from fedcil.scenario import TrainingSection
-from fedcil.stream import Task
 
 Loss = Callable[[Network, Tensor, Tensor, Any], Tensor]
 """(network, images, labels, draws) -> ()."""
@@ -118,53 +116,33 @@ def stack_draws(draws: Sequence[Any], device: torch.device) -> tuple[list[Any], 
 
 
 def local_sgd_stacked(
-    network: Network,
-    method: Method,
-    prepared: Prepared,
-    samples: Sequence[Samples],
-    *,
-    task: Task,
-    training: TrainingSection,
-    lr: float,
-    augment: Augment,
-    anchor: tuple[Tensor, ...],
-    keys: Sequence[Key],
-    check: Callable[[], None],
+    network: Network, recipe: Recipe, samples: Sequence[Samples], keys: Sequence[Key]
 ) -> list[tuple[Tensors, Trained]]:
     """``local_sgd`` from the same ``network`` on each of several ``samples``, with the key of each: (state, what it
     says of itself). The network's own weights stay as they are; its counters of batches do not.
     """
+    method, training, task = recipe.method, recipe.training, recipe.task
     order = sorted(range(len(samples)), key=lambda client: len(samples[client].labels))  # equal ones are neighbours
     plans = [cut_epoch(len(samples[client].labels), training.batch_size, training.batches) for client in order]
     network.train()
-    set_norm_momentum(network, 1 - (1 - NORM_MOMENTUM) ** method.norm_updates(task))
-    stack = Stack(network, len(order), partial(loss_of, method, prepared, task, anchor), lr, training)
+    set_norm_momentum(network, recipe.norm_momentum)
+    stack = Stack(network, len(order), recipe.loss, recipe.lr, training)
     losses: list[list[Tensor]] = [[] for _ in order]
     for epoch in range(training.epochs):
         places = [keys[client].at("epoch", epoch) for client in order]
-        streams = [batches(samples[c], plan, augment, at) for c, plan, at in zip(order, plans, places, strict=True)]
+        plan_of = zip(order, plans, places, strict=True)
+        streams = [batches(samples[client], plan, recipe.augment, place) for client, plan, place in plan_of]
         for step, start, stop in turns(plans):
-            check()
+            recipe.check()
             images, labels = zip(*map(next, streams[start:stop]), strict=True)
-            draws = [method.draw(prepared, len(labels[0]), task, at.at("draw", step)) for at in places[start:stop]]
+            draws = [
+                method.draw(recipe.prepared, len(labels[0]), task, place.at("draw", step))
+                for place in places[start:stop]
+            ]
             found = stack.step(start, stop, torch.stack(images), torch.stack(labels), draws)
             for mine, value in zip(losses[start:stop], found.unbind(), strict=True):
                 mine.append(value)
     return [(stack.of(place), summary(losses[place])) for place in sorted(range(len(order)), key=order.__getitem__)]
-
-
-def loss_of(
-    method: Method,
-    prepared: Prepared,
-    task: Task,
-    anchor: tuple[Tensor, ...],
-    network: Network,
-    images: Tensor,
-    labels: Tensor,
-    draws: Any,
-) -> Tensor:
-    """A method's loss as a stack calls it."""
-    return method.loss(network, prepared, Batch(images, labels, task, anchor), draws)
 
 
 def turns(plans: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:

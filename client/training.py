@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,33 @@ AT_ONCE = 1 << 22  # bytes of augmented images that are made ahead of their step
 
 Augment = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(stored images (n, h, w, c) uint8, indices (b,), generator) -> normalised batch (b, c, h, w)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How all clients of a round train.
+
+    ``anchor``: the parameters they start from, for losses that hold on to them; not the memory of the model that is
+    trained. ``check`` is called at each step and may raise.
+    """
+
+    method: Method
+    prepared: Prepared
+    task: Task
+    training: TrainingSection
+    lr: float
+    augment: Augment
+    anchor: tuple[Tensor, ...] = ()
+    check: Callable[[], None] = lambda: None
+
+    @property
+    def norm_momentum(self) -> float:
+        """Of running statistics: one batch counts as often as the method says."""
+        return float(1 - (1 - NORM_MOMENTUM) ** self.method.norm_updates(self.task))
+
+    def loss(self, model: Network, images: Tensor, labels: Tensor, draws: Any) -> Tensor:
+        """Of one batch, a scalar."""
+        return self.method.loss(model, self.prepared, Batch(images, labels, self.task, self.anchor), draws)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,38 +152,25 @@ class LocalSGD:
                 self.momenta[place] = momentum
 
 
-def local_sgd(
-    model: Network,
-    method: Method,
-    prepared: Prepared,
-    samples: Samples,
-    *,
-    task: Task,
-    training: TrainingSection,
-    lr: float,
-    augment: Augment,
-    anchor: tuple[Tensor, ...],
-    key: Key,
-    check: Callable[[], None],
-) -> Trained:
-    """Train ``model`` in place. ``anchor``: the parameters it starts from, for losses that hold on to them; they must
-    not be the model's own memory. ``check`` is called at each step and may raise.
+def local_sgd(model: Network, recipe: Recipe, samples: Samples, key: Key) -> Trained:
+    """Train ``model`` in place.
 
     All randomness comes from ``key``: the order of an epoch, the augmentation and the draws of a step.
     """
+    method, training, task = recipe.method, recipe.training, recipe.task
     sizes = cut_epoch(len(samples.labels), training.batch_size, training.batches)
     if not sizes or not training.epochs:
         return Trained(0, float("nan"))
-    optimizer = LocalSGD(list(model.parameters()), lr, training)
+    optimizer = LocalSGD(list(model.parameters()), recipe.lr, training)
     model.train()
-    set_norm_momentum(model, 1 - (1 - NORM_MOMENTUM) ** method.norm_updates(task))
+    set_norm_momentum(model, recipe.norm_momentum)
     losses: list[Tensor] = []
     for epoch in range(training.epochs):
         place = key.at("epoch", epoch)
-        for step, (images, labels) in enumerate(batches(samples, sizes, augment, place)):
-            check()
-            draws = method.draw(prepared, len(labels), task, place.at("draw", step))
-            loss = method.loss(model, prepared, Batch(images, labels, task, anchor), draws)
+        for step, (images, labels) in enumerate(batches(samples, sizes, recipe.augment, place)):
+            recipe.check()
+            draws = method.draw(recipe.prepared, len(labels), task, place.at("draw", step))
+            loss = recipe.loss(model, images, labels, draws)
             optimizer.step(loss)
             losses.append(loss.detach())
     return Trained(len(losses), torch.stack(losses).double().mean().item())

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from client import handle
 from client.states import StateStore
-from client.training import local_sgd
+from client.training import Recipe, local_sgd
 from fedcil.keys import Key
 from fedcil.losses import distillation
 from fedcil.messages import Job, Tensors, content_hash
@@ -185,19 +185,10 @@ def test_the_loss_is_cross_entropy_over_all_classes_plus_distillation_of_old_one
 
 def trained(small: Any, options: FedER) -> Network:
     model: Network = small.network(5)
-    local_sgd(
-        model,
-        options.build(),
-        small.frozen(3, seed=3),
-        Samples(small.images(10), torch.arange(10) % 5),
-        task=small.second,
-        training=TrainingSection(epochs=1, batch_size=4),
-        lr=0.1,
-        augment=lambda images, index, generator: images[index],
-        anchor=(),
-        key=Key(0),
-        check=lambda: None,
-    )
+    training = TrainingSection(epochs=1, batch_size=4)
+    teacher = small.frozen(3, seed=3)
+    recipe = Recipe(options.build(), teacher, small.second, training, 0.1, lambda images, index, _: images[index])
+    local_sgd(model, recipe, Samples(small.images(10), torch.arange(10) % 5), Key(0))
     return model
 
 

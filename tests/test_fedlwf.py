@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from client.training import local_sgd
+from client.training import Recipe, local_sgd
 from fedcil.keys import Key
 from fedcil.messages import Payload, content_hash
 from fedcil.methods.base import Batch, Method, Prepared, Samples
@@ -59,19 +59,9 @@ def test_a_student_that_is_the_teacher_feels_no_distillation(small: Any) -> None
 
 def trained(small: Any, method: Method, prepared: Prepared, task: Task) -> Network:
     model: Network = small.network(task.seen)
-    local_sgd(
-        model,
-        method,
-        prepared,
-        Samples(small.images(10), small.labels(10, task)),
-        task=task,
-        training=TrainingSection(epochs=2, batch_size=4),
-        lr=0.1,
-        augment=lambda stored, index, generator: stored[index],
-        anchor=(),
-        key=Key(0),
-        check=lambda: None,
-    )
+    training = TrainingSection(epochs=2, batch_size=4)
+    recipe = Recipe(method, prepared, task, training, 0.1, lambda stored, index, generator: stored[index])
+    local_sgd(model, recipe, Samples(small.images(10), small.labels(10, task)), Key(0))
     return model
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from client.training import local_sgd
+from client.training import Recipe, local_sgd
 from fedcil.keys import Key
 from fedcil.messages import content_hash
 from fedcil.methods.base import Batch, Method, Samples
@@ -45,19 +45,16 @@ def test_at_the_rounds_start_there_is_no_pull(small: Any) -> None:
 
 def trained(small: Any, method: Method) -> Network:
     model: Network = small.network(3)
-    local_sgd(
-        model,
+    recipe = Recipe(
         method,
         None,
-        Samples(small.images(10), small.labels(10, small.first)),
-        task=small.first,
-        training=TrainingSection(epochs=3, batch_size=4),
+        small.first,
+        TrainingSection(epochs=3, batch_size=4),
         lr=0.1,
         augment=lambda stored, index, generator: stored[index],
         anchor=tuple(parameter.detach().clone() for parameter in model.parameters()),
-        key=Key(0),
-        check=lambda: None,
     )
+    local_sgd(model, recipe, Samples(small.images(10), small.labels(10, small.first)), Key(0))
     return model
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from client.training import local_sgd
+from client.training import Recipe, local_sgd
 from fedcil.errors import ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.keys import Key
@@ -94,19 +94,8 @@ TRAINING = TrainingSection(epochs=3, batch_size=4, batches="ragged", weight_deca
 def train(small: Any, model: Network, options: MFCL, replay: Replay, seed: int = 0) -> list[Step]:
     """Nine steps of the product's local SGD in place; returns what they were made on."""
     recorder = Recorder(small.labels(11, small.second))
-    local_sgd(
-        model,
-        recorder.watch(options.build()),
-        replay,
-        Samples(small.images(11), recorder.labels),
-        task=small.second,
-        training=TRAINING,
-        lr=0.1,
-        augment=recorder.augment,
-        anchor=(),
-        key=Key(seed),
-        check=lambda: None,
-    )
+    recipe = Recipe(recorder.watch(options.build()), replay, small.second, TRAINING, 0.1, recorder.augment)
+    local_sgd(model, recipe, Samples(small.images(11), recorder.labels), Key(seed))
     return recorder.steps
 
 

@@ -19,7 +19,7 @@ import fedcil
 from client.handle import Shared, Worker, do_jobs
 from client.stacked import local_sgd_stacked, stack_draws, turns
 from client.states import StateStore
-from client.training import cut_epoch, local_sgd
+from client.training import Recipe, cut_epoch, local_sgd
 from fedcil.compute import resolve_stack
 from fedcil.engines.workers import worker_count
 from fedcil.experiment import Experiment, open_experiment
@@ -71,19 +71,14 @@ def test_a_stack_gives_what_each_client_gives_alone(small: Any, name: str, net: 
     start = snapshot(network)
     samples = [Samples(small.images(n, seed=n), small.labels(n, task, seed=n)) for n in SIZES]
     keys = [Key(0).at("client", client) for client in range(len(SIZES))]
-    common: dict[str, Any] = {
-        "task": task,
-        "training": TrainingSection(epochs=3, batch_size=4, momentum=momentum, weight_decay=0.02),
-        "lr": 0.05,
-        "augment": noisy,
-        "anchor": tuple(start[each] for each, _ in network.named_parameters()),
-        "check": lambda: None,
-    }
-    stacked = local_sgd_stacked(network, method, prepared, samples, keys=keys, **common)
+    training = TrainingSection(epochs=3, batch_size=4, momentum=momentum, weight_decay=0.02)
+    anchor = tuple(start[each] for each, _ in network.named_parameters())
+    recipe = Recipe(method, prepared, task, training, 0.05, noisy, anchor)
+    stacked = local_sgd_stacked(network, recipe, samples, keys)
     assert all(torch.equal(tensor, start[each]) for each, tensor in state_of(network).items())
     for mine, key, (state, said) in zip(samples, keys, stacked, strict=True):
         load_state(network, start)
-        alone = local_sgd(network, method, prepared, mine, key=key, **common)
+        alone = local_sgd(network, recipe, mine, key)
         expected = state_of(network)
         assert (said.steps, state.keys()) == (alone.steps, expected.keys())
         torch.testing.assert_close(said.loss, alone.loss, rtol=0, atol=EQUAL, equal_nan=True)

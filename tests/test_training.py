@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from client import handle
 from client.handle import Shared, Worker, do_job
 from client.states import StateStore
-from client.training import LocalSGD, Trained, cut_epoch, grouped, learning_rate, local_sgd
+from client.training import LocalSGD, Recipe, Trained, cut_epoch, grouped, learning_rate, local_sgd
 from fedcil.errors import Stopped
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gradients import as_stored, gradients
@@ -115,19 +115,9 @@ def train(
     key: Key | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Trained:
-    return local_sgd(
-        model,
-        method or Method(),
-        None,
-        Samples(small.images(count), small.labels(count, small.first)),
-        task=small.first,
-        training=training,
-        lr=0.1,
-        augment=augment,
-        anchor=(),
-        key=key or Key(0).at("client", 1),
-        check=check,
-    )
+    recipe = Recipe(method or Method(), None, small.first, training, 0.1, augment, check=check)
+    samples = Samples(small.images(count), small.labels(count, small.first))
+    return local_sgd(model, recipe, samples, key or Key(0).at("client", 1))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -435,8 +425,8 @@ def test_the_rate_restarts_with_every_task(tmp_path: Path, monkeypatch: pytest.M
     """4 rounds: 0.1 (0.1)^(r / 4)."""
     rates: list[float] = []
 
-    def record(*arguments: object, lr: float, **options: object) -> Trained:
-        rates.append(lr)
+    def record(model: Network, recipe: Recipe, samples: Samples, key: Key) -> Trained:
+        rates.append(recipe.lr)
         return Trained(0, float("nan"))
 
     monkeypatch.setattr(handle, "local_sgd", record)

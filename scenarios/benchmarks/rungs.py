@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from client.stacked import Stack, local_sgd_stacked, loss_of
-from client.training import NORM_MOMENTUM, LocalSGD, local_sgd
+from client.stacked import Stack, local_sgd_stacked
+from client.training import NORM_MOMENTUM, LocalSGD, Recipe, local_sgd
 from fedcil.compute import Precision
 from fedcil.messages import Tensors
 from fedcil.methods.adam import Adam
@@ -94,7 +94,7 @@ def product(m: Material) -> Round:
     def clients() -> Iterator[Tensors]:
         for client in range(m.work.clients):
             load_state(student, m.start)
-            local_sgd(student, m.method, m.prepared, m.samples[client], key=m.keys[client], **arguments(m))
+            local_sgd(student, recipe(m), m.samples[client], m.keys[client])
             yield state_of(student)
 
     return lambda: m.mean_of(clients())
@@ -108,12 +108,7 @@ def stacked(m: Material, at_once: int) -> Round:
         load_state(student, m.start)
         for first in range(0, m.work.clients, at_once):
             some = slice(first, first + at_once)
-            yield from (
-                state
-                for state, _ in local_sgd_stacked(
-                    student, m.method, m.prepared, m.samples[some], keys=m.keys[some], **arguments(m)
-                )
-            )
+            yield from (state for state, _ in local_sgd_stacked(student, recipe(m), m.samples[some], m.keys[some]))
 
     return lambda: m.mean_of(clients())
 
@@ -169,7 +164,7 @@ def compiled(m: Material) -> Round:
     def clients() -> Iterator[Tensors]:
         for client in range(m.work.clients):
             torch._foreach_copy_(list(state_of(student).values()), [m.start[name] for name in names])
-            local_sgd(student, m.method, m.prepared, m.samples[client], key=m.keys[client], **arguments(m))
+            local_sgd(student, recipe(m), m.samples[client], m.keys[client])
             yield dict(zip(names, state_of(student).values(), strict=True))
 
     return lambda: m.mean_of(clients())
@@ -236,8 +231,7 @@ def stacked_static(m: Material, capture: bool) -> Round:
         need_gpu(m)
     network, lr = momentum_of_two(m.student()), torch.full((), m.lr, device=m.device)
     load_state(network, m.start)
-    loss = partial(loss_of, m.method, m.prepared, TASK, ())
-    stack = Stack(network, m.work.clients, loss, lr, m.training)  # type: ignore[arg-type]
+    stack = Stack(network, m.work.clients, recipe(m).loss, lr, m.training)  # type: ignore[arg-type]
     epoch = Epoch(lambda x, y, z: stack.step(0, len(x), x, y, z.unbind()), m.work.sizes, *all_inputs(m))
     if capture:
         epoch.capture()
@@ -311,16 +305,8 @@ def momentum_of_two(network: Network) -> Network:
     return network
 
 
-def arguments(m: Material) -> dict[str, Any]:
-    """What ``local_sgd`` and ``local_sgd_stacked`` have in common."""
-    return {
-        "task": TASK,
-        "training": m.training,
-        "lr": m.lr,
-        "augment": m.augment,
-        "anchor": (),
-        "check": lambda: None,
-    }
+def recipe(m: Material) -> Recipe:
+    return Recipe(m.method, m.prepared, TASK, m.training, m.lr, m.augment)
 
 
 RUNGS: dict[str, Rung] = {  # those that might leave a device in disorder come last

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from client.training import local_sgd
+from client.training import Recipe, local_sgd
 from fedcil.compute import Compute, Precision
 from fedcil.data.augment import make_batch
 from fedcil.keys import Key
@@ -94,19 +94,15 @@ def _train_ours(
 ) -> None:
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     load_state(model, start)
-    local_sgd(
-        model,
+    recipe = Recipe(
         method,
         prepared,
-        samples,
-        task=TASK,
-        training=TrainingSection(epochs=1, batch_size=batch),
+        TASK,
+        TrainingSection(epochs=1, batch_size=batch),
         lr=0.01,
         augment=lambda images, index, draws: make_batch(images, index, "crop_flip", draws, mean, std),
-        anchor=(),
-        key=KEY.at("client"),
-        check=lambda: None,
     )
+    local_sgd(model, recipe, samples, KEY.at("client"))
 
 
 def plain_step(sizes: Sizes) -> Callable[[], object]:
