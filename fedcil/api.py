@@ -74,6 +74,13 @@ def resume(
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)
     folder, state = RunFolder.reopen(old.path, experiment)
+    if state.client_states and not (folder.path / CLIENT_STATES).is_dir() and not scenario.engine.address:
+        folder.close()
+        raise NotResumable(
+            "what this run's clients keep is not in its folder: it lies with the nodes where they trained",
+            where=str(folder.path),
+            next=f"continue it there, as with `fedcil deploy local {folder.path}`",
+        )
     state = state.to(experiment.compute.device)  # checkpoints are read on the CPU
     return _carry_on(experiment, folder, state, root, figures, watcher, stop)
 

@@ -8,20 +8,23 @@ import stat
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+import fedcil
 from client.share import own_clients
+from fedcil.cli.roles import run_folder
 from fedcil.deploy import supervisor as supervision
 from fedcil.deploy.control import UNKNOWN, ControlFailed
 from fedcil.deploy.node import take_slot
 from fedcil.deploy.pki import make_pki
 from fedcil.deploy.processes import Keeper, Role, end, start
 from fedcil.deploy.supervisor import Supervisor
-from fedcil.errors import FedcilError, InputError, RunFailed, TooFewClients
+from fedcil.errors import FedcilError, InputError, NotResumable, RunFailed, ScenarioError, TooFewClients
 from fedcil.port import StopSignal
 from fedcil.record.folder import PROBLEM
 from fedcil.record.tail import Tail
@@ -238,3 +241,38 @@ def test_a_tail_reads_whole_new_lines_and_follows_a_file_that_was_cut_back(tmp_p
     assert list(tail.read()) == []
     path.write_text('{"a": 1}\n{"a": 3}\n')
     assert list(tail.read()) == [{"a": 3}]
+
+
+TINY = ("clients.count=3", "clients.per_round=3", "training={rounds=2, epochs=1}", "stream.tasks=2", "data.classes=4")
+KEEPING = (*TINY, "method={name='feder', memory=20}")
+
+
+@pytest.mark.parametrize(
+    ("sets", "kind", "words"),
+    [
+        (TINY, ScenarioError, "a round needs a deadline"),
+        ((*KEEPING, "server.deadline_s=60"), NotResumable, "what this run's clients keep lies in its folder"),
+    ],
+)
+def test_a_simulated_run_that_servers_cannot_go_on_with_is_refused(
+    sets: tuple[str, ...], kind: type[FedcilError], words: str, stopped_run: Any, tmp_path: Path
+) -> None:
+    folder = stopped_run("digits_fedavg", 4, tmp_path, sets)
+    with pytest.raises(kind, match=words):
+        run_folder(str(folder), (), tmp_path, continue_unfinished=False)
+
+
+def test_a_simulated_run_that_servers_can_go_on_with(stopped_run: Any, tmp_path: Path) -> None:
+    folder = stopped_run("digits_fedavg", 2, tmp_path, (*TINY, "server.deadline_s=60"))
+    assert run_folder(str(folder), (), tmp_path, continue_unfinished=False) == folder
+    with pytest.raises(InputError, match="keeps its scenario"):
+        run_folder(str(folder), ("seed=1",), tmp_path, continue_unfinished=False)
+
+
+def test_a_run_whose_clients_keep_something_elsewhere_is_not_resumed_here(stopped_run: Any, tmp_path: Path) -> None:
+    folder = stopped_run("digits_fedavg", 4, tmp_path, KEEPING)
+    (folder / "client_states").rename(tmp_path / "a node's")
+    with pytest.raises(NotResumable, match="lies with the nodes"):
+        fedcil.resume(folder, figures=False)
+    (tmp_path / "a node's").rename(folder / "client_states")
+    assert fedcil.resume(folder, figures=False).finished

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedcil.cli.guard import stoppable
-from fedcil.errors import InputError, ScenarioError, located
+from fedcil.errors import InputError, NotResumable, ScenarioError, located
 
 if TYPE_CHECKING:
     from fedcil.port import StopSignal
@@ -93,7 +93,7 @@ def run_folder(target: str, overrides: Sequence[str], output: Path, *, continue_
     if (Path(target) / "scenario.toml").is_file():
         if overrides:
             raise InputError("a run that was begun keeps its scenario", where="--set", next="leave --set out")
-        return Path(target)
+        return begun_folder(Path(target))
     with located(target):
         scenario = load_scenario(target, overrides)
         check_deployable(scenario)
@@ -103,6 +103,22 @@ def run_folder(target: str, overrides: Sequence[str], output: Path, *, continue_
     folder = new_folder(output, f"{scenario.name}-{scenario.seed}")
     (folder / METRICS).touch()
     (folder / "scenario.toml").write_text(to_toml(scenario))
+    return folder
+
+
+def begun_folder(folder: Path) -> Path:
+    """A run that was begun, if servers can go on with it."""
+    from fedcil.record.folder import CLIENT_STATES
+    from fedcil.scenario_file import load_scenario
+
+    with located(str(folder)):
+        check_deployable(load_scenario(folder / "scenario.toml"))
+    if (folder / CLIENT_STATES).is_dir():
+        raise NotResumable(
+            "what this run's clients keep lies in its folder, and nodes have their own",
+            where=str(folder / CLIENT_STATES),
+            next=f"`fedcil resume {folder}`",
+        )
     return folder
 
 
@@ -126,7 +142,7 @@ def check_deployable(scenario: Scenario) -> None:
             "real nodes can vanish without a word, so a round needs a deadline",
             where="server.deadline_s",
             allowed="seconds, above the longest time that a node's clients train",
-            next="--set server.deadline_s=120",
+            next="begin the run with --set server.deadline_s=120",
         )
     open_experiment(scenario)
 
