@@ -266,7 +266,7 @@ class ServerSection(Section):
     evaluate_every: Count = Field(1, description="rounds; 0: at the end of each task only")
     checkpoint_every: Positive = Field(1, description="rounds")
     deadline_s: Above0 | None = Field(None, description="seconds a round may take; none: no limit")
-    quorum: Share = Field(0.0, description="share of the asked clients that must answer")
+    quorum: Share = Field(0.0, description="share of the answers wanted that must come")
     patience: Positive = Field(10, description="rounds without quorum in a row before the run ends")
     threads: Threads = Field(1, description="intra-operator threads of boundary and evaluation")
 
@@ -285,7 +285,7 @@ class ServerSection(Section):
 
 
 class EngineSection(Section):
-    """``[engine]``: where clients run. Changes the cost of a run, never its result."""
+    """``[engine]``: where clients run. Changes the cost of a run, never its result; but ``stack`` changes rounding."""
 
     name: Literal["inline", "ray", "flower"] = "inline"
     workers: Threads | None = Field(None, description="default: one per core, at most one per asked client")

@@ -370,6 +370,6 @@ def too_few(rounds: int, task: Task, quorum: float, outcome: Outcome) -> TooFewC
     return TooFewClients(
         f"{rounds} rounds in a row without enough clients" + "".join(f" ({reason})" for reason, _ in reasons),
         where=f"task {task.index + 1}",
-        allowed=f"at least one answer and server.quorum = {quorum:g} of the asked clients",
+        allowed=f"at least one answer and server.quorum = {quorum:g} of the answers wanted",
         next="bring clients back and `fedcil resume RUN`",
     )
