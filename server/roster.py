@@ -1,8 +1,8 @@
 """Which node serves which clients. An id is given out once, kept by its node, and lives in the run's state.
 
-A node that returns with its key has its old id, and so its old clients. Who takes what is free gets nothing of a node that
-is away, since what its clients hold is there; who names its clients takes them over. Nodes that come when every client is
-served are spare.
+A node that returns with its key has its old id, and so its old clients. Who takes what is free gets nothing of a node
+that is away, since what its clients hold is there; who names its clients takes them over. Nodes that come when every
+client is served are spare.
 """
 
 from __future__ import annotations
