@@ -37,6 +37,31 @@ def test_a_process_that_ends_as_it_should_has_none() -> None:
     assert "error:" not in inside("raise SystemExit(3)").stderr
 
 
+def test_what_ray_had_started_ends_with_a_process_that_ends_without_a_word() -> None:
+    with subprocess.Popen(["sleep", "60"]) as left:
+        script = (
+            "import os\nfrom fedcil.engines import ray_head\n"
+            f"with ray_head.last_words('gone', [{left.pid}]):\n    os._exit(1)"
+        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.stderr == "error: gone\n"
+        assert left.wait(5) == -9
+
+
+def test_the_head_and_what_it_started_are_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_head, "HEAD", ("bash",))
+    with subprocess.Popen(["bash", "-c", "sleep 60 & wait"]) as head, subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            end = time.monotonic() + 5
+            while len(ray_head.family()) < 2 and time.monotonic() < end:
+                time.sleep(0.02)
+            assert set(ray_head.family()) == {head.pid, *(child.pid for child in psutil.Process(head.pid).children())}
+            assert other.pid not in ray_head.family()
+        finally:
+            for process in (*psutil.Process(head.pid).children(), psutil.Process(head.pid), other):
+                process.kill()
+
+
 def test_the_death_of_the_head_is_a_problem_that_engines_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_head, "HEAD", ("sleep",))
     monkeypatch.setattr(ray_head, "LOOK_S", 0.05)

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import psutil
 
@@ -26,16 +26,24 @@ LAST = """this process was ended from outside: killed, or by Ray, whose head die
 @contextlib.contextmanager
 def watched(stop: StopSignal) -> Iterator[None]:
     """Within, the death of Ray's head ends the run with a message, through the signal that engines look at."""
-    with last_words(LAST) as mouth, watch(mouth.pid, stop):
+    with last_words(LAST, family()) as mouth, watch(mouth.pid, stop):
         yield
 
 
+def family() -> list[int]:
+    """Ray's head and what it started: its agents outlive it by many seconds."""
+    heads = [child for child in psutil.Process().children(recursive=True) if child.name() in HEAD]
+    return [process.pid for head in heads for process in (head, *head.children(recursive=True))]
+
+
 @contextlib.contextmanager
-def last_words(text: str) -> Iterator[subprocess.Popen[bytes]]:
-    """``text`` on stderr if this process ends within, without a word: Ray exits from C++ if it is being asked for
-    something just as its head dies. A shell waits at the other end of a pipe that closes when this process ends.
+def last_words(text: str, heirs: Sequence[int] = ()) -> Iterator[subprocess.Popen[bytes]]:
+    """``text`` on stderr, and an end to the processes ``heirs``, if this process ends within, without a word: Ray exits
+    from C++ if it is being asked for something just as its head dies. A shell waits at the other end of a pipe that
+    closes when this process ends.
     """
-    command = ["sh", "-c", 'read -r over || echo "error: $0" >&2', text]
+    ending = 'read -r over || { echo "error: $0" >&2; kill -KILL "$@" 2>/dev/null; }'
+    command = ["sh", "-c", ending, text, *map(str, heirs)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as shell:
         try:
             yield shell
