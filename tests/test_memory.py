@@ -35,5 +35,6 @@ def test_100_rounds_inline_need_what_20_need(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "memory-inline.json").read_text())
-    assert result["files"]["end"] < result["files"]["round_20"] + 2  # one of the run's own may be open as it is looked at
+    files = result["files"]
+    assert files["end"] < files["round_20"] + 2  # one of the run's own may be open as it is looked at
     assert len((tmp_path / "memory-inline.csv").read_text().splitlines()) > 15
