@@ -213,7 +213,8 @@ def kill_a_worker(process: subprocess.Popen[bytes], output: Path) -> None:
         time.sleep(0.05)
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if any(name in " ".join(child.cmdline()) for name in ("ray::ClientWorker", "default_worker.py")):
+            program = " ".join(child.cmdline()[:2])  # Ray names a process only where the environment lets it
+            if program.startswith("ray::ClientWorker") or program.endswith("default_worker.py"):
                 child.kill()
                 return
     raise AssertionError("no Ray worker was found")

@@ -32,7 +32,7 @@ def workers_cpu(pid: int) -> float:
     seconds = 0.0
     for child in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if any(name in " ".join(child.cmdline()) for name in WORKER):
+            if any(name in " ".join(child.cmdline()[:2]) for name in WORKER):
                 times = child.cpu_times()
                 seconds += times.user + times.system
     return seconds
