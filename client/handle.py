@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from client.lanes import Lane, local_sgd_in_lanes
 from client.stacked import local_sgd_stacked
 from client.states import StateStore
 from client.training import Recipe, Trained, learning_rate, local_sgd
@@ -95,6 +96,16 @@ class Worker:
     network: Network | None = None
     state: Tensors = field(default_factory=dict)  # the network's own memory, by name
     parameters: tuple[str, ...] = ()
+    lanes: list[Lane] = field(default_factory=list)
+
+    def lanes_for(self, classes: int) -> list[Lane]:
+        """As many as the scenario has; made anew only when the head has grown."""
+        if not self.lanes or self.lanes[0].network.head.out_features != classes:
+            self.lanes = []  # let go of the old ones before new ones take memory
+            experiment = self.shared.experiment
+            training, count = experiment.scenario.training, experiment.execution.lanes
+            self.lanes = [Lane(experiment.compute.network(classes), training) for _ in range(count)]
+        return self.lanes
 
     def load(self, classes: int, tensors: Tensors) -> Network:
         """A network with the broadcast tensors in it; made anew only when the head has grown."""
@@ -141,13 +152,13 @@ def _bounded(
 
 
 def do_jobs(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> Iterator[Answer]:
-    """Answers as they come, of up to ``engine.stack`` clients trained as one model. A contribution's tensors are the
-    worker's memory until the next answer is asked for.
+    """Answers as they come, of as many clients at the same time as the scenario's execution has. A contribution's
+    tensors are the worker's memory until the next answer is asked for.
     """
-    size = worker.shared.experiment.stack
+    size = worker.shared.experiment.execution.at_once
     for start in range(0, len(jobs), size):
         run = jobs[start : start + size]
-        yield from try_stacked(broadcast, run, worker) or ((job, *do_job(broadcast, job, worker)) for job in run)
+        yield from try_at_once(broadcast, run, worker) or ((job, *do_job(broadcast, job, worker)) for job in run)
 
 
 def do_job(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Report | Failure, Contribution | None]:
@@ -162,21 +173,23 @@ def do_job(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Report | Fai
     return report, contribution
 
 
-def try_stacked(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> list[Answer]:
-    """All these clients trained as one model; nothing if that cannot be, and then each is done by itself: who breaks
-    alone must not take others along.
+def try_at_once(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> list[Answer]:
+    """All these clients trained at the same time; nothing if that cannot be, and then each is done by itself: who
+    breaks alone must not take others along.
     """
-    phase = phase_of(broadcast, worker.shared.experiment)
-    if len(jobs) < 2 or phase.work != "train":
+    experiment = worker.shared.experiment
+    phase, execution = phase_of(broadcast, experiment), experiment.execution
+    if phase.work != "train" or (len(jobs) < 2 and not execution.lanes):
         return []
-    torch.set_num_threads(worker.shared.experiment.scenario.training.threads)
+    torch.set_num_threads(experiment.scenario.training.threads)
     try:
-        return _train_stacked(broadcast, jobs, phase, worker)
+        return _train_at_once(broadcast, jobs, phase, worker)
     except Stopped:
         raise
     except Exception as error:
         reason = _failure(jobs[0], error).reason
-        warnings.warn(f"clients are trained one by one, not as one model (engine.stack): {reason}", stacklevel=2)
+        way = "in lanes (engine.lanes)" if execution.lanes else "as one model (engine.stack)"
+        warnings.warn(f"clients are trained one by one, not {way}: {reason}", stacklevel=2)
         return []
 
 
@@ -253,7 +266,7 @@ def _recipe(broadcast: Broadcast, phase: Phase, worker: Worker) -> Recipe:
     )
 
 
-def _train_stacked(broadcast: Broadcast, jobs: Sequence[Job], phase: Phase, worker: Worker) -> list[Answer]:
+def _train_at_once(broadcast: Broadcast, jobs: Sequence[Job], phase: Phase, worker: Worker) -> list[Answer]:
     """``_work`` and ``_train`` for several clients at once."""
     started = time.perf_counter()
     shared = worker.shared
@@ -263,7 +276,11 @@ def _train_stacked(broadcast: Broadcast, jobs: Sequence[Job], phase: Phase, work
     own = [shared.samples(job.client, task) for job in jobs]
     samples = [_with_memory(mine, job, shared) for mine, job in zip(own, jobs, strict=True)]
     keys = [client_key(experiment.key, broadcast, job.client) for job in jobs]
-    trained = local_sgd_stacked(network, _recipe(broadcast, phase, worker), samples, keys)
+    recipe = _recipe(broadcast, phase, worker)
+    if experiment.execution.lanes:
+        trained = local_sgd_in_lanes(worker.lanes_for(task.seen), broadcast.tensors, recipe, samples, keys)
+    else:
+        trained = local_sgd_stacked(network, recipe, samples, keys)
     seconds = (time.perf_counter() - started) / len(jobs)
     return [
         _answer(job, len(mine.labels), partial(_given, state, said, joined, experiment), seconds)
@@ -272,7 +289,7 @@ def _train_stacked(broadcast: Broadcast, jobs: Sequence[Job], phase: Phase, work
 
 
 def _answer(job: Job, samples: int, given: Callable[[], tuple[Contribution, Metrics]], seconds: float) -> Answer:
-    """What became of one client of a stack."""
+    """What became of one of several clients."""
     try:
         contribution, metrics = given()
     except ClientProblem as problem:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from client.training import LocalSGD, Recipe, Trained, batches, cut_epoch
+from client.training import LocalSGD, Recipe, Trained, cut_epoch, inputs
 from fedcil.keys import Key
 from fedcil.messages import Tensors
 from fedcil.methods.base import Samples
@@ -119,9 +119,9 @@ def local_sgd_stacked(
     network: Network, recipe: Recipe, samples: Sequence[Samples], keys: Sequence[Key]
 ) -> list[tuple[Tensors, Trained]]:
     """``local_sgd`` from the same ``network`` on each of several ``samples``, with the key of each: (state, what it
-    says of itself). The network's own weights stay as they are; its counters of batches do not.
+    says of itself). The network's own weights stay as they are.
     """
-    method, training, task = recipe.method, recipe.training, recipe.task
+    training = recipe.training
     order = sorted(range(len(samples)), key=lambda client: len(samples[client].labels))  # equal ones are neighbours
     plans = [cut_epoch(len(samples[client].labels), training.batch_size, training.batches) for client in order]
     network.train()
@@ -131,29 +131,25 @@ def local_sgd_stacked(
     for epoch in range(training.epochs):
         places = [keys[client].at("epoch", epoch) for client in order]
         plan_of = zip(order, plans, places, strict=True)
-        streams = [batches(samples[client], plan, recipe.augment, place) for client, plan, place in plan_of]
-        for step, start, stop in turns(plans):
+        streams = [inputs(recipe, samples[client], plan, place) for client, plan, place in plan_of]
+        for start, stop in turns(plans):
             recipe.check()
-            images, labels = zip(*map(next, streams[start:stop]), strict=True)
-            draws = [
-                method.draw(recipe.prepared, len(labels[0]), task, place.at("draw", step))
-                for place in places[start:stop]
-            ]
+            images, labels, draws = zip(*map(next, streams[start:stop]), strict=True)
             found = stack.step(start, stop, torch.stack(images), torch.stack(labels), draws)
             for mine, value in zip(losses[start:stop], found.unbind(), strict=True):
                 mine.append(value)
     return [(stack.of(place), summary(losses[place])) for place in sorted(range(len(order)), key=order.__getitem__)]
 
 
-def turns(plans: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:
-    """(step of the epoch, start, stop): neighbours whose batches of that step are of equal size."""
+def turns(plans: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """(start, stop), step after step of an epoch: neighbours whose next batches are of equal size."""
     for step in range(max(map(len, plans), default=0)):
         sizes = [plan[step] if step < len(plan) else 0 for plan in plans]
         start = 0
         for size, neighbours in groupby(sizes):
             stop = start + len(list(neighbours))
             if size:
-                yield step, start, stop
+                yield start, stop
             start = stop
 
 

@@ -12,7 +12,7 @@ from torch.optim.sgd import sgd
 
 from fedcil.gradients import as_stored, gradients
 from fedcil.keys import Key
-from fedcil.methods.base import Batch, Method, Prepared, Samples
+from fedcil.methods.base import Batch, Draws, Method, Prepared, Samples
 from fedcil.models.network import Network, set_norm_momentum
 from fedcil.scenario import TrainingSection
 from fedcil.stream import Task
@@ -95,8 +95,15 @@ def batches(samples: Samples, sizes: list[int], augment: Augment, place: Key) ->
     image_bytes = 4 * samples.images[0].numel()
     for group in grouped(sizes, max(1, AT_ONCE // image_bytes)):
         index, order = order[: sum(group)], order[sum(group) :]
+        index = index.to(samples.images.device, non_blocking=True)
         images = augment(samples.images, index, generator)
         yield from zip(images.split(group), samples.labels[index].split(group), strict=True)
+
+
+def inputs(recipe: Recipe, samples: Samples, sizes: list[int], place: Key) -> Iterator[tuple[Tensor, Tensor, Draws]]:
+    """``batches``, and what the method draws for each."""
+    for step, (images, labels) in enumerate(batches(samples, sizes, recipe.augment, place)):
+        yield images, labels, recipe.method.draw(recipe.prepared, len(labels), recipe.task, place.at("draw", step))
 
 
 def grouped(sizes: list[int], most: int) -> Iterator[list[int]]:
@@ -119,7 +126,7 @@ class LocalSGD:
     def __init__(
         self,
         parameters: Sequence[Tensor],
-        lr: float,
+        lr: float | Tensor,
         training: TrainingSection,
         momenta: list[Tensor | None] | None = None,
     ) -> None:
@@ -157,7 +164,7 @@ def local_sgd(model: Network, recipe: Recipe, samples: Samples, key: Key) -> Tra
 
     All randomness comes from ``key``: the order of an epoch, the augmentation and the draws of a step.
     """
-    method, training, task = recipe.method, recipe.training, recipe.task
+    training = recipe.training
     sizes = cut_epoch(len(samples.labels), training.batch_size, training.batches)
     if not sizes or not training.epochs:
         return Trained(0, float("nan"))
@@ -166,10 +173,8 @@ def local_sgd(model: Network, recipe: Recipe, samples: Samples, key: Key) -> Tra
     set_norm_momentum(model, recipe.norm_momentum)
     losses: list[Tensor] = []
     for epoch in range(training.epochs):
-        place = key.at("epoch", epoch)
-        for step, (images, labels) in enumerate(batches(samples, sizes, recipe.augment, place)):
+        for images, labels, draws in inputs(recipe, samples, sizes, key.at("epoch", epoch)):
             recipe.check()
-            draws = method.draw(recipe.prepared, len(labels), task, place.at("draw", step))
             loss = recipe.loss(model, images, labels, draws)
             optimizer.step(loss)
             losses.append(loss.detach())

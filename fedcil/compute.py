@@ -18,7 +18,7 @@ from fedcil.models import Architecture
 from fedcil.models.network import Network, fold_norms, freeze, load_state
 
 Precision = Literal["fp32", "tf32", "bf16"]
-STACK_ON_GPU = 8
+LANES_ON_GPU = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +85,38 @@ def _has_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def resolve_stack(wanted: int | None, device: torch.device) -> int:
-    """How many clients are trained as one model where the scenario leaves it open: on a CPU this does not pay
-    (docs/performance.md); on a GPU, whose kernels a single client's batch does not fill, it should (not measured yet).
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How a worker trains clients: one by one, ``stack`` of them as one model, or side by side in ``lanes``."""
+
+    stack: int = 1
+    lanes: int = 0
+
+    @property
+    def at_once(self) -> int:
+        """Clients that a worker trains at the same time."""
+        return max(self.stack, self.lanes)
+
+    @property
+    def name(self) -> str:
+        """What bits depend on: how many lanes there are they do not."""
+        return "captured" if self.lanes else "fused" if self.stack == 1 else f"stacked {self.stack}"
+
+
+def resolve_execution(stack: int, lanes: int | None, device: torch.device) -> Execution:
+    """Where the scenario leaves it open: lanes on a GPU, which one client's small kernels do not fill; on a CPU neither
+    pays (docs/performance.md). ScenarioError if both are asked for.
     """
-    return wanted or (STACK_ON_GPU if device.type == "cuda" else 1)
+    if stack > 1 and lanes:
+        raise ScenarioError(
+            f"engine.stack = {stack} and engine.lanes = {lanes} are two ways to train clients at the same time",
+            where="engine",
+            allowed="one of them",
+            next="leave out engine.stack, which on a GPU cannot train networks with batch norm",
+        )
+    if lanes is None:
+        lanes = LANES_ON_GPU if device.type == "cuda" and stack == 1 else 0
+    return Execution(stack, lanes)
 
 
 def apply_precision(precision: Precision) -> None:
@@ -98,8 +125,10 @@ def apply_precision(precision: Precision) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def numeric_configuration(compute: Compute, threads: int, server_threads: int, stack: int = 1) -> dict[str, str | int]:
-    """What must be equal for two runs to agree bit for bit. ``stack``: clients trained as one model."""
+def numeric_configuration(
+    compute: Compute, threads: int, server_threads: int, execution: Execution
+) -> dict[str, str | int]:
+    """What must be equal for two runs to agree bit for bit."""
     device = compute.device
     model = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     return {
@@ -107,7 +136,7 @@ def numeric_configuration(compute: Compute, threads: int, server_threads: int, s
         "device_model": model,
         "precision": compute.precision,
         "layout": "channels_last",
-        "execution": "fused" if stack == 1 else f"stacked {stack}",
+        "execution": execution.name,
         "threads": threads,
         "server_threads": server_threads,
         "torch": torch.__version__,

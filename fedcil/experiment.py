@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from fedcil.compute import (
     Compute,
+    Execution,
     apply_precision,
     numeric_configuration,
     resolve_device,
+    resolve_execution,
     resolve_precision,
-    resolve_stack,
 )
 from fedcil.data import Dataset, load_dataset
 from fedcil.errors import ScenarioError
@@ -108,12 +109,13 @@ class Experiment:
     def numeric(self) -> dict[str, str | int]:
         """The numeric configuration (fedcil/compute.py)."""
         scenario = self.scenario
-        return numeric_configuration(self.compute, scenario.training.threads, scenario.server.threads, self.stack)
+        return numeric_configuration(self.compute, scenario.training.threads, scenario.server.threads, self.execution)
 
     @property
-    def stack(self) -> int:
-        """How many clients a worker trains as one model."""
-        return resolve_stack(self.scenario.engine.stack, self.compute.device)
+    def execution(self) -> Execution:
+        """How a worker trains the clients that it is given."""
+        engine = self.scenario.engine
+        return resolve_execution(engine.stack, engine.lanes, self.compute.device)
 
 
 def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_progress: bool = False) -> Experiment:
@@ -131,6 +133,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     scenario.method.check_image(architecture.image)
     method = scenario.method.build()
     refuse_idle_rule(scenario, method, stream)
+    resolve_execution(scenario.engine.stack, scenario.engine.lanes, device)
     clients, timeline = scenario.clients.count, make_timeline(method, stream, scenario.training.rounds)
     population = make_population(scenario.population, clients, timeline, key)
     return Experiment(

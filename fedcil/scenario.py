@@ -285,12 +285,14 @@ class ServerSection(Section):
 
 
 class EngineSection(Section):
-    """``[engine]``: where clients run. Changes the cost of a run, never its result; but ``stack`` changes rounding."""
+    """``[engine]``: where clients run. It changes cost, not results; ``stack`` and ``lanes`` change rounding."""
 
     name: Literal["inline", "ray", "flower"] = "inline"
     workers: Threads | None = Field(None, description="default: one per core, at most one per asked client")
-    stack: Threads | None = Field(
-        None, description="clients that a worker trains as one model; default: 1 on a CPU, up to 8 on a GPU"
+    stack: Threads = Field(1, description="clients that a worker trains as one model")
+    lanes: Annotated[int, Field(ge=0, le=64)] | None = Field(
+        None,
+        description="clients that a worker trains side by side by captured steps; 0: one by one; default: 5 on a GPU",
     )
     address: str | None = Field(None, description="ray: an existing cluster")
     gpus_per_worker: Annotated[float, Field(ge=0.0)] | None = Field(

@@ -15,6 +15,7 @@ BOTTOM = ("fedcil.errors", "fedcil.dotted", "fedcil.keys", "fedcil.rule", "fedci
 VALUES = (*BOTTOM, "fedcil.messages", "fedcil.fold", "fedcil.state", "fedcil.stream", "fedcil.losses")
 EXPERIMENT = (
     *VALUES,
+    "fedcil.capture",
     "fedcil.compute",
     "fedcil.data",
     "fedcil.experiment",
@@ -49,6 +50,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.files": ((), ()),
     "fedcil.tensor_files": (("fedcil.files", "fedcil.messages"), ("torch", "safetensors")),
     "fedcil.gradients": ((), ("torch",)),
+    "fedcil.capture": ((), ("torch",)),
     "fedcil.robust": (("fedcil.errors", "fedcil.messages", "fedcil.fold", "fedcil.rule"), ("numpy", "torch")),
     "fedcil.gather": (("fedcil.messages", "fedcil.port", "fedcil.robust"), ()),
     "fedcil.wire": (
@@ -75,7 +77,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.models": (("fedcil.dotted", "fedcil.messages", "fedcil.models"), ("torch",)),
     "fedcil.compute": (("fedcil.errors", "fedcil.messages", "fedcil.models"), ("torch",)),
     "fedcil.methods": (
-        (*VALUES, "fedcil.compute", "fedcil.gradients", "fedcil.models", "fedcil.methods"),
+        (*VALUES, "fedcil.capture", "fedcil.compute", "fedcil.gradients", "fedcil.models", "fedcil.methods"),
         ("torch", "pydantic"),
     ),
     "fedcil.experiment": (EXPERIMENT, ("numpy", "torch")),

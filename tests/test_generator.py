@@ -43,8 +43,8 @@ def test_generators_have_the_authors_number_of_parameters(size: int, width: int,
     assert count_parameters(on_meta(size, latent, width)) == expected
 
 
-@pytest.mark.parametrize(("size", "width", "scalars"), [(32, 128, 650), (64, 128, 907), (224, 64, 781)])
-def test_generators_have_the_authors_buffers(size: int, width: int, scalars: int) -> None:
+@pytest.mark.parametrize(("size", "width", "scalars"), [(32, 128, 646), (64, 128, 902), (224, 64, 774)])
+def test_generators_have_the_authors_buffers_but_counters(size: int, width: int, scalars: int) -> None:
     assert sum(buffer.numel() for buffer in on_meta(size, 10, width).buffers()) == scalars
 
 

@@ -27,7 +27,7 @@ def make_batch(bank: Tensor, index: Tensor, mode: str, generator: torch.Generato
     old size, then flip); "rotate_flip" (-20 .. 20 degrees about the centre, nearest pixel, zeros outside,
     then flip). Zeros are black pixels: they are put in before normalisation.
     """
-    images = bank.index_select(0, index.to(bank.device))
+    images = bank.index_select(0, index.to(bank.device, non_blocking=True))
     match mode:
         case "none":
             picked = images
@@ -45,15 +45,15 @@ def make_batch(bank: Tensor, index: Tensor, mode: str, generator: torch.Generato
 
 def _flip(images: Tensor, generator: torch.Generator) -> Tensor:
     count, height, width, _ = images.shape
-    flips = _draw_flips(count, generator).to(images.device)
+    flips = _draw_flips(count, generator).to(images.device, non_blocking=True)
     rows = torch.arange(height, device=images.device)
     return _gather(images, 0, rows[:, None], _mirrored(width, flips)[:, None, :])
 
 
 def _crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     count, height, width, _ = images.shape
-    corners = torch.randint(0, 2 * PAD + 1, (2, count, 1), generator=generator).to(images.device)
-    flips = _draw_flips(count, generator).to(images.device)
+    corners = torch.randint(0, 2 * PAD + 1, (2, count, 1), generator=generator).to(images.device, non_blocking=True)
+    flips = _draw_flips(count, generator).to(images.device, non_blocking=True)
     rows = corners[0] + torch.arange(height, device=images.device)
     columns = corners[1] + _mirrored(width, flips)
     return _gather(images, PAD, rows[:, :, None], columns[:, None, :])
@@ -63,8 +63,8 @@ def _rotate_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Counter-clockwise by the drawn angle, in coordinates whose origin is the centre of the image."""
     count, height, width, _ = images.shape
     angles = (torch.rand(count, 1, 1, generator=generator) * 2 - 1) * torch.pi * DEGREES / 180
-    flips = _draw_flips(count, generator).to(images.device)
-    sine, cosine = angles.sin().to(images.device), angles.cos().to(images.device)
+    flips = _draw_flips(count, generator).to(images.device, non_blocking=True)
+    sine, cosine = angles.sin().to(images.device, non_blocking=True), angles.cos().to(images.device, non_blocking=True)
     y = _centred(height, images.device)[:, None]
     x = _centred(width, images.device)
     x = torch.where(flips, -x, x)[:, None, :]

@@ -51,7 +51,8 @@ def worker_bytes(experiment: Experiment, step_bytes: int) -> int:
     payload = scenario.method.payload_bytes(model, experiment.compute)
     kept, _ = scenario.method.extra_images(scenario.training.batch_size, experiment.stream.tasks[-1])
     pool = 4 * kept * math.prod(experiment.compute.architecture.image)
-    held = experiment.data.train.images.nbytes + COPIES * experiment.stack * count_bytes(model) + 2 * payload + pool
+    models = COPIES * experiment.execution.at_once * count_bytes(model)
+    held = experiment.data.train.images.nbytes + models + 2 * payload + pool
     return int(MARGIN * (held + step_bytes)) + CONTEXT_BYTES
 
 
@@ -71,7 +72,7 @@ def largest_step(experiment: Experiment) -> int:
     """A step on as many images as the method ever has at once, in each client that is trained at once; their number."""
     scenario, compute, task = experiment.scenario, experiment.compute, experiment.stream.tasks[-1]
     _, added = scenario.method.extra_images(scenario.training.batch_size, task)
-    count = experiment.stack * (scenario.training.batch_size + added)
+    count = experiment.execution.at_once * (scenario.training.batch_size + added)
     network = compute.network(task.seen).train()
     with torch.no_grad():
         for parameter in network.parameters():

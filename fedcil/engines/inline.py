@@ -1,6 +1,6 @@
 """Clients as calls in this process: the reference, for laptops, one GPU and tests.
 
-``engine.workers`` threads train clients side by side, each with its own networks; a round's result does not
+On a CPU ``engine.workers`` threads train clients side by side, each with its own networks; a round's result does not
 depend on how many there are.
 """
 
@@ -40,8 +40,10 @@ class InlinePort:
         self._shared = Shared(setting.experiment, StateStore(setting.states))
         self._stop = setting.stop
         self._local = threading.local()
-        self._stack = setting.experiment.stack
-        self._workers = worker_count(scenario, self._stack)
+        self._at_once = setting.experiment.execution.at_once
+        # On a GPU lanes are side by side, and whoever captures a step must be the only one at work.
+        on_gpu = setting.experiment.compute.device.type == "cuda"
+        self._workers = 1 if on_gpu else worker_count(scenario, self._at_once)
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="client")
 
     def reachable(self) -> frozenset[int]:
@@ -51,7 +53,7 @@ class InlinePort:
         """As they come; what is late is not waited for, and its thread gives up at its next step."""
         gathered, abandoned = Gathered(request, done), threading.Event()
         # With a deadline each client stands for itself: who is late takes no other answer along.
-        runs = cut(request, self._workers, self._stack) if deadline_s is None else cut(request, len(request.jobs))
+        runs = cut(request, self._workers, self._at_once) if deadline_s is None else cut(request, len(request.jobs))
         futures = [self._threads.submit(self._handle, run, abandoned) for run in runs]
         try:
             for future in as_completed(futures, deadline_s):

@@ -53,7 +53,7 @@ STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     """Attach to ``engine.address`` or start Ray here; what was started is ended."""
     engine = setting.experiment.scenario.engine
-    workers = worker_count(setting.experiment.scenario, setting.experiment.stack)
+    workers = worker_count(setting.experiment.scenario, setting.experiment.execution.at_once)
     gpus = gpus_per_worker(setting.experiment, workers)
     # A cluster, or GPUs whose shares were measured, may have room for fewer than there are cores here.
     least = workers if engine.workers or not (engine.address or gpus) else 1
@@ -238,7 +238,7 @@ class RayPort:
 
     def __init__(self, setting: Setting, crew: Crew) -> None:
         self._clients = frozenset(range(setting.experiment.scenario.clients.count))
-        self._stack = setting.experiment.stack
+        self._at_once = setting.experiment.execution.at_once
         self._stop = setting.stop
         self._crew = crew
         self._costs = Costs()
@@ -279,7 +279,7 @@ class RayPort:
         """How many jobs to pass on at once: none so few that passing them on costs more than the work."""
         seconds = self._costs.of(request.jobs)
         worth = seconds / LEAST_PIECE_S if self._costs.known else len(request.jobs)
-        return max(self._stack, math.ceil(len(request.jobs) / max(1.0, worth)))
+        return max(self._at_once, math.ceil(len(request.jobs) / max(1.0, worth)))
 
     def close(self) -> None:
         for worker in [] if self._stop.problem else self._crew.workers:

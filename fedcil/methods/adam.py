@@ -22,7 +22,13 @@ class Adam:
         self.stored = [as_stored(parameter) for parameter in self.parameters]
         self.first = [torch.zeros_like(parameter) for parameter in self.stored]
         self.second = [torch.zeros_like(parameter) for parameter in self.stored]
-        self.steps = [torch.zeros((), device=parameter.device) for parameter in self.parameters]
+        # The fused kernel of a GPU reads counters as float32, whatever the parameters are.
+        self.steps = [torch.zeros((), dtype=torch.float32, device=each.device) for each in self.parameters]
+
+    def reset(self) -> None:
+        """As before the first step."""
+        for each in (*self.first, *self.second, *self.steps):
+            each.zero_()
 
     def step(self, loss: Tensor) -> None:
         """One update; ``loss`` must reach every parameter."""

@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedcil.capture import repeatable
 from fedcil.compute import Compute
 from fedcil.errors import ScenarioError
 from fedcil.keys import Key
@@ -218,17 +219,23 @@ class MFCL(MethodSettings):
         self, generator: Generator, classifier: Network, key: Key, progress: Progress
     ) -> dict[str, list[float]]:
         """Adam on the generator alone; returns each term at ten evenly spaced steps and the last."""
-        generator.train()
-        optimizer = Adam(generator.parameters(), self.generator_lr)
-        weights = self.loss_weights()
-        device = classifier.head.weight.device
+        device, start = classifier.head.weight.device, snapshot(generator)
+        optimizer, weights = Adam(generator.train().parameters(), self.generator_lr), self.loss_weights()
+        latents, terms = torch.zeros(self.generator_batch, self.latent, device=device), dict[str, Tensor]()
+
+        def update() -> None:
+            loss, found = generator_loss(classifier, generator(latents), weights)
+            optimizer.step(loss)
+            terms.update(found)
+
+        advance = repeatable(update, device)
+        load_state(generator, start)
+        optimizer.reset()
         log: dict[str, list[float]] = {}
         every = max(1, self.steps // 10)
         for step in range(self.steps):
-            draws = key.at("latents", step).torch(device)
-            latents = torch.randn(self.generator_batch, self.latent, generator=draws, device=device)
-            loss, terms = generator_loss(classifier, generator(latents), weights)
-            optimizer.step(loss)
+            latents.normal_(generator=key.at("latents", step).torch(device))
+            advance()
             shown = to_floats(terms) if step % every == 0 or step == self.steps - 1 else {}
             for name, value in shown.items():
                 log.setdefault(name, []).append(value)

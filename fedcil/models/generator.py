@@ -7,6 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fedcil.models.network import drop_counters
+
 BLOCK_EPS = 0.8  # the authors pass 0.8 as BatchNorm2d's second argument, which is eps and not momentum
 LARGEST_START = 8  # pixels a side before the first up-sampling
 HALVING_SIZE = 64  # up to this image size the last block halves the channels
@@ -43,6 +45,7 @@ class Generator(nn.Module):
         self.blocks = nn.Sequential(*(_block(a, b) for a, b in zip(inputs, outputs, strict=False)))
         self.tail = nn.Conv2d(inputs[-1], channels, 3, padding=1)
         self.whiten = nn.BatchNorm2d(channels, affine=False)
+        drop_counters(self)
 
     def forward(self, latents: Tensor) -> Tensor:
         with torch.autocast(latents.device.type, self.precision, enabled=self.precision is not None):

@@ -37,6 +37,7 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head = nn.Linear(backbone.width, classes)
         self.precision = precision
+        drop_counters(self)
 
     def features(self, images: Tensor) -> Tensor:
         """(n, channels, height, width) -> (n, width)."""
@@ -49,10 +50,17 @@ class Network(nn.Module):
         return cast(Tensor, self.head(self.features(images)))
 
 
+def drop_counters(module: nn.Module) -> None:
+    """Batch norms that do not count batches: nothing reads it, and it costs a call for each layer and step."""
+    for part in module.modules():
+        if isinstance(part, NORMS):
+            part.num_batches_tracked = None
+
+
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and floating-point buffers by name: the module's own memory, not copies.
 
-    Integer counters (``num_batches_tracked``) are no state: averaging them has no meaning.
+    Integer buffers are no state: averaging them has no meaning.
     """
     named: Iterable[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
     return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
@@ -116,7 +124,9 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
         if isinstance(part, nn.Conv2d | nn.Linear):
             _initialise_linear(part, generator, he)
         elif isinstance(part, NORMS):
-            part.reset_running_stats()
+            if part.running_mean is not None and part.running_var is not None:
+                part.running_mean.zero_()
+                part.running_var.fill_(1)
             if part.affine:
                 nn.init.ones_(part.weight)
                 nn.init.zeros_(part.bias)

@@ -80,7 +80,7 @@ class Material:
         self.samples = [self._stored(client) for client in range(work.clients)]
         self.keys = [KEY.at("client", client) for client in range(work.clients)]
         self.training = TrainingSection(epochs=1, batch_size=work.batch)
-        self.lr = 0.01
+        self.lr = 2.0**-7  # exact in float32
         self.mean, self.std = (torch.tensor(each, device=device) for each in (MEAN, STD))
 
     def _stored(self, client: int) -> Samples:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from client.stacked import Stack, local_sgd_stacked
+from client.lanes import Lane, local_sgd_in_lanes
+from client.stacked import local_sgd_stacked
 from client.training import NORM_MOMENTUM, LocalSGD, Recipe, local_sgd
+from fedcil.capture import repeatable
 from fedcil.compute import Precision
 from fedcil.messages import Tensors
 from fedcil.methods.adam import Adam
@@ -24,7 +25,6 @@ from fedcil.methods.inversion import generator_loss
 from fedcil.methods.mfcl import Replay
 from fedcil.models.network import Network, initialise, load_state, set_norm_momentum, snapshot, state_of
 from scenarios.benchmarks import authors_order
-from scenarios.benchmarks.graphs import Epoch, capture_warm
 from scenarios.benchmarks.material import KEY, TASK, Material, plain_networks
 from scenarios.benchmarks.step import POOL
 
@@ -43,12 +43,8 @@ class Rung:
     autotune: bool = False  # cuDNN tries its kernels for each new shape
 
     def start(self, material: Material) -> Tensors:
-        """The weights that a round of this rung starts from."""
-        return Boundary(material).start if self.base == "generator" else material.start
-
-
-class NoGPU(RuntimeError):
-    """This rung is about something that only a GPU has."""
+        """What a round of this rung starts from."""
+        return Boundary(material).images() if self.base == "generator" else material.start
 
 
 def authors(m: Material) -> Round:
@@ -170,84 +166,17 @@ def compiled(m: Material) -> Round:
     return lambda: m.mean_of(clients())
 
 
-class OneClient:
-    """A client's training as an epoch over fixed inputs; the learning rate is a tensor on the device."""
-
-    def __init__(self, m: Material) -> None:
-        self.m, self.student = m, momentum_of_two(m.student())
-        self.lr: Any = torch.full((), m.lr, device=m.device)
-        optimizer = LocalSGD(list(self.student.parameters()), self.lr, m.training)
-
-        def step(images: Tensor, labels: Tensor, latents: Tensor) -> None:
-            optimizer.step(m.method.loss(self.student, m.prepared, Batch(images, labels, TASK, ()), latents))
-
-        load_state(self.student, m.start)
-        self.epoch = Epoch(step, m.work.sizes, *m.epoch(0))
-
-    def train(self, client: int) -> dict[str, Tensor]:
-        load_state(self.student, self.m.start)
-        self.epoch.run(*self.m.epoch(client))
-        return state_of(self.student)
-
-
-def static(m: Material) -> Round:
-    """The form that a graph is captured of, run eagerly."""
-    one = OneClient(m)
-    return lambda: m.mean_of(map(one.train, range(m.work.clients)))
-
-
-def graph(m: Material) -> Round:
-    """A client's whole epoch as one CUDA graph."""
-    need_gpu(m)
-    one = OneClient(m)
-    one.epoch.capture()
-    return lambda: m.mean_of(map(one.train, range(m.work.clients)))
-
-
-def streams(m: Material, count: int) -> Round:
-    """Several clients at once, each on a stream of its own with a graph of its own."""
-    need_gpu(m)
-    lanes = [(torch.cuda.Stream(), OneClient(m)) for _ in range(count)]
-    for _, one in lanes:
-        one.epoch.capture()
+def lanes(m: Material, count: int) -> Round:
+    """fedcil's captured steps, so many clients side by side."""
+    places = [Lane(m.student(), m.training) for _ in range(count)]
 
     def clients() -> Iterator[Tensors]:
         for first in range(0, m.work.clients, count):
-            busy = list(zip(range(first, min(first + count, m.work.clients)), lanes, strict=False))
-            for client, (lane, one) in busy:
-                lane.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(lane):
-                    one.train(client)
-            for _, (lane, one) in busy:
-                torch.cuda.current_stream().wait_stream(lane)
-                yield state_of(one.student)
+            some = slice(first, first + count)
+            trained = local_sgd_in_lanes(places, m.start, recipe(m), m.samples[some], m.keys[some])
+            yield from (state for state, _ in trained)
 
     return lambda: m.mean_of(clients())
-
-
-def stacked_static(m: Material, capture: bool) -> Round:
-    """All clients as one model over fixed inputs, as one CUDA graph if asked for."""
-    if capture:
-        need_gpu(m)
-    network, lr = momentum_of_two(m.student()), torch.full((), m.lr, device=m.device)
-    load_state(network, m.start)
-    stack = Stack(network, m.work.clients, recipe(m).loss, lr, m.training)  # type: ignore[arg-type]
-    epoch = Epoch(lambda x, y, z: stack.step(0, len(x), x, y, z.unbind()), m.work.sizes, *all_inputs(m))
-    if capture:
-        epoch.capture()
-
-    def round_() -> dict[str, Tensor]:
-        for name, tensor in stack.tensors.items():
-            tensor.copy_(m.start[name.removeprefix("network.")])
-        epoch.run(*all_inputs(m))
-        return m.mean_of(map(stack.of, range(m.work.clients)))
-
-    return round_
-
-
-def all_inputs(m: Material) -> tuple[Tensor, Tensor, list[Tensor]]:
-    images, labels, latents = zip(*map(m.epoch, range(m.work.clients)), strict=True)
-    return torch.stack(images), torch.stack(labels), [torch.stack(each) for each in zip(*latents, strict=True)]
 
 
 class Boundary:
@@ -273,13 +202,20 @@ class Boundary:
         self.optimizer.step(loss)
 
     def train(self, step: Callable[[], object]) -> dict[str, Tensor]:
+        """The images that come of it. Not the weights: Adam makes whole steps of the rounding of gradients that are 0,
+        as those of a bias before a batch norm, which no image shows.
+        """
         load_state(self.generator, self.start)
-        for each in (*self.optimizer.first, *self.optimizer.second, *self.optimizer.steps):
-            each.zero_()
+        self.optimizer.reset()
         for place in range(self.m.work.generator_steps):
             self.fixed.copy_(self.latents(place))
             step()
-        return snapshot(self.generator)
+        return self.images()
+
+    @torch.no_grad()
+    def images(self) -> dict[str, Tensor]:
+        """Of latents that no step has seen."""
+        return {"images": self.generator(self.latents(-1))}
 
 
 def generator_eager(m: Material) -> Round:
@@ -287,16 +223,10 @@ def generator_eager(m: Material) -> Round:
     return lambda: boundary.train(boundary.step)
 
 
-def generator_graph(m: Material) -> Round:
-    need_gpu(m)
-    boundary, captured = Boundary(m), torch.cuda.CUDAGraph()
-    capture_warm(boundary.step, captured)
-    return lambda: boundary.train(captured.replay)
-
-
-def need_gpu(m: Material) -> None:
-    if m.device.type != "cuda":
-        raise NoGPU("needs a GPU")
+def generator_captured(m: Material) -> Round:
+    boundary = Boundary(m)
+    step = repeatable(boundary.step, m.device)
+    return lambda: boundary.train(step)
 
 
 def momentum_of_two(network: Network) -> Network:
@@ -316,19 +246,18 @@ RUNGS: dict[str, Rung] = {  # those that might leave a device in disorder come l
     "tf32": Rung("the same in tf32", product, "tf32"),
     "bf16": Rung("the same in bf16", product, "bf16"),
     "autotune": Rung("bf16, cuDNN chooses by trying", product, "bf16", autotune=True),
-    "static": Rung("bf16 over fixed inputs, eager", static, "bf16"),
-    "stacked2": Rung("2 clients as one model", partial(stacked, at_once=2), "bf16"),
-    "stacked5": Rung("5 clients as one model", partial(stacked, at_once=5), "bf16"),
-    "stacked_static": Rung("all clients as one model, fixed inputs", partial(stacked_static, capture=False), "bf16"),
     "ahead": Rung("generator and teacher ahead, large batches", ahead, "bf16"),
     "pool": Rung("synthetic images from a pool", product, "bf16", exact=False),
+    "stacked2": Rung("2 clients as one model", partial(stacked, at_once=2), "bf16"),
+    "stacked5": Rung("5 clients as one model", partial(stacked, at_once=5), "bf16"),
+    "lane": Rung("captured steps, one lane", partial(lanes, count=1), "bf16"),
+    "lanes2": Rung("captured steps, 2 lanes", partial(lanes, count=2), "bf16"),
+    "lanes3": Rung("captured steps, 3 lanes", partial(lanes, count=3), "bf16"),
+    "lanes5": Rung("captured steps, 5 lanes", partial(lanes, count=5), "bf16"),
+    "lanes5_tf32": Rung("captured steps, 5 lanes", partial(lanes, count=5), "tf32"),
+    "lanes5_fp32": Rung("captured steps, 5 lanes", partial(lanes, count=5), "fp32"),
     "generator": Rung("a boundary's steps, eager", generator_eager, "bf16", base="generator"),
-    "graph": Rung("bf16, an epoch as one CUDA graph", graph, "bf16"),
-    "streams2": Rung("graphs on 2 streams", partial(streams, count=2), "bf16"),
-    "streams3": Rung("graphs on 3 streams", partial(streams, count=3), "bf16"),
-    "streams5": Rung("graphs on 5 streams", partial(streams, count=5), "bf16"),
-    "stacked_graph": Rung("all clients as one model, one graph", partial(stacked_static, capture=True), "bf16"),
-    "generator_graph": Rung("a boundary's step as one graph", generator_graph, "bf16", base="generator"),
+    "generator_captured": Rung("a boundary's steps, captured", generator_captured, "bf16", base="generator"),
     "compile": Rung("torch.compile", compiled, "bf16"),
 }
 

@@ -1,4 +1,4 @@
-"""Clients trained as one stacked model: the same weights as one after the other, up to rounding."""
+"""Clients trained at the same time, as one stacked model or in lanes: the same weights as one after the other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from torch import Tensor
 
 import fedcil
 from client.handle import Shared, Worker, do_jobs
+from client.lanes import Lane, local_sgd_in_lanes
 from client.stacked import local_sgd_stacked, stack_draws, turns
 from client.states import StateStore
 from client.training import Recipe, cut_epoch, local_sgd
-from fedcil.compute import resolve_stack
+from fedcil.compute import Execution, resolve_execution
 from fedcil.engines.workers import worker_count
+from fedcil.errors import ScenarioError
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.keys import Key
 from fedcil.messages import Broadcast, Failure, Job, Payload, Report
@@ -59,11 +62,12 @@ def payload_for(small: Any, method: str, net: str) -> Payload | None:
     return Payload.of(state_of(teacher)) if method in ("fedlwf", "feder") else None
 
 
+@pytest.mark.parametrize("way", ["stack", "lanes"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("net", ["cnn", "resnet8"])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.usefixtures("float64")
-def test_a_stack_gives_what_each_client_gives_alone(small: Any, name: str, net: str, momentum: float) -> None:
+def test_each_client_gives_what_it_gives_alone(small: Any, name: str, net: str, momentum: float, way: str) -> None:
     """Clients of unequal numbers of batches, a short last one among them; batch-norm statistics per client."""
     method, task = METHODS[name], small.second
     prepared = method.prepare(small.compute(net), task, payload_for(small, name, net), Key(0))
@@ -73,10 +77,25 @@ def test_a_stack_gives_what_each_client_gives_alone(small: Any, name: str, net: 
     keys = [Key(0).at("client", client) for client in range(len(SIZES))]
     training = TrainingSection(epochs=3, batch_size=4, momentum=momentum, weight_decay=0.02)
     anchor = tuple(start[each] for each, _ in network.named_parameters())
-    recipe = Recipe(method, prepared, task, training, 0.05, noisy, anchor)
-    stacked = local_sgd_stacked(network, recipe, samples, keys)
-    assert all(torch.equal(tensor, start[each]) for each, tensor in state_of(network).items())
-    for mine, key, (state, said) in zip(samples, keys, stacked, strict=True):
+    recipe = Recipe(method, prepared, task, training, 2.0**-4, noisy, anchor)
+    if way == "stack":
+        found = local_sgd_stacked(network, recipe, samples, keys)
+        assert all(torch.equal(tensor, start[each]) for each, tensor in state_of(network).items())
+    else:
+        lanes = [Lane(small.network(5, net, seed=9), training) for _ in range(3)]
+        for round_ in range(2):  # what the first round leaves in the lanes' memory must not reach the second
+            found = [
+                ({each: tensor.clone() for each, tensor in state.items()}, said)
+                for first in range(0, len(SIZES), 3)
+                for state, said in local_sgd_in_lanes(
+                    lanes,
+                    start,
+                    replace(recipe, lr=0.5 if round_ == 0 else recipe.lr),
+                    samples[first : first + 3],
+                    keys[first : first + 3],
+                )
+            ]
+    for mine, key, (state, said) in zip(samples, keys, found, strict=True):
         load_state(network, start)
         alone = local_sgd(network, recipe, mine, key)
         expected = state_of(network)
@@ -91,10 +110,11 @@ def test_a_stack_gives_what_each_client_gives_alone(small: Any, name: str, net: 
 def test_every_batch_of_every_client_has_its_turn(counts: list[int], mode: str) -> None:
     plans = [cut_epoch(count, 8, mode) for count in counts]
     seen: list[list[int]] = [[] for _ in plans]
-    for step, start, stop in turns(plans):
-        (size,) = {plan[step] for plan in plans[start:stop]}
+    for start, stop in turns(plans):
+        taken = len(seen[start])
+        (size,) = {plan[taken] for plan in plans[start:stop]}
         for client in range(start, stop):
-            assert len(seen[client]) == step
+            assert len(seen[client]) == taken
             seen[client].append(size)
     assert seen == plans
 
@@ -109,21 +129,47 @@ def test_draws_are_stacked_by_their_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "expected"), [(None, "cpu", 1), (None, "cuda", 8), (3, "cpu", 3), (1, "cuda", 1)]
+    ("stack", "lanes", "device", "expected", "name"),
+    [
+        (1, None, "cpu", Execution(), "fused"),
+        (1, None, "cuda", Execution(lanes=5), "captured"),
+        (3, None, "cpu", Execution(stack=3), "stacked 3"),
+        (3, None, "cuda", Execution(stack=3), "stacked 3"),
+        (1, 0, "cuda", Execution(), "fused"),
+        (1, 2, "cpu", Execution(lanes=2), "captured"),
+    ],
 )
-def test_off_on_a_cpu_unless_asked_for(wanted: int | None, device: str, expected: int) -> None:
-    assert resolve_stack(wanted, torch.device(device)) == expected
+def test_lanes_on_a_gpu_and_one_by_one_on_a_cpu(
+    stack: int, lanes: int | None, device: str, expected: Execution, name: str
+) -> None:
+    found = resolve_execution(stack, lanes, torch.device(device))
+    assert (found, found.name) == (expected, name)
 
 
-def test_a_round_needs_no_more_workers_than_stacks() -> None:
+def test_a_stack_and_lanes_are_refused_together() -> None:
+    with pytest.raises(ScenarioError, match=r"engine\.stack = 2 and engine\.lanes = 3"):
+        experiment_of({"stack": 2, "lanes": 3})
+
+
+def test_only_tensors_can_be_drawn_in_a_lane(small: Any) -> None:
+    """What is not a tensor would be captured as it was for the first client."""
+    method = Method(draw=lambda *_: 3, loss=lambda model, _, batch, draws: model(batch.images).sum() * draws)
+    training = TrainingSection(epochs=1, batch_size=4)
+    recipe = Recipe(method, None, small.first, training, 0.1, noisy)
+    lane = Lane(small.network(3), training)
+    with pytest.raises(TypeError, match="draws are tensors or None"):
+        lane.start(lane.state, recipe, Samples(small.images(4), small.labels(4, small.first)), Key(0))
+
+
+def test_a_round_needs_no_more_workers_than_it_has_use_for() -> None:
     plain = load_scenario({"clients": {"count": 9, "per_round": 9}, "method": {"name": "fedavg"}})
-    assert worker_count(plain, stack=9) == 1
+    assert worker_count(plain, at_once=9) == 1
 
 
 # --- a client's answer ------------------------------------------------------------------------------------
 
 
-def experiment_of(stack: int, **training: Any) -> Experiment:
+def experiment_of(engine: dict[str, int], **training: Any) -> Experiment:
     """Six clients with 3, 3, 3, 3, 2 and 2 samples of a task."""
     return open_experiment(
         load_scenario(
@@ -136,14 +182,16 @@ def experiment_of(stack: int, **training: Any) -> Experiment:
                 "model": {"name": "cnn", "width": 4},
                 "method": {"name": "fedavg"},
                 "training": {"epochs": 2, "batch_size": 2, **training},
-                "engine": {"stack": stack},
+                "engine": engine,
             }
         )
     )
 
 
-def answers(stack: int, folder: Path, clients: tuple[int, ...] = (0, 1, 2, 3, 4, 5), **training: Any) -> Any:
-    experiment = experiment_of(stack, **training)
+def answers(
+    engine: dict[str, int], folder: Path, clients: tuple[int, ...] = (0, 1, 2, 3, 4, 5), **training: Any
+) -> Any:
+    experiment = experiment_of(engine, **training)
     broadcast = Broadcast(task=0, phase=0, round=0, tensors=experiment.first_state().server.model)
     jobs = [Job(client, place) for place, client in enumerate(clients)]
     worker = Worker(Shared(experiment, StateStore(folder)), check=lambda: None)
@@ -159,9 +207,10 @@ def answers(stack: int, folder: Path, clients: tuple[int, ...] = (0, 1, 2, 3, 4,
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("stack", [2, 4, 6])
-def test_answers_do_not_depend_on_how_many_are_stacked(stack: int, tmp_path: Path) -> None:
-    for one, other in zip(answers(1, tmp_path), answers(stack, tmp_path), strict=True):
+@pytest.mark.parametrize("engine", [{"stack": 2}, {"stack": 4}, {"stack": 6}, {"lanes": 1}, {"lanes": 4}])
+def test_answers_do_not_depend_on_how_many_are_trained_at_once(engine: dict[str, int], tmp_path: Path) -> None:
+    exact = {"lr": 2.0**-5, "lr_end": 2.0**-5}  # lanes hold the learning rate in float32
+    for one, other in zip(answers({}, tmp_path, **exact), answers(engine, tmp_path, **exact), strict=True):
         assert (one[0], one[3]) == (other[0], other[3])
         assert isinstance(one[1], Report)
         assert (one[1].samples, one[1].bytes_up, one[1].state) == (
@@ -174,20 +223,22 @@ def test_answers_do_not_depend_on_how_many_are_stacked(stack: int, tmp_path: Pat
             torch.testing.assert_close(other[2][name], tensor, rtol=0, atol=EQUAL)
 
 
-def test_a_client_that_breaks_takes_no_other_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["stack", "lanes"])
+def test_a_client_that_breaks_takes_no_other_along(way: str, tmp_path: Path) -> None:
     """There is no client 99: the others are trained one by one, and it is said."""
     with pytest.warns(UserWarning, match="one by one.*IndexError"):
-        found = answers(3, tmp_path, (0, 99, 1))
+        found = answers({way: 3}, tmp_path, (0, 99, 1))
     assert [isinstance(result, Failure) for _, result, _, _ in found] == [False, True, False]
-    alone = answers(1, tmp_path, (0,))
+    alone = answers({}, tmp_path, (0,))
     assert all(torch.equal(found[0][2][name], tensor) for name, tensor in alone[0][2].items())
 
 
-def test_each_client_of_a_stack_fails_for_itself(tmp_path: Path) -> None:
-    """At this rate all diverge; without a warning, since the stack itself works."""
+@pytest.mark.parametrize("way", ["stack", "lanes"])
+def test_each_of_several_clients_fails_for_itself(way: str, tmp_path: Path) -> None:
+    """At this rate all diverge; without a warning, since training at the same time itself works."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = answers(6, tmp_path, lr=1e20, lr_end=1e20)
+        found = answers({way: 6}, tmp_path, lr=1e20, lr_end=1e20)
     assert {result.stage for _, result, _, _ in found} == {"training"}
     assert all(given is None for _, _, given, _ in found)
 

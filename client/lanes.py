@@ -1,0 +1,137 @@
+"""Local SGD of several clients side by side on a GPU, each in a lane: a network and a stream of its own.
+
+A lane's step is captured once per task and size of batch, over inputs that stay where they are, and replayed for every
+client (fedcil/capture.py). Orders, augmentation and draws are those of ``client/training.py``, and so are the weights
+up to rounding. On a CPU the same steps run one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from client.training import LocalSGD, Recipe, Trained, cut_epoch, inputs
+from fedcil.capture import repeatable
+from fedcil.gradients import as_stored
+from fedcil.keys import Key
+from fedcil.messages import Tensors
+from fedcil.methods.base import Draws, Samples
+from fedcil.models.network import Network, copy_into, set_norm_momentum, state_of
+from fedcil.scenario import TrainingSection
+
+
+class Lane:
+    """Trains one client at a time; ``state`` is the network's own memory, by name."""
+
+    def __init__(self, network: Network, training: TrainingSection) -> None:
+        self.network, self.state = network.train(), state_of(network)
+        self.device = network.head.weight.device
+        on_gpu = self.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        parameters = list(network.parameters())
+        self.anchor = tuple(torch.empty_like(parameter) for parameter in parameters)
+        self.momenta = [torch.zeros_like(as_stored(each)) for each in parameters] if training.momentum else []
+        # A captured step reads the learning rate anew; fused SGD takes one on the device in float32 only.
+        self.lr = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.optimizer = LocalSGD(parameters, self.lr, training, [*self.momenta])
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.taken = 0
+        self.recipe: Recipe | None = None
+        self.steps: dict[int, Step] = {}
+
+    def start(self, tensors: Tensors, recipe: Recipe, samples: Samples, key: Key) -> None:
+        """Ask for the training of a client from ``tensors``. Its weights are there when the stream has come so far."""
+        training = recipe.training
+        sizes = cut_epoch(len(samples.labels), training.batch_size, training.batches)
+        places = [key.at("epoch", epoch) for epoch in range(training.epochs)] if sizes else []
+        self._take_up(recipe)
+        with torch.cuda.stream(self.stream):
+            if places and set(sizes) - self.steps.keys():
+                self._capture(recipe, samples, sizes, places[0])
+            self._reset(tensors, recipe)
+            for place in places:
+                for images, labels, draws in inputs(recipe, samples, sizes, place):
+                    recipe.check()
+                    self.steps[len(labels)].run(images, labels, draws)
+        self.taken = len(places) * len(sizes)
+
+    def trained(self) -> Trained:
+        """What the last training says about itself; waits for it."""
+        return Trained(self.taken, self.loss.item() / self.taken if self.taken else float("nan"))
+
+    def update(self, images: Tensor, labels: Tensor, draws: Draws) -> None:
+        """One step on a batch."""
+        assert self.recipe is not None
+        loss = self.recipe.loss(self.network, images, labels, draws)
+        self.optimizer.step(loss)
+        self.loss += loss.detach()
+
+    def _take_up(self, recipe: Recipe) -> None:
+        """Captured steps hold on to a task's teacher; another task needs others."""
+        last, self.recipe = self.recipe, replace(recipe, anchor=self.anchor if recipe.anchor else ())
+        if last is None or last.prepared is not recipe.prepared or last.task != recipe.task:
+            self.steps.clear()
+            set_norm_momentum(self.network, recipe.norm_momentum)
+
+    def _capture(self, recipe: Recipe, samples: Samples, sizes: list[int], place: Key) -> None:
+        """A step for each size of batch; the weights are anybody's afterwards."""
+        for images, labels, draws in inputs(recipe, samples, sizes, place):
+            if len(labels) not in self.steps:
+                self.steps[len(labels)] = Step(self.update, images, labels, draws, self.pool)
+
+    def _reset(self, tensors: Tensors, recipe: Recipe) -> None:
+        copy_into(self.state, tensors)
+        if recipe.anchor:
+            torch._foreach_copy_(list(self.anchor), list(recipe.anchor))
+        if self.momenta:
+            torch._foreach_zero_(self.momenta)
+        self.lr.fill_(recipe.lr)
+        self.loss.zero_()
+
+
+class Step:
+    """A lane's update for batches of one size, over tensors that stay where they are."""
+
+    def __init__(
+        self, update: Callable[[Tensor, Tensor, Draws], None], images: Tensor, labels: Tensor, draws: Draws, pool: Any
+    ) -> None:
+        leaves, form = tree_flatten(draws)
+        if any(not isinstance(leaf, Tensor | None) for leaf in leaves):
+            raise TypeError("a step can be captured only if its draws are tensors or None")
+        own = [leaf if leaf is None else torch.empty_like(leaf, device=images.device) for leaf in leaves]
+        self.inputs = [torch.empty_like(images), torch.empty_like(labels), *(leaf for leaf in own if leaf is not None)]
+        self._fill(images, labels, draws)
+        given = tree_unflatten(own, form)
+        self.replay = repeatable(lambda: update(self.inputs[0], self.inputs[1], given), images.device, pool)
+
+    def run(self, images: Tensor, labels: Tensor, draws: Draws) -> None:
+        self._fill(images, labels, draws)
+        self.replay()
+
+    def _fill(self, images: Tensor, labels: Tensor, draws: Draws) -> None:
+        drawn = [leaf for leaf in tree_flatten(draws)[0] if leaf is not None]
+        for own, given in zip(self.inputs, [images, labels, *drawn], strict=True):
+            own.copy_(given, non_blocking=True)
+
+
+def local_sgd_in_lanes(
+    lanes: Sequence[Lane], tensors: Tensors, recipe: Recipe, samples: Sequence[Samples], keys: Sequence[Key]
+) -> list[tuple[Tensors, Trained]]:
+    """``local_sgd`` from ``tensors`` on each of several ``samples``, with the key of each, a lane for each:
+    (state, what it says of itself). The states are the lanes' memory.
+    """
+    busy = list(lanes[: len(samples)])
+    for lane, mine, key in zip(busy, samples, keys, strict=True):
+        if lane.stream is not None:
+            lane.stream.wait_stream(torch.cuda.current_stream(lane.device))
+        lane.start(tensors, recipe, mine, key)
+    for lane in busy:
+        if lane.stream is not None:
+            torch.cuda.current_stream(lane.device).wait_stream(lane.stream)
+    return [(lane.state, lane.trained()) for lane in busy]
