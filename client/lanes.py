@@ -7,8 +7,9 @@ up to rounding. On a CPU the same steps run one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -45,8 +46,10 @@ class Lane:
         self.recipe: Recipe | None = None
         self.steps: dict[int, Step] = {}
 
-    def start(self, tensors: Tensors, recipe: Recipe, samples: Samples, key: Key) -> None:
-        """Ask for the training of a client from ``tensors``. Its weights are there when the stream has come so far."""
+    def train(self, tensors: Tensors, recipe: Recipe, samples: Samples, key: Key) -> Iterator[None]:
+        """Ask for the training of a client from ``tensors``, an epoch for each ``next``. Its weights are there when the
+        stream has come so far.
+        """
         training = recipe.training
         sizes = cut_epoch(len(samples.labels), training.batch_size, training.batches)
         places = [key.at("epoch", epoch) for epoch in range(training.epochs)] if sizes else []
@@ -55,11 +58,13 @@ class Lane:
             if places and set(sizes) - self.steps.keys():
                 self._capture(recipe, samples, sizes, places[0])
             self._reset(tensors, recipe)
-            for place in places:
+        self.taken = len(places) * len(sizes)
+        for place in places:
+            with torch.cuda.stream(self.stream):
                 for images, labels, draws in inputs(recipe, samples, sizes, place):
                     recipe.check()
                     self.steps[len(labels)].run(images, labels, draws)
-        self.taken = len(places) * len(sizes)
+            yield
 
     def trained(self) -> Trained:
         """What the last training says about itself; waits for it."""
@@ -127,10 +132,12 @@ def local_sgd_in_lanes(
     (state, what it says of itself). The states are the lanes' memory.
     """
     busy = list(lanes[: len(samples)])
-    for lane, mine, key in zip(busy, samples, keys, strict=True):
+    for lane in busy:
         if lane.stream is not None:
             lane.stream.wait_stream(torch.cuda.current_stream(lane.device))
-        lane.start(tensors, recipe, mine, key)
+    training = [lane.train(tensors, recipe, mine, key) for lane, mine, key in zip(busy, samples, keys, strict=True)]
+    for _ in zip_longest(*training):  # epoch by epoch, so that all lanes are at work from the start to the end
+        pass
     for lane in busy:
         if lane.stream is not None:
             torch.cuda.current_stream(lane.device).wait_stream(lane.stream)

@@ -15,7 +15,7 @@ import torch
 from fedcil.errors import ScenarioError
 from fedcil.messages import Tensors
 from fedcil.models import Architecture
-from fedcil.models.network import Network, fold_norms, freeze, load_state
+from fedcil.models.network import Network, fold_norms, freeze, load_state, narrow
 
 Precision = Literal["fp32", "tf32", "bf16"]
 LANES_ON_GPU = 5
@@ -49,6 +49,8 @@ class Compute:
         """A frozen network for many passes: batch norm folded into the convolutions (1.1 times as fast in fp32)."""
         network = self.frozen(tensors)
         fold_norms(network)
+        if self.autocast:
+            narrow(network.backbone, self.autocast)
         return network
 
 

@@ -158,7 +158,7 @@ def test_only_tensors_can_be_drawn_in_a_lane(small: Any) -> None:
     recipe = Recipe(method, None, small.first, training, 0.1, noisy)
     lane = Lane(small.network(3), training)
     with pytest.raises(TypeError, match="draws are tensors or None"):
-        lane.start(lane.state, recipe, Samples(small.images(4), small.labels(4, small.first)), Key(0))
+        next(lane.train(lane.state, recipe, Samples(small.images(4), small.labels(4, small.first)), Key(0)))
 
 
 def test_a_round_needs_no_more_workers_than_it_has_use_for() -> None:

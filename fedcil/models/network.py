@@ -114,6 +114,15 @@ def fold_norms(network: Network) -> None:
     network.backbone = folded
 
 
+def narrow(module: nn.Module, dtype: torch.dtype) -> None:
+    """Weights of a frozen module's convolutions and linear layers in the type that autocast would bring them to anew at
+    every call: the same bits for less.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            part.to(dtype)
+
+
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """PyTorch's default initialisation, drawn from ``generator`` instead of the global one.
 
