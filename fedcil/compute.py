@@ -114,7 +114,7 @@ def resolve_execution(stack: int, lanes: int | None, device: torch.device) -> Ex
             f"engine.stack = {stack} and engine.lanes = {lanes} are two ways to train clients at the same time",
             where="engine",
             allowed="one of them",
-            next="leave out engine.stack, which on a GPU cannot train networks with batch norm",
+            next="leave out engine.stack",
         )
     if lanes is None:
         lanes = LANES_ON_GPU if device.type == "cuda" and stack == 1 else 0
