@@ -1,6 +1,6 @@
 """How much of a GPU a worker gets where the scenario does not say: by memory, measured once at the start of a run.
 
-Written for GPUs but not tried on one: the arithmetic and the step that is measured are tested on a CPU.
+The arithmetic is tested on a CPU, the measurement ran on one H200; workers with shares of a GPU were never run.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def picture(table: Table, path: Path) -> None:
                 ideal[f"ideal ({engine})"] = ([1.0, 2.0], [one, ratio * one])
                 print(f"{engine}, {scaling}: {kind}(2) / {kind}(1) = {two / one:.3f} (ideal {ratio:g})")
             panels.append(Panel(points, ideal, f"workers ({scaling})", f"{kind} s a round", (False, False), True))
-    draw(path, "Workers on a shared machine of two cores: CPU is comparable, wall is not", panels)
+    draw(path, "One worker and two (on a busy machine only CPU seconds can be compared)", panels)
 
 
 def main() -> int:
