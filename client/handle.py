@@ -187,6 +187,7 @@ def try_at_once(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> li
     except Stopped:
         raise
     except Exception as error:
+        worker.lanes = []  # their memory is needed now
         reason = _failure(jobs[0], error).reason
         way = "in lanes (engine.lanes)" if execution.lanes else "as one model (engine.stack)"
         warnings.warn(f"clients are trained one by one, not {way}: {reason}", stacklevel=2)
@@ -273,19 +274,34 @@ def _train_at_once(broadcast: Broadcast, jobs: Sequence[Job], phase: Phase, work
     experiment = shared.experiment
     task = experiment.stream.tasks[broadcast.task]
     network = worker.load(task.seen, broadcast.tensors)
-    own = [shared.samples(job.client, task) for job in jobs]
-    samples = [_with_memory(mine, job, shared) for mine, job in zip(own, jobs, strict=True)]
-    keys = [client_key(experiment.key, broadcast, job.client) for job in jobs]
+    lanes = worker.lanes_for(task.seen)  # lets go of the last task's before this one's teacher is made
+    ready, broken = _samples_of(jobs, task, shared)
+    samples = [joined for _, _, joined in ready]
+    keys = [client_key(experiment.key, broadcast, job.client) for job, _, _ in ready]
     recipe = _recipe(broadcast, phase, worker)
-    if experiment.execution.lanes:
-        trained = local_sgd_in_lanes(worker.lanes_for(task.seen), broadcast.tensors, recipe, samples, keys)
+    if lanes:
+        trained = local_sgd_in_lanes(lanes, broadcast.tensors, recipe, samples, keys)
     else:
         trained = local_sgd_stacked(network, recipe, samples, keys)
     seconds = (time.perf_counter() - started) / len(jobs)
-    return [
-        _answer(job, len(mine.labels), partial(_given, state, said, joined, experiment), seconds)
-        for job, mine, joined, (state, said) in zip(jobs, own, samples, trained, strict=True)
+    answers = [
+        _answer(job, count, partial(_given, state, said, joined, experiment), seconds)
+        for (job, count, joined), (state, said) in zip(ready, trained, strict=True)
     ]
+    return answers + broken
+
+
+def _samples_of(jobs: Sequence[Job], task: Task, shared: Shared) -> tuple[list[tuple[Job, int, Samples]], list[Answer]]:
+    """(job, own samples, samples with what the client kept), and the answers of clients that have none to give."""
+    ready: list[tuple[Job, int, Samples]] = []
+    broken: list[Answer] = []
+    for job in jobs:
+        try:
+            own = shared.samples(job.client, task)
+            ready.append((job, len(own.labels), _with_memory(own, job, shared)))
+        except Exception as error:
+            broken.append((job, _failure(job, error), None))
+    return ready, broken
 
 
 def _answer(job: Job, samples: int, given: Callable[[], tuple[Contribution, Metrics]], seconds: float) -> Answer:

@@ -8,6 +8,7 @@ up to rounding. On a CPU the same steps run one after the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -54,13 +55,14 @@ class Lane:
         sizes = cut_epoch(len(samples.labels), training.batch_size, training.batches)
         places = [key.at("epoch", epoch) for epoch in range(training.epochs)] if sizes else []
         self._take_up(recipe)
-        with torch.cuda.stream(self.stream):
+        with self._on_stream():
+            self._reset(tensors, recipe)
             if places and set(sizes) - self.steps.keys():
                 self._capture(recipe, samples, sizes, places[0])
-            self._reset(tensors, recipe)
+                self._reset(tensors, recipe)
         self.taken = len(places) * len(sizes)
         for place in places:
-            with torch.cuda.stream(self.stream):
+            with self._on_stream():
                 for images, labels, draws in inputs(recipe, samples, sizes, place):
                     recipe.check()
                     self.steps[len(labels)].run(images, labels, draws)
@@ -77,17 +79,22 @@ class Lane:
         self.optimizer.step(loss)
         self.loss += loss.detach()
 
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
     def _take_up(self, recipe: Recipe) -> None:
         """Captured steps hold on to a task's teacher; another task needs others."""
         last, self.recipe = self.recipe, replace(recipe, anchor=self.anchor if recipe.anchor else ())
-        if last is None or last.prepared is not recipe.prepared or last.task != recipe.task:
+        same = last and last.prepared is recipe.prepared and last.task == recipe.task
+        if not (same and last and bool(last.anchor) == bool(recipe.anchor)):
             self.steps.clear()
             set_norm_momentum(self.network, recipe.norm_momentum)
 
     def _capture(self, recipe: Recipe, samples: Samples, sizes: list[int], place: Key) -> None:
-        """A step for each size of batch; the weights are anybody's afterwards."""
+        """A step for each size of batch; trying them changes the weights."""
         for images, labels, draws in inputs(recipe, samples, sizes, place):
             if len(labels) not in self.steps:
+                recipe.check()
                 self.steps[len(labels)] = Step(self.update, images, labels, draws, self.pool)
 
     def _reset(self, tensors: Tensors, recipe: Recipe) -> None:
@@ -106,13 +113,13 @@ class Step:
     def __init__(
         self, update: Callable[[Tensor, Tensor, Draws], None], images: Tensor, labels: Tensor, draws: Draws, pool: Any
     ) -> None:
-        leaves, form = tree_flatten(draws)
+        leaves, self.form = tree_flatten(draws)
         if any(not isinstance(leaf, Tensor | None) for leaf in leaves):
             raise TypeError("a step can be captured only if its draws are tensors or None")
         own = [leaf if leaf is None else torch.empty_like(leaf, device=images.device) for leaf in leaves]
         self.inputs = [torch.empty_like(images), torch.empty_like(labels), *(leaf for leaf in own if leaf is not None)]
         self._fill(images, labels, draws)
-        given = tree_unflatten(own, form)
+        given = tree_unflatten(own, self.form)
         self.replay = repeatable(lambda: update(self.inputs[0], self.inputs[1], given), images.device, pool)
 
     def run(self, images: Tensor, labels: Tensor, draws: Draws) -> None:
@@ -120,8 +127,11 @@ class Step:
         self.replay()
 
     def _fill(self, images: Tensor, labels: Tensor, draws: Draws) -> None:
-        drawn = [leaf for leaf in tree_flatten(draws)[0] if leaf is not None]
-        for own, given in zip(self.inputs, [images, labels, *drawn], strict=True):
+        leaves, form = tree_flatten(draws)
+        tensors = [images, labels, *(leaf for leaf in leaves if leaf is not None)]
+        if form != self.form or [each.shape for each in tensors] != [each.shape for each in self.inputs]:
+            raise TypeError("draws of another form or shape than those of the batch that the step was captured with")
+        for own, given in zip(self.inputs, tensors, strict=True):
             own.copy_(given, non_blocking=True)
 
 
@@ -136,9 +146,11 @@ def local_sgd_in_lanes(
         if lane.stream is not None:
             lane.stream.wait_stream(torch.cuda.current_stream(lane.device))
     training = [lane.train(tensors, recipe, mine, key) for lane, mine, key in zip(busy, samples, keys, strict=True)]
-    for _ in zip_longest(*training):  # epoch by epoch, so that all lanes are at work from the start to the end
-        pass
-    for lane in busy:
-        if lane.stream is not None:
-            torch.cuda.current_stream(lane.device).wait_stream(lane.stream)
+    try:
+        for _ in zip_longest(*training):  # epoch by epoch, so that all lanes are at work from the start to the end
+            pass
+    finally:  # whoever gives up halfway: what lanes still read must not be memory for something else
+        for lane in busy:
+            if lane.stream is not None:
+                torch.cuda.current_stream(lane.device).wait_stream(lane.stream)
     return [(lane.state, lane.trained()) for lane in busy]

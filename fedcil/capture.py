@@ -6,6 +6,7 @@ leave a large GPU idle for two thirds of the time (docs/performance.md).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ def repeatable(work: Callable[[], object], device: torch.device, pool: Any = Non
 
     ``work`` reads and writes tensors that stay where they are; it draws nothing and never waits for the device. On a
     GPU it is run a few times here: what it changed, the caller puts back. ``pool`` (``torch.cuda.graph_pool_handle``):
-    memory for graphs that never run at the same time. RuntimeError if ``work`` cannot be captured.
+    memory for graphs that never run at the same time. Where the capture fails, ``work`` itself, with a warning.
     """
     if device.type != "cuda":
         return work
@@ -30,8 +31,12 @@ def repeatable(work: Callable[[], object], device: torch.device, pool: Any = Non
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        work()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:
+            warnings.warn(f"a step cannot be captured and is launched kernel by kernel: {error}", stacklevel=2)
+            return work
     current.wait_stream(stream)
     return graph.replay

@@ -288,7 +288,9 @@ class EngineSection(Section):
     """``[engine]``: where clients run. It changes cost, not results; ``stack`` and ``lanes`` change rounding."""
 
     name: Literal["inline", "ray", "flower"] = "inline"
-    workers: Threads | None = Field(None, description="default: one per core, at most one per asked client")
+    workers: Threads | None = Field(
+        None, description="default: one per core, at most one per asked client; inline on a GPU always one"
+    )
     stack: Threads = Field(1, description="clients that a worker trains as one model")
     lanes: Annotated[int, Field(ge=0, le=64)] | None = Field(
         None,

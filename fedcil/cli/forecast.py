@@ -108,7 +108,7 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     kept, added = scenario.method.extra_images(scenario.training.batch_size, task)
     pool = 4 * kept * math.prod(experiment.compute.architecture.image)
     activations = 2 * (scenario.training.batch_size + added) * activation_bytes(experiment)
-    at_once = worker_count(scenario, experiment.execution.at_once) * experiment.execution.at_once
+    at_once = worker_count(experiment) * experiment.execution.at_once
     cohort = 0 if scenario.server.fold == "mean" else scenario.clients.per_round * model_bytes
     return int(TORCH_MB + (stored + pool + cohort + at_once * (COPIES * model_bytes + activations)) / 2**20)
 

@@ -44,7 +44,7 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     if setting.data_root is not None:
         os.environ[client_app.DATA_ROOT] = str(setting.data_root.absolute())
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    workers = worker_count(scenario, setting.experiment.execution.at_once)
+    workers = worker_count(setting.experiment)
     gpus = gpus_per_worker(setting.experiment, workers)
     resources = {"num_cpus": 1, "num_gpus": gpus}
     least = workers if scenario.engine.workers else 1

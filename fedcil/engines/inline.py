@@ -40,10 +40,8 @@ class InlinePort:
         self._shared = Shared(setting.experiment, StateStore(setting.states))
         self._stop = setting.stop
         self._local = threading.local()
-        self._at_once = setting.experiment.execution.at_once
-        # On a GPU lanes are side by side, and whoever captures a step must be the only one at work.
-        on_gpu = setting.experiment.compute.device.type == "cuda"
-        self._workers = 1 if on_gpu else worker_count(scenario, self._at_once)
+        self._at_once, self._lanes = setting.experiment.execution.at_once, setting.experiment.execution.lanes
+        self._workers = worker_count(setting.experiment)
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="client")
 
     def reachable(self) -> frozenset[int]:
@@ -52,8 +50,11 @@ class InlinePort:
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
         """As they come; what is late is not waited for, and its thread gives up at its next step."""
         gathered, abandoned = Gathered(request, done), threading.Event()
-        # With a deadline each client stands for itself: who is late takes no other answer along.
-        runs = cut(request, self._workers, self._at_once) if deadline_s is None else cut(request, len(request.jobs))
+        count = len(request.jobs)
+        if deadline_s is not None:  # each client stands for itself: who is late takes no other answer along
+            runs = cut(request, count)
+        else:  # lanes of one worker are filled best by all jobs at once
+            runs = cut(request, self._workers, count if self._lanes and self._workers == 1 else self._at_once)
         futures = [self._threads.submit(self._handle, run, abandoned) for run in runs]
         try:
             for future in as_completed(futures, deadline_s):

@@ -53,7 +53,7 @@ STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     """Attach to ``engine.address`` or start Ray here; what was started is ended."""
     engine = setting.experiment.scenario.engine
-    workers = worker_count(setting.experiment.scenario, setting.experiment.execution.at_once)
+    workers = worker_count(setting.experiment)
     gpus = gpus_per_worker(setting.experiment, workers)
     # A cluster, or GPUs whose shares were measured, may have room for fewer than there are cores here.
     least = workers if engine.workers or not (engine.address or gpus) else 1

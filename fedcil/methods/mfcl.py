@@ -33,7 +33,7 @@ from fedcil.methods.adam import Adam
 from fedcil.methods.base import Batch, Boundary, Draws, Method, Notice, Prepared, Progress, part, prefixed
 from fedcil.methods.inversion import Weights, generator_loss, to_floats
 from fedcil.models.generator import Generator, default_upsamplings
-from fedcil.models.network import Network, allocate, freeze, initialise, load_state, narrow, snapshot, state_of
+from fedcil.models.network import Network, allocate, freeze, initialise, load_state, snapshot, state_of
 from fedcil.section import Above0, Count, MethodSettings, NonNegative, Positive
 from fedcil.state import ServerState
 from fedcil.stream import Task
@@ -170,8 +170,7 @@ class MFCL(MethodSettings):
         generator = self.place(self.make_generator(compute), compute)
         load_state(generator, part("generator", payload.tensors))
         freeze(generator)
-        if compute.autocast:
-            narrow(generator, compute.autocast)
+        compute.settle(generator)
         pool = draw_pool(generator, teacher, self.pool, key.at("pool")) if self.pool else None
         return Replay(teacher, generator, pool)
 
@@ -230,7 +229,7 @@ class MFCL(MethodSettings):
             optimizer.step(loss)
             terms.update(found)
 
-        advance = repeatable(update, device)
+        advance = repeatable(update, device) if self.steps else update
         load_state(generator, start)
         optimizer.reset()
         log: dict[str, list[float]] = {}
