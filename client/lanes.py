@@ -48,8 +48,8 @@ class Lane:
         self.steps: dict[int, Step] = {}
 
     def train(self, tensors: Tensors, recipe: Recipe, samples: Samples, key: Key) -> Iterator[None]:
-        """Ask for the training of a client from ``tensors``, an epoch for each ``next``. Its weights are there when the
-        stream has come so far.
+        """Hand a client's training from ``tensors`` to the device, an epoch for each ``next``. Nothing waits: the
+        weights are ready once the lane's stream is done. TypeError if draws are no tensors or change in shape.
         """
         training = recipe.training
         sizes = cut_epoch(len(samples.labels), training.batch_size, training.batches)
@@ -73,7 +73,7 @@ class Lane:
         return Trained(self.taken, self.loss.item() / self.taken if self.taken else float("nan"))
 
     def update(self, images: Tensor, labels: Tensor, draws: Draws) -> None:
-        """One step on a batch."""
+        """One step on a batch: images (b, c, h, w), labels (b,)."""
         assert self.recipe is not None
         loss = self.recipe.loss(self.network, images, labels, draws)
         self.optimizer.step(loss)

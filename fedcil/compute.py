@@ -108,7 +108,7 @@ class Execution:
 
     @property
     def name(self) -> str:
-        """What bits depend on: how many lanes there are they do not."""
+        """What bits depend on; the number of lanes is no part of it."""
         return "captured" if self.lanes else "fused" if self.stack == 1 else f"stacked {self.stack}"
 
 

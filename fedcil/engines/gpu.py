@@ -17,7 +17,7 @@ from fedcil.messages import count_bytes
 CONTEXT_BYTES = 600 << 20  # of a process, for CUDA itself and the code of its kernels
 MARGIN = 1.25  # what an allocator reserves over what is used
 USABLE = 0.95  # of the memory that is free
-COPIES = 4  # of the model in a worker: parameters, broadcast, contribution, partial sum
+COPIES = 5  # of the model for each client at work: parameters, gradients, anchor, contribution, partial sum
 PRECISION = 10_000  # Ray counts resources in ten-thousandths
 MOST = 64  # workers on a GPU; beyond 100 a share rounded down would let one more in
 
