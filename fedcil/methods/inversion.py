@@ -101,7 +101,7 @@ class EvalNormWithStatistics(torch.autograd.Function):
         slope = 2 * of_var / count
         shift = of_mean / count - slope * mean
         slope, shift, scale = (each.to(x.dtype).view(across) for each in (slope, shift, scale))
-        return torch.addcmul(shift, x, slope).addcmul_(of_output, scale), None, None, None, None, None
+        return (of_output * scale).addcmul_(x, slope).add_(shift), None, None, None, None, None
 
 
 def label_loss(logits: Tensor, temperature: float) -> Tensor:
