@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from client.handle import Shared, Worker, do_jobs
 from client.share import own_clients
 from client.states import StateStore
+from fedcil.allocator import keep_freed_memory
 from fedcil.errors import MessageRefused
 from fedcil.experiment import open_experiment
 from fedcil.files import write_atomic
@@ -78,6 +79,7 @@ def client_home(context: Context) -> Path:
 @lru_cache(maxsize=1)
 def open_worker(scenario: str, data_root: str | None, home: Path) -> Worker:
     """The worker of this process, kept for as long as the process and the scenario last."""
+    keep_freed_memory()
     experiment = open_experiment(load_scenario(json.loads(scenario)), Path(data_root) if data_root else None)
     return Worker(Shared(experiment, StateStore(home / "client_states")), lambda: None)
 

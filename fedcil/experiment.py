@@ -47,6 +47,7 @@ class Experiment:
     partition: Sequence[TaskPartition]
     method: Method
     compute: Compute
+    execution: Execution
 
     @property
     def timeline(self) -> Timeline:
@@ -111,12 +112,6 @@ class Experiment:
         scenario = self.scenario
         return numeric_configuration(self.compute, scenario.training.threads, scenario.server.threads, self.execution)
 
-    @property
-    def execution(self) -> Execution:
-        """How a worker trains the clients that it is given."""
-        engine = self.scenario.engine
-        return resolve_execution(engine.stack, engine.lanes, self.compute.device)
-
 
 def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_progress: bool = False) -> Experiment:
     """Load the data and derive stream, partition and method. Raises ScenarioError or DataMissing."""
@@ -133,7 +128,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     scenario.method.check_image(architecture.image)
     method = scenario.method.build()
     refuse_idle_rule(scenario, method, stream)
-    resolve_execution(scenario.engine.stack, scenario.engine.lanes, device)
+    execution = resolve_execution(scenario.engine.stack, scenario.engine.lanes, device)
     clients, timeline = scenario.clients.count, make_timeline(method, stream, scenario.training.rounds)
     population = make_population(scenario.population, clients, timeline, key)
     return Experiment(
@@ -144,7 +139,8 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
         population=population,
         partition=make_partition(scenario.partition, clients, stream, labels, key, population.sharing),
         method=method,
-        compute=Compute(architecture, device, precision),
+        compute=Compute(architecture, device, precision, stacked=execution.stack > 1),
+        execution=execution,
     )
 
 

@@ -43,13 +43,17 @@ class Fold:
         self._put((0, position), None, own=False)
 
     def merge(self, other: Fold) -> None:
-        """Take in another fold of the same tree. ValueError if they overlap: nothing is counted twice."""
+        """Take over what another fold of the same tree holds; it is empty afterwards. ValueError, and nothing is taken,
+        if they overlap: nothing is counted twice.
+        """
         if other.leaves != self.leaves:
             raise ValueError(f"folds of different cohorts: {self.leaves} and {other.leaves} leaves")
         for node in other.sums:
             self._refuse_overlap(node)
-        for node, total in other.sums.items():
-            self._put(node, total, own=False)
+        taken, own = other.sums, other.own
+        other.sums, other.own = {}, set()
+        for node, total in taken.items():
+            self._put(node, total, own=node in own)
 
     def total(self) -> Total | None:
         """The sum over all leaves that gave something; missing leaves count as absent. None if none gave."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedcil.allocator import keep_freed_memory
 from fedcil.errors import FedcilError, FolderBusy
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.files import write_atomic
@@ -72,6 +73,7 @@ def enter(path: Path, experiment: Experiment) -> tuple[RunFolder, RunState]:
 
 
 def serve(grid: Grid, experiment: Experiment, folder: RunFolder, state: RunState, min_clients: int) -> None:
+    keep_freed_memory()
     state = state.to(experiment.compute.device)  # checkpoints are read on the CPU
     try:
         port = GridPort(grid, experiment, folder.path.name, StopSignal(), state.nodes, min_clients)

@@ -37,6 +37,7 @@ EXPERIMENT = (
 # room -> what it may import of the project (a name allows everything below it) and which libraries
 ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.errors": ((), ()),
+    "fedcil.allocator": ((), ()),
     "fedcil.dotted": (("fedcil.errors",), ()),
     "fedcil.neighbours": (("fedcil.errors",), ()),
     "fedcil.rule": ((), ()),
@@ -89,12 +90,12 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*EXPERIMENT, "fedcil.availability", "fedcil.clock", "fedcil.wire", "fedcil.record", "server"),
         ("torch", "numpy"),
     ),
-    "server.app": ((*EXPERIMENT, "fedcil.record", "server"), ("flwr",)),
+    "server.app": ((*EXPERIMENT, "fedcil.allocator", "fedcil.record", "server"), ("flwr",)),
     "server.grid": ((*EXPERIMENT, "fedcil.wire", "fedcil.hello", "server"), ("flwr", "torch", "numpy")),
     "server.nodes": ((*EXPERIMENT, "fedcil.hello", "server"), ("flwr", "numpy")),
     "server.roster": (("fedcil.errors", "fedcil.hello"), ()),
     "client": ((*EXPERIMENT, "fedcil.wire", "client"), ("torch", "numpy")),
-    "client.app": ((*EXPERIMENT, "fedcil.wire", "fedcil.hello", "client"), ("flwr", "numpy")),
+    "client.app": ((*EXPERIMENT, "fedcil.allocator", "fedcil.wire", "fedcil.hello", "client"), ("flwr", "numpy")),
     "client.share": ((), ()),
     # Flower's programs are called as programs; a node's own processes load no torch.
     "fedcil.deploy": (("fedcil.errors", "fedcil.files", "fedcil.port", "fedcil.deploy"), ("cryptography", "filelock")),

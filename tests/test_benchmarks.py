@@ -27,7 +27,7 @@ def test_a_round_of_ours_is_a_round_of_the_plain_loop(tmp_path: Path) -> None:
 
 def test_a_peer_is_driven_line_by_line_and_ends_with_its_session(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data.npz")
-    session = Session(Path(sys.executable), "plainly", data, "lenet", "exact", tmp_path / "log")
+    session = Session(Path(sys.executable), "plain", data, "lenet", "exact", tmp_path / "log")
     try:
         assert weights_differ(data, session) == 0.0
         cpu, wall = session.round()

@@ -224,21 +224,31 @@ def test_a_thousand_clients_in_random_order_take_no_time() -> None:
     assert time.perf_counter() - start < 2.0
 
 
-def test_what_was_merged_or_given_is_never_written_to() -> None:
-    """Sums made by another fold may lie in memory that is read-only, or be counted elsewhere too."""
+def test_a_merged_fold_is_empty_so_that_nobody_counts_it_again() -> None:
+    """Its sums are added to in place from now on, as those that were made here."""
+    ours, theirs = Fold.empty(4), Fold.empty(4)
+    theirs.add(0, contribution(0))
+    (taken,) = theirs.sums.values()
+    ours.merge(theirs)
+    assert not theirs.sums
+    assert theirs.total() is None
+    ours.add(1, contribution(1))
+    assert bits(ours.total()) == bits(in_order(4, {0, 1}))
+    assert ours.sums[1, 0].tensors["weight"] is taken.tensors["weight"]  # type: ignore[union-attr]
+
+
+def test_what_was_given_or_lies_in_the_memory_of_others_is_never_written_to() -> None:
+    """Sums that a fold did not make itself may lie in memory that is read-only, or be counted elsewhere too."""
     given = [Contribution({"x": torch.full((3,), float(leaf))}, 2.0) for leaf in range(4)]
-    other = Fold.empty(4)
-    other.add(0, given[0])
-    other.add(2, given[2])
-    before = {node: total.tensors["x"].clone() for node, total in other.sums.items() if total}
+    others = {(0, leaf): Total({"x": 2 * given[leaf].tensors["x"]}, 2.0) for leaf in (0, 2)}
     fold = Fold.empty(4)
-    fold.merge(other)
+    fold.merge(Fold(4, dict(others)))
     fold.add(1, given[1])
     fold.add(3, given[3])
     total = fold.total()
     assert total is not None
     assert torch.equal(total.tensors["x"], torch.full((3,), 12.0))
-    assert all(torch.equal(other.sums[node].tensors["x"], tensor) for node, tensor in before.items())  # type: ignore[union-attr]
+    assert [others[0, leaf].tensors["x"][0].item() for leaf in (0, 2)] == [0.0, 4.0]
     assert [c.tensors["x"][0].item() for c in given] == [0.0, 1.0, 2.0, 3.0]
     again = fold.total()
     assert again is not None

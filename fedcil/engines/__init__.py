@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from fedcil.allocator import keep_freed_memory
 from fedcil.errors import ScenarioError
 from fedcil.experiment import Experiment
 from fedcil.port import Port, StopSignal
@@ -34,6 +35,7 @@ class Setting:
 
 def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     """Run ``loop`` over the engine that the scenario names."""
+    keep_freed_memory()
     result: T = load_engine(setting.experiment.scenario.engine.name).serve(setting, loop)
     return result
 

@@ -6,6 +6,7 @@ depend on how many there are.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,6 +22,7 @@ from fedcil.messages import Outcome, Reply, Request
 from fedcil.port import ClientDone, Port
 
 T = TypeVar("T")
+SWITCH_S = 1e-3  # how long a thread may keep Python's lock while another waits: a twentieth less for small networks
 
 
 def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
@@ -43,6 +45,9 @@ class InlinePort:
         self._at_once, self._lanes = setting.experiment.execution.at_once, setting.experiment.execution.lanes
         self._workers = worker_count(setting.experiment)
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="client")
+        self._switch_before = sys.getswitchinterval()
+        if self._workers > 1:
+            sys.setswitchinterval(SWITCH_S)
 
     def reachable(self) -> frozenset[int]:
         return self._clients
@@ -69,6 +74,7 @@ class InlinePort:
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
+        sys.setswitchinterval(self._switch_before)
 
     def _handle(self, request: Request, abandoned: threading.Event) -> Reply:
         worker = self._worker()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import threading
 import time
@@ -25,6 +24,7 @@ from ray.exceptions import RayActorError, RayError
 import fedcil
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
+from fedcil.allocator import keep_freed_memory
 from fedcil.engines import Setting, ray_head
 from fedcil.engines.flat import Flat, FlatReply, flatten_tensors
 from fedcil.engines.gpu import gpus_per_worker
@@ -44,9 +44,6 @@ LOOK_S = 0.2  # how long to wait before looking at the stop signal again
 LOOK_FOR_NODES_S = 1.0
 LEAST_PIECE_S = 0.05  # seconds of work that are worth a request of their own
 DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
-# For workers started here: memory that was given back to the system is faulted in page by page for the next client,
-# which is three fifths of an empty client's cost with a model of 45 MB.
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
 STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 
 
@@ -99,7 +96,6 @@ def cluster(
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
-            os.environ |= KEEP_MEMORY | os.environ  # what is set already stays
             ray.init(
                 address="local",  # not somebody's cluster that happens to run on this machine
                 num_cpus=workers,
@@ -143,6 +139,7 @@ class ClientWorker:
     """One actor: a worker with its own copy of everything that follows from the scenario."""
 
     def __init__(self, scenario: Scenario, data_root: Path | None, states: Path) -> None:
+        keep_freed_memory()
         self._worker = Worker(Shared(open_experiment(scenario, data_root), StateStore(states)), lambda: None)
         self._payload: Payload | None = None
 

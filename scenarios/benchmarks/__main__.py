@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fedcil.allocator import keep_freed_memory
 from scenarios.benchmarks import boundary, floor, machine, memory, overhead, report, rounds, step, whole, workers
 from scenarios.benchmarks.peers.environments import REQUIREMENTS, environment
 from scenarios.benchmarks.timing import Figure
@@ -49,8 +50,8 @@ class Bench:
             }
 
     def step(self) -> Rows:
-        rows = step.measure(step.SMALL, self.repeats)
-        return rows if self.quick else rows | step.measure(step.FULL, self.repeats)
+        rows = step.measure(step.SMALL, self.repeats, self.log)
+        return rows if self.quick else rows | step.measure(step.FULL, self.repeats, self.log)
 
     def floor(self) -> Rows:
         """Share of a fresh step's time that its convolutions alone would take."""
@@ -63,7 +64,7 @@ class Bench:
         return rows
 
     def boundary(self) -> Rows:
-        return boundary.measure(128, self.repeats)
+        return boundary.measure(128, self.repeats, self.log)
 
     def rounds(self) -> Rows:
         data = rounds.write_data(self.output / "round.npz")
@@ -105,6 +106,7 @@ class Bench:
 def main() -> int:
     options = parse()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as ``fedcil run`` does; whatever it is held against is a process of its own
     options.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.quick, options.repeats, options.output.absolute())
     wanted = options.only.split(",") if options.only else list(bench.parts)

@@ -1,12 +1,15 @@
 """(e) A step of the generator's training at a boundary, through the frozen ResNet-18: fedcil against the authors' form.
 
 The authors' form: the classifier's parameters still ask for gradients, a hook on each batch-norm layer makes mean and
-variance of its input (permuted and made contiguous first), NCHW, fp32.
+variance of its input (permuted and made contiguous first), NCHW, fp32; a process of its own (``peers/authors.py``).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from fedcil.methods.adam import Adam
 from fedcil.methods.inversion import blur, generator_loss
 from fedcil.methods.mfcl import MFCL
 from fedcil.models.network import initialise, snapshot
+from scenarios.benchmarks.peers.session import Session
 from scenarios.benchmarks.step import KEY, RELEASED, TASK, compute_in
 from scenarios.benchmarks.timing import Case, Figure, against, in_turn, timed
 
@@ -85,12 +89,13 @@ def authors_boundary(batch: int) -> Callable[[], object]:
     return step
 
 
-def measure(batch: int, repeats: int) -> dict[str, Figure]:
-    cases: dict[str, Case] = {
-        "authors": timed(authors_boundary(batch)),
-        "boundary_fp32": timed(our_boundary("fp32", batch)),
-        "boundary_bf16": timed(our_boundary("bf16", batch)),
-    }
-    costs = in_turn(cases, repeats)
-    authors = costs.pop("authors")
-    return {name: against(ours, authors) for name, ours in costs.items()}
+def measure(batch: int, repeats: int, log: Path) -> dict[str, Figure]:
+    with closing(Session(Path(sys.executable), "authors", "boundary", str(batch), "_", log)) as authors:
+        cases: dict[str, Case] = {
+            "authors": authors.case(),
+            "boundary_fp32": timed(our_boundary("fp32", batch)),
+            "boundary_bf16": timed(our_boundary("bf16", batch)),
+        }
+        costs = in_turn(cases, repeats)
+    theirs = costs.pop("authors")
+    return {name: against(ours, theirs) for name, ours in costs.items()}

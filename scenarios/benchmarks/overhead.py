@@ -94,7 +94,7 @@ def measure(
         if flower:
             session = Session(flower, "flower_empty", Path(str(clients)), str(megabytes), "_", log)
             stack.callback(session.close)
-            cases["flower"] = lambda: Cost(*(seconds / clients for seconds in session.round()))
+            cases["flower"] = session.case(clients)
         costs = in_turn(cases, repeats, limit_s=LIMIT_S)
     theirs = costs.get("flower")
     return {f"engine_{name}_{megabytes}mb_{clients}_vs_flower": against(costs[name], theirs) for name in engines}

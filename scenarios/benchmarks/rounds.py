@@ -2,12 +2,14 @@
 against everybody else.
 
 Against the plain loop and Flower both sides crop and flip: they image by image with PIL, fedcil in whole batches.
-Against the in-process peers both sides train on tensors as they are. Before anything is timed, each side's weights
-after a round are held against the plain loop's in float64, on the same orders of the same images.
+Against the in-process peers both sides train on tensors as they are. All of them are processes of their own. Before
+anything is timed, each side's weights after a round are held against the plain loop's in float64, on the same orders of
+the same images.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,10 +30,11 @@ from fedcil.scenario_file import load_scenario
 from scenarios.benchmarks.nets import CLASSES, build
 from scenarios.benchmarks.peers.session import Session
 from scenarios.benchmarks.plain import BATCH, MEAN, RATE, STD, PlainLoop
-from scenarios.benchmarks.timing import Case, Cost, Figure, against, in_turn, timed
+from scenarios.benchmarks.timing import Case, Figure, against, in_turn, timed
 
 CLIENTS, SAMPLES = 10, 50
 AGREE = 1e-10  # largest difference of a weight in float64
+PICTURES = ("plain", "flower")  # who crops and flips with PIL
 SMALL_NET = "lenet"  # float64 comparisons of a ResNet prove nothing
 
 
@@ -163,25 +166,22 @@ def measure(
 ) -> dict[str, Figure]:
     """``round_<net>_<precision>_vs_<plain or peer>``; ``peers``: name -> python of its environment."""
     clients = len(np.load(data)["labels"])
-    modes = {name: "pictures" if name == "flower" else "tensors" for name in peers}
+    sides = {"plain": Path(sys.executable), **peers}
+    modes = {name: "pictures" if name in PICTURES else "tensors" for name in sides}
     with ExitStack() as stack:
-        cases: dict[str, Case] = {"plain": timed(PlainLoop(data, net, "pictures").round)}
-        for name, python in peers.items():
+        cases: dict[str, Case] = {}
+        for name, python in sides.items():
             session = Session(python, name, data, net, modes[name], log)
             stack.callback(session.close)
-            cases[name] = _of_session(session)
+            cases[name] = session.case()
         for augment in {"crop_flip", *(["none"] if "tensors" in modes.values() else [])}:
             for precision in precisions:
                 ours = stack.enter_context(our_loop(net, precision=precision, augment=augment, clients=clients))
                 cases[f"{precision}_{augment}"] = timed(ours.round)
         costs = in_turn(cases, repeats, limit_s=limit_s)
     figures = {}
-    for name, mode in {"plain": "pictures", **modes}.items():
+    for name, mode in modes.items():
         for precision in precisions:
             ours_cost = costs[f"{precision}_{'crop_flip' if mode == 'pictures' else 'none'}"]
             figures[f"round_{net}_{precision}_vs_{name}"] = against(ours_cost, costs[name])
     return figures
-
-
-def _of_session(session: Session) -> Case:
-    return lambda: Cost(*session.round())

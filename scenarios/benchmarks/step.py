@@ -2,14 +2,17 @@
 
 The twin has the authors' order of passes (``authors_order.py``), a ``DataLoader`` over PIL images with the transforms
 of their data code, and ``torch.optim.SGD`` as it comes. Both train the same network, generator and teacher on the same
-images; speed does not depend on what is in them.
+images; speed does not depend on what is in them. The twin is a process of its own (``peers/authors.py``).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from fedcil.models.network import initialise, load_state, snapshot
 from fedcil.scenario import ModelSection, TrainingSection
 from fedcil.stream import Task
 from scenarios.benchmarks import authors_order
+from scenarios.benchmarks.peers.session import Session
 from scenarios.benchmarks.plain import MEAN, STD, Pictures
 from scenarios.benchmarks.timing import Case, Cost, Figure, against, in_turn, median_cpu, timed
 
@@ -149,13 +153,16 @@ def measure_ours(sizes: Sizes, precision: Precision, repeats: int) -> float:
     return median_cpu(costs["ours"])
 
 
-def measure(sizes: Sizes, repeats: int, precisions: tuple[Precision, ...] = ("fp32", "bf16")) -> dict[str, Figure]:
+def measure(
+    sizes: Sizes, repeats: int, log: Path, precisions: tuple[Precision, ...] = ("fp32", "bf16")
+) -> dict[str, Figure]:
     """``step_<sizes>_<precision>_<fresh or pooled>``; pooled rows carry the pool's cost over a task's steps."""
-    cases: dict[str, Case] = {"plain": timed(plain_step(sizes), sizes.steps)}
-    for precision in precisions:
-        for kind, pool in (("fresh", 0), ("pooled", 2 * sizes.synthetic)):
-            cases[f"{precision}_{kind}"] = timed(our_step(sizes, precision, pool), sizes.steps)
-    costs = in_turn(cases, repeats)
+    with closing(Session(Path(sys.executable), "authors", "step", sizes.name, "_", log)) as twin:
+        cases: dict[str, Case] = {"plain": twin.case(sizes.steps)}
+        for precision in precisions:
+            for kind, pool in (("fresh", 0), ("pooled", 2 * sizes.synthetic)):
+                cases[f"{precision}_{kind}"] = timed(our_step(sizes, precision, pool), sizes.steps)
+        costs = in_turn(cases, repeats)
     plain: list[Cost] = costs.pop("plain")
     figures = {f"step_{sizes.name}_{name}": against(ours, plain) for name, ours in costs.items()}
     for precision in precisions:

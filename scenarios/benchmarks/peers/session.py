@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import psutil
 
+from scenarios.benchmarks.timing import Case, Cost
+
 
 class Peer(Protocol):
     """What a peer's program makes of its library."""
@@ -60,7 +62,7 @@ def answer(peer: Peer) -> None:
 class Session:
     """A running peer. Whoever opens it closes it."""
 
-    def __init__(self, python: Path, peer: str, data: Path, net: str, mode: str, log: Path) -> None:
+    def __init__(self, python: Path, peer: str, data: Path | str, net: str, mode: str, log: Path) -> None:
         command = [str(python), "-m", f"scenarios.benchmarks.peers.{peer}", str(data), net, mode]
         self._log = log.open("a")
         self._process = subprocess.Popen(
@@ -72,6 +74,10 @@ class Session:
         """(CPU seconds of the peer's processes, wall seconds)."""
         reply = self._ask("round")
         return float(reply["cpu"]), float(reply["wall"])
+
+    def case(self, units: int = 1) -> Case:
+        """For timing in turn: a round is one repeat, which does ``units`` of whatever is counted."""
+        return lambda: Cost(*(seconds / units for seconds in self.round()))
 
     def weights(self, path: Path) -> dict[str, np.ndarray[Any, Any]]:
         self._ask(f"weights {path}")

@@ -1,6 +1,6 @@
 """The plain loop as a peer: what a session costs beside the loop itself, and the pattern for other peers.
 
-python -m scenarios.benchmarks.peers.plainly DATA.npz lenet|cnn4|resnet18 pictures|tensors|exact
+python -m scenarios.benchmarks.peers.plain DATA.npz lenet|cnn4|resnet18 pictures|tensors|exact
 """
 
 import sys

@@ -1,0 +1,155 @@
+"""Convolutions over small maps as matrix products, against torch's own convolution."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import grad, vmap
+from torch.nn import functional as F
+
+from fedcil.compute import Compute
+from fedcil.keys import Key
+from fedcil.models import Architecture, small_maps
+from fedcil.models.network import initialise, load_state, snapshot, state_of
+from fedcil.models.resnet import resnet18
+from fedcil.models.small_maps import SmallMapConvolution, convolve_small_maps_by_products
+
+
+def convolved(images: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    output: Tensor = SmallMapConvolution.apply(images, weight, stride, padding)
+    return output
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    kernel=st.integers(1, 5),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 4),
+    height=st.integers(1, 8),
+    width=st.integers(1, 8),
+    batch=st.integers(1, 3),
+)
+def test_it_is_the_convolution_and_so_are_its_gradients(
+    kernel: int, stride: int, padding: int, height: int, width: int, batch: int
+) -> None:
+    padding = min(padding, kernel - 1)
+    height, width = (max(size, kernel - 2 * padding) for size in (height, width))
+    draws = torch.Generator().manual_seed(kernel)
+    images = torch.randn(batch, 3, height, width, generator=draws, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, kernel, kernel, generator=draws, dtype=torch.float64, requires_grad=True)
+    expected, found = (
+        F.conv2d(images, weight, stride=stride, padding=padding),
+        convolved(images, weight, stride, padding),
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    of_output = torch.randn(expected.shape, generator=draws, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (images, weight), of_output),
+        torch.autograd.grad(expected, (images, weight), of_output),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_clients_can_be_stacked() -> None:
+    images, weight = torch.randn(5, 2, 3, 4, 4).double(), torch.randn(5, 6, 3, 3, 3).double()
+
+    def energy(convolve: Any) -> Any:
+        return lambda x, w: (convolve(x, w) ** 2).sum()
+
+    ours = vmap(grad(energy(lambda x, w: convolved(x, w, 1, 1)), (0, 1)))(images, weight)
+    theirs = vmap(grad(energy(lambda x, w: F.conv2d(x, w, padding=1)), (0, 1)))(images, weight)
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the images that were convolved by products."""
+    seen: list[tuple[int, ...]] = []
+    original = SmallMapConvolution.apply
+
+    def apply(images: Tensor, *others: Any) -> Tensor:
+        seen.append(tuple(images.shape))
+        output: Tensor = original(images, *others)
+        return output
+
+    monkeypatch.setattr(small_maps.SmallMapConvolution, "apply", apply)
+    return seen
+
+
+def resnet(precision: Any) -> Compute:
+    return Compute(Architecture(lambda: resnet18(3, 64, "3x3"), (3, 32, 32)), torch.device("cpu"), precision)
+
+
+def test_only_the_last_stage_of_a_resnet18_and_only_in_bf16(calls: list[tuple[int, ...]]) -> None:
+    """Four 3x3 convolutions end on maps of 4 x 4 positions; the 1x1 shortcut there is too small to pay."""
+    images = torch.randn(2, 3, 32, 32)
+    resnet("fp32").network(3).eval()(images)
+    assert calls == []
+    exact, network = resnet("fp32").network(3), resnet("bf16").network(3)
+    initialise(exact, Key(0).torch())
+    load_state(network, state_of(exact))
+    with torch.no_grad():
+        found = network.eval()(images)
+    assert calls == [(2, 256, 8, 8)] + 3 * [(2, 512, 4, 4)]
+    with torch.no_grad():
+        torch.testing.assert_close(found, exact.eval()(images), rtol=0.05, atol=0.05)
+
+
+def test_a_teachers_norms_are_folded_and_its_last_stage_is_products(calls: list[tuple[int, ...]]) -> None:
+    compute = resnet("bf16")
+    network = compute.network(3)
+    initialise(network, Key(0).torch())
+    teacher, images = compute.teacher(snapshot(network)), torch.randn(2, 3, 32, 32)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in teacher.modules())
+    with torch.no_grad():
+        found = teacher(images)
+        assert len(calls) == 4
+        torch.testing.assert_close(found, network.eval()(images), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Conv2d(512, 512, 3, padding=1), 5),  # 25 positions
+        (nn.Conv2d(128, 128, 3, padding=1), 4),  # few weights
+        (nn.Conv2d(1024, 2048, 3, padding=1, groups=2), 2),
+        (nn.Conv2d(512, 512, 3, padding=2, dilation=2), 4),
+        (nn.Conv2d(512, 512, 3, padding="same"), 4),
+        (nn.Conv2d(512, 512, 3, padding=1, padding_mode="circular"), 4),
+        (nn.Conv2d(512, 512, (3, 5), padding=(1, 2)), 4),
+        (nn.Conv2d(1024, 1024, 1, padding=1), 2),
+    ],
+)
+def test_whatever_is_not_a_large_plain_kernel_on_a_small_map_stays(
+    layer: nn.Conv2d, size: int, calls: list[tuple[int, ...]]
+) -> None:
+    convolve_small_maps_by_products(layer)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(1, layer.in_channels, size, size))
+    assert calls == []
+
+
+def test_bias_and_copies(calls: list[tuple[int, ...]]) -> None:
+    """A copy of a layer computes with its own weights, and outside of autocast nothing changes."""
+    layer = nn.Conv2d(512, 512, 3, padding=1)
+    convolve_small_maps_by_products(layer)
+    other = copy.deepcopy(layer)
+    images = torch.randn(1, 512, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(layer(images), F.conv2d(images, layer.weight, layer.bias, padding=1))
+        assert calls == []
+        other.weight.zero_()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(other(images)[0, :, 2, 1], layer.bias.bfloat16())
+            torch.testing.assert_close(
+                layer(images), F.conv2d(images, layer.weight, layer.bias, padding=1), rtol=0.02, atol=0.02
+            )
+    assert len(calls) == 2
