@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -117,6 +117,52 @@ class Worker:
         return self.network
 
 
+@dataclass(frozen=True)
+class Round:
+    """What the clients of a request have in common, made when the first of them asks for it."""
+
+    broadcast: Broadcast
+    worker: Worker
+
+    @property
+    def shared(self) -> Shared:
+        return self.worker.shared
+
+    @cached_property
+    def task(self) -> Task:
+        return self.shared.experiment.stream.tasks[self.broadcast.task]
+
+    @cached_property
+    def phase(self) -> Phase:
+        experiment = self.shared.experiment
+        return experiment.method.phases(self.task, experiment.scenario.training.rounds)[self.broadcast.phase]
+
+    @cached_property
+    def key(self) -> Key:
+        return round_key(self.shared.experiment.key, self.broadcast)
+
+    @cached_property
+    def bytes_up(self) -> int:
+        """Of a trained model."""
+        return count_bytes(self.broadcast.tensors)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """After the worker's network has been made."""
+        experiment = self.shared.experiment
+        training = experiment.scenario.training
+        return Recipe(
+            method=experiment.method,
+            prepared=self.shared.prepared(self.broadcast, self.task),
+            task=self.task,
+            training=training,
+            lr=learning_rate(training, self.broadcast.round, self.phase.rounds),
+            augment=partial(_augmented, self.shared),
+            anchor=tuple(self.broadcast.tensors[name] for name in self.worker.parameters),
+            check=self.worker.check,
+        )
+
+
 Answer = tuple[Job, Report | Failure, Contribution | None]
 Metrics = dict[str, float]
 
@@ -155,17 +201,18 @@ def do_jobs(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> Iterat
     """Answers as they come, of as many clients at the same time as the scenario's execution has. A contribution's
     tensors are the worker's memory until the next answer is asked for.
     """
+    round_ = Round(broadcast, worker)
     size = worker.shared.experiment.execution.at_once
     for start in range(0, len(jobs), size):
         run = jobs[start : start + size]
-        yield from try_at_once(broadcast, run, worker) or ((job, *do_job(broadcast, job, worker)) for job in run)
+        yield from try_at_once(round_, run) or ((job, *do_job(round_, job)) for job in run)
 
 
-def do_job(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Report | Failure, Contribution | None]:
+def do_job(round_: Round, job: Job) -> tuple[Report | Failure, Contribution | None]:
     """One client's answer. The contribution's tensors are the worker's memory until its next job."""
-    torch.set_num_threads(worker.shared.experiment.scenario.training.threads)
+    torch.set_num_threads(round_.shared.experiment.scenario.training.threads)
     try:
-        contribution, report = _work(broadcast, job, worker)
+        contribution, report = _work(round_, job)
     except Stopped:
         raise
     except Exception as error:
@@ -173,21 +220,20 @@ def do_job(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Report | Fai
     return report, contribution
 
 
-def try_at_once(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> list[Answer]:
+def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answer]:
     """All these clients trained at the same time; nothing if that cannot be, and then each is done by itself: who
     breaks alone must not take others along.
     """
-    experiment = worker.shared.experiment
-    phase, execution = phase_of(broadcast, experiment), experiment.execution
-    if phase.work != "train" or (len(jobs) < 2 and not execution.lanes):
+    execution = round_.shared.experiment.execution
+    if round_.phase.work != "train" or (len(jobs) < 2 and not execution.lanes):
         return []
-    torch.set_num_threads(experiment.scenario.training.threads)
+    torch.set_num_threads(round_.shared.experiment.scenario.training.threads)
     try:
-        return _train_at_once(broadcast, jobs, phase, worker)
+        return _train_at_once(round_, jobs)
     except Stopped:
         raise
     except Exception as error:
-        worker.lanes = []  # their memory is needed now
+        round_.worker.lanes = []  # their memory is needed now
         reason = _failure(jobs[0], error).reason
         way = "in lanes (engine.lanes)" if execution.lanes else "as one model (engine.stack)"
         warnings.warn(f"clients are trained one by one, not {way}: {reason}", stacklevel=2)
@@ -206,26 +252,21 @@ def _failure(job: Job, error: Exception) -> Failure:
     return Failure(job.client, UNEXPECTED, f"{type(error).__name__}: {error}{place}")
 
 
-def phase_of(broadcast: Broadcast, experiment: Experiment) -> Phase:
-    task = experiment.stream.tasks[broadcast.task]
-    return experiment.method.phases(task, experiment.scenario.training.rounds)[broadcast.phase]
-
-
-def _work(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Contribution | None, Report]:
+def _work(round_: Round, job: Job) -> tuple[Contribution | None, Report]:
     """One client's work of the phase: train, fit or remember."""
     started = time.perf_counter()
-    shared = worker.shared
-    task = shared.experiment.stream.tasks[broadcast.task]
-    phase = phase_of(broadcast, shared.experiment)
-    network = worker.load(task.seen, broadcast.tensors)
+    shared, task, work = round_.shared, round_.task, round_.phase.work
+    network = round_.worker.load(task.seen, round_.broadcast.tensors)
     own = shared.samples(job.client, task)
     metrics: Metrics = {}
     contribution: Contribution | None = None
-    state, state_bytes = job.state, 0
-    if phase.work == "train":
-        contribution, metrics = _train(broadcast, job, phase, network, own, worker)
-    elif phase.work == "fit":
+    state, state_bytes, bytes_up = job.state, 0, 0
+    if work == "train":
+        contribution, metrics = _train(round_, job, network, own)
+        bytes_up = round_.bytes_up
+    elif work == "fit":
         contribution = _fit(network, own, task, shared)
+        bytes_up = count_bytes(contribution.tensors)
     else:
         state, state_bytes = _remember(job, network, own, task, shared)
     report = Report(
@@ -234,58 +275,35 @@ def _work(broadcast: Broadcast, job: Job, worker: Worker) -> tuple[Contribution 
         metrics=metrics,
         state=state,
         state_bytes=state_bytes,
-        bytes_up=count_bytes(contribution.tensors) if contribution else 0,
+        bytes_up=bytes_up,
         seconds=time.perf_counter() - started,
     )
     return contribution, report
 
 
-def _train(
-    broadcast: Broadcast, job: Job, phase: Phase, network: Network, own: Samples, worker: Worker
-) -> tuple[Contribution, Metrics]:
+def _train(round_: Round, job: Job, network: Network, own: Samples) -> tuple[Contribution, Metrics]:
     """Local SGD from the broadcast model; the contribution is the model that came out of it."""
-    experiment = worker.shared.experiment
-    samples = _with_memory(own, job, worker.shared)
-    key = client_key(experiment.key, broadcast, job.client)
-    trained = local_sgd(network, _recipe(broadcast, phase, worker), samples, key)
-    return _given(worker.state, trained, samples, experiment)
+    samples = _with_memory(own, job, round_.shared)
+    trained = local_sgd(network, round_.recipe, samples, round_.key.at("client", job.client))
+    return _given(round_.worker.state, trained, samples, round_.shared.experiment)
 
 
-def _recipe(broadcast: Broadcast, phase: Phase, worker: Worker) -> Recipe:
-    shared = worker.shared
-    experiment = shared.experiment
-    training, task = experiment.scenario.training, experiment.stream.tasks[broadcast.task]
-    return Recipe(
-        method=experiment.method,
-        prepared=shared.prepared(broadcast, task),
-        task=task,
-        training=training,
-        lr=learning_rate(training, broadcast.round, phase.rounds),
-        augment=partial(_augmented, shared),
-        anchor=tuple(broadcast.tensors[name] for name in worker.parameters),
-        check=worker.check,
-    )
-
-
-def _train_at_once(broadcast: Broadcast, jobs: Sequence[Job], phase: Phase, worker: Worker) -> list[Answer]:
+def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answer]:
     """``_work`` and ``_train`` for several clients at once."""
     started = time.perf_counter()
-    shared = worker.shared
-    experiment = shared.experiment
-    task = experiment.stream.tasks[broadcast.task]
-    network = worker.load(task.seen, broadcast.tensors)
+    worker, shared, task = round_.worker, round_.shared, round_.task
+    network = worker.load(task.seen, round_.broadcast.tensors)
     lanes = worker.lanes_for(task.seen)  # lets go of the last task's before this one's teacher is made
     ready, broken = _samples_of(jobs, task, shared)
     samples = [joined for _, _, joined in ready]
-    keys = [client_key(experiment.key, broadcast, job.client) for job, _, _ in ready]
-    recipe = _recipe(broadcast, phase, worker)
+    keys = [round_.key.at("client", job.client) for job, _, _ in ready]
     if lanes:
-        trained = local_sgd_in_lanes(lanes, broadcast.tensors, recipe, samples, keys)
+        trained = local_sgd_in_lanes(lanes, round_.broadcast.tensors, round_.recipe, samples, keys)
     else:
-        trained = local_sgd_stacked(network, recipe, samples, keys)
+        trained = local_sgd_stacked(network, round_.recipe, samples, keys)
     seconds = (time.perf_counter() - started) / len(jobs)
     answers = [
-        _answer(job, count, partial(_given, state, said, joined, experiment), seconds)
+        _answer(job, count, partial(_given, state, said, joined, shared.experiment), round_.bytes_up, seconds)
         for (job, count, joined), (state, said) in zip(ready, trained, strict=True)
     ]
     return answers + broken
@@ -304,7 +322,9 @@ def _samples_of(jobs: Sequence[Job], task: Task, shared: Shared) -> tuple[list[t
     return ready, broken
 
 
-def _answer(job: Job, samples: int, given: Callable[[], tuple[Contribution, Metrics]], seconds: float) -> Answer:
+def _answer(
+    job: Job, samples: int, given: Callable[[], tuple[Contribution, Metrics]], bytes_up: int, seconds: float
+) -> Answer:
     """What became of one of several clients."""
     try:
         contribution, metrics = given()
@@ -315,7 +335,7 @@ def _answer(job: Job, samples: int, given: Callable[[], tuple[Contribution, Metr
         samples=samples,
         metrics=metrics,
         state=job.state,
-        bytes_up=count_bytes(contribution.tensors),
+        bytes_up=bytes_up,
         seconds=seconds,
     )
     return job, report, contribution
@@ -368,6 +388,6 @@ def _augmented(shared: Shared, images: Tensor, index: Tensor, generator: torch.G
     return make_batch(images, index, mode, generator, shared.mean, shared.std)
 
 
-def client_key(key: Key, broadcast: Broadcast, client: int) -> Key:
-    """The place of one client's work in the run."""
-    return key.at("task", broadcast.task, "phase", broadcast.phase, "round", broadcast.round, "client", client)
+def round_key(key: Key, broadcast: Broadcast) -> Key:
+    """The place of a round in the run; ``at("client", c)`` is that of one client's work."""
+    return key.at("task", broadcast.task, "phase", broadcast.phase, "round", broadcast.round)

@@ -172,7 +172,7 @@ def test_a_node_comes_and_goes_in_a_run_and_changes_nothing(tmp_path: Path) -> N
 
 
 def test_the_longest_jobs_come_first_once_their_cost_is_known() -> None:
-    from fedcil.engines.ray import Costs
+    from fedcil.engines.costs import Costs
 
     costs = Costs()
     jobs = [Job(client, client) for client in range(4)]
@@ -182,6 +182,18 @@ def test_the_longest_jobs_come_first_once_their_cost_is_known() -> None:
     assert costs.of(jobs[2:]) == 4.0  # unknown ones count as the mean
     costs.learn([Report(client=1, samples=1, seconds=5.0)])
     assert costs.of([jobs[1]]) == 5.0
+
+
+def test_jobs_are_passed_on_in_numbers_that_are_worth_it() -> None:
+    from fedcil.engines.costs import Costs
+
+    costs = Costs()
+    jobs = [Job(client, client) for client in range(10)]
+    assert costs.jobs_worth(1.0, jobs) == 1
+    costs.learn([Report(client=client, samples=1, seconds=0.5) for client in range(4)])
+    assert costs.jobs_worth(1.0, jobs) == 2
+    assert costs.jobs_worth(0.4, jobs) == 1
+    assert costs.jobs_worth(60.0, jobs) == 10
 
 
 def test_a_robust_fold_has_room_for_the_models_of_a_whole_round() -> None:

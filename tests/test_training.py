@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from client import handle
-from client.handle import Shared, Worker, do_job
+from client.handle import Round, Shared, Worker, do_job
 from client.states import StateStore
 from client.training import LocalSGD, Recipe, Trained, cut_epoch, grouped, learning_rate, local_sgd
 from fedcil.errors import Stopped
@@ -353,7 +353,7 @@ def broadcast_of(experiment: Experiment, **place: int) -> Broadcast:
 
 
 def gift(broadcast: Broadcast, client: int, worker: Worker) -> Contribution:
-    report, contribution = do_job(broadcast, Job(client, 0), worker)
+    report, contribution = do_job(Round(broadcast, worker), Job(client, 0))
     assert isinstance(report, Report), report
     assert contribution is not None
     return contribution
@@ -411,7 +411,7 @@ def test_clients_rounds_and_tasks_are_places_of_their_own(tmp_path: Path) -> Non
     experiment = experiment_of()
     worker = worker_of(experiment, tmp_path)
     keys = {
-        handle.client_key(experiment.key, broadcast_of(experiment, task=task, round=round_), client)
+        handle.round_key(experiment.key, broadcast_of(experiment, task=task, round=round_)).at("client", client)
         for task in (0, 1)
         for round_ in (0, 1)
         for client in (0, 1)
@@ -456,13 +456,13 @@ def test_one_sample_is_too_few(tmp_path: Path) -> None:
     experiment = experiment_of(
         data={"classes": 2, "samples_per_class": 1}, stream={"tasks": 1}, clients={"count": 2, "per_round": 1}
     )
-    answer = do_job(broadcast_of(experiment), Job(1, 0), worker_of(experiment, tmp_path))
+    answer = do_job(Round(broadcast_of(experiment), worker_of(experiment, tmp_path)), Job(1, 0))
     assert answer == (Failure(1, "samples", "too_few_samples"), None)
 
 
 def test_a_loss_that_is_not_finite_gives_nothing(tmp_path: Path) -> None:
     experiment = experiment_of(training={"lr": 1e20, "lr_end": 1e20})
-    failure, given = do_job(broadcast_of(experiment), Job(0, 0), worker_of(experiment, tmp_path))
+    failure, given = do_job(Round(broadcast_of(experiment), worker_of(experiment, tmp_path)), Job(0, 0))
     assert isinstance(failure, Failure)
     assert failure.stage == "training"
     assert "lower training.lr" in failure.reason
@@ -476,7 +476,7 @@ def test_tensors_that_are_not_finite_are_not_given(tmp_path: Path, lr: float) ->
     """
     training = {"lr": lr, "lr_end": lr, "epochs": 1, "batch_size": 4}
     experiment = experiment_of(training=training)
-    failure, given = do_job(broadcast_of(experiment), Job(0, 0), worker_of(experiment, tmp_path))
+    failure, given = do_job(Round(broadcast_of(experiment), worker_of(experiment, tmp_path)), Job(0, 0))
     assert isinstance(failure, Failure), failure.metrics
     assert failure.stage == "training"
     assert given is None

@@ -16,12 +16,14 @@ from typing import TypeVar
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.engines import Setting
+from fedcil.engines.costs import Costs
 from fedcil.engines.workers import worker_count
 from fedcil.gather import Gathered, cut
 from fedcil.messages import Outcome, Reply, Request
 from fedcil.port import ClientDone, Port
 
 T = TypeVar("T")
+LEAST_RUN_S = 2e-3  # seconds of work that are worth waking a thread
 SWITCH_S = 1e-3  # how long a thread may keep Python's lock while another waits: a twentieth less for small networks
 
 
@@ -41,6 +43,7 @@ class InlinePort:
         self._clients = frozenset(range(scenario.clients.count))
         self._shared = Shared(setting.experiment, StateStore(setting.states))
         self._stop = setting.stop
+        self._costs = Costs()
         self._local = threading.local()
         self._at_once, self._lanes = setting.experiment.execution.at_once, setting.experiment.execution.lanes
         self._workers = worker_count(setting.experiment)
@@ -58,12 +61,17 @@ class InlinePort:
         count = len(request.jobs)
         if deadline_s is not None:  # each client stands for itself: who is late takes no other answer along
             runs = cut(request, count)
-        else:  # lanes of one worker are filled best by all jobs at once
-            runs = cut(request, self._workers, count if self._lanes and self._workers == 1 else self._at_once)
+        elif self._lanes and self._workers == 1:  # filled best by all jobs at once
+            runs = cut(request, self._workers, count)
+        else:
+            least = self._costs.jobs_worth(LEAST_RUN_S, request.jobs)
+            runs = cut(request, self._workers, max(self._at_once, least))
         futures = [self._threads.submit(self._handle, run, abandoned) for run in runs]
         try:
             for future in as_completed(futures, deadline_s):
-                gathered.add(future.result())
+                reply = future.result()
+                self._costs.learn(reply.reports)
+                gathered.add(reply)
         except FuturesTimeout:
             pass
         finally:

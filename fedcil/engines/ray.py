@@ -8,11 +8,10 @@ copy and answer with partial sums.
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +25,14 @@ from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.allocator import keep_freed_memory
 from fedcil.engines import Setting, ray_head
-from fedcil.engines.flat import Flat, FlatReply, flatten_tensors
+from fedcil.engines.costs import Costs
+from fedcil.engines.flat import Flat, FlatReply, Row, flatten_tensors, row_of_job
 from fedcil.engines.gpu import gpus_per_worker
 from fedcil.engines.workers import worker_count
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gather import Gathered, cut
-from fedcil.messages import Broadcast, Job, Outcome, Payload, Report, Request, count_bytes
+from fedcil.messages import Broadcast, Job, Outcome, Payload, Request, count_bytes
 from fedcil.port import ClientDone, Port, StopSignal, remaining
 from fedcil.record.folder import identity
 from fedcil.rule import Rule
@@ -147,16 +147,23 @@ class ClientWorker:
         return identity_of(self._worker.shared.experiment)
 
     def run(
-        self, place: Broadcast, model: Flat, payload: tuple[str, list[Any]] | None, jobs: Any, cohort: int, rule: Rule
+        self,
+        place: Broadcast,
+        model: Flat,
+        payload: tuple[str, list[Any]] | None,
+        jobs: list[Row],
+        cohort: int,
+        rule: Rule,
     ) -> FlatReply:
-        """The jobs of one piece. ``place`` is the broadcast without its tensors; ``payload`` is
+        """The jobs of one piece, as rows. ``place`` is the broadcast without its tensors; ``payload`` is
         (hash, [reference]): read only when it is not held already.
         """
         if payload is not None and (self._payload is None or self._payload.hash != payload[0]):
             self._payload = Payload(ray.get(payload[1][0]).tensors(), payload[0])
         held = self._payload if payload is not None else None
         broadcast = replace(place, tensors=model.tensors(), payload=held)
-        return FlatReply.of(handle(Request(broadcast, jobs, cohort, rule), self._worker))
+        request = Request(broadcast, tuple(Job(*row) for row in jobs), cohort, rule)
+        return FlatReply.of(handle(request, self._worker))
 
 
 @dataclass(slots=True)
@@ -211,25 +218,6 @@ class Crew:
             )
 
 
-class Costs:
-    """What a client's work costs, learned from the rounds before: longest first keeps workers busy to the end."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-
-    @property
-    def known(self) -> bool:
-        return bool(self._seconds)
-
-    def learn(self, reports: Iterable[Report]) -> None:
-        self._seconds |= {report.client: report.seconds for report in reports}
-
-    def of(self, jobs: Iterable[Job]) -> float:
-        """Seconds; a client that was never asked counts as the mean of those that were."""
-        unknown = sum(self._seconds.values()) / len(self._seconds) if self._seconds else 0.0
-        return sum(self._seconds.get(job.client, unknown) for job in jobs)
-
-
 class RayPort:
     """The port over actors."""
 
@@ -251,7 +239,8 @@ class RayPort:
         place = replace(request.broadcast, tensors={}, payload=None)
         model = ray.put(flatten_tensors(request.broadcast.tensors))
         payload = self._put_payload(request.broadcast.payload)
-        todo = [Piece(part.jobs) for part in cut(request, len(self._crew.workers), self._least(request))]
+        least = max(self._at_once, self._costs.jobs_worth(LEAST_PIECE_S, request.jobs))
+        todo = [Piece(part.jobs) for part in cut(request, len(self._crew.workers), least)]
         todo.sort(key=lambda piece: self._costs.of(piece.jobs), reverse=True)
         idle = [worker for worker in self._crew.workers if worker not in self._asleep]
         busy: dict[Any, tuple[Any, Piece | None]] = {}
@@ -262,7 +251,8 @@ class RayPort:
             self._asleep.clear()
             while todo and idle:
                 piece, worker = todo.pop(0), idle.pop(0)
-                answer = worker.run.remote(place, model, payload, piece.jobs, request.cohort, request.rule)
+                jobs = [row_of_job(job) for job in piece.jobs]
+                answer = worker.run.remote(place, model, payload, jobs, request.cohort, request.rule)
                 busy[answer] = (worker, piece)
             ready, _ = ray.wait(list(busy), num_returns=1, timeout=LOOK_S)
             for reference in ready:
@@ -271,12 +261,6 @@ class RayPort:
         self._restart([worker for worker, piece in busy.values() if piece])
         self._asleep += [worker for worker, piece in busy.values() if not piece]
         return gathered.outcome()
-
-    def _least(self, request: Request) -> int:
-        """How many jobs to pass on at once: none so few that passing them on costs more than the work."""
-        seconds = self._costs.of(request.jobs)
-        worth = seconds / LEAST_PIECE_S if self._costs.known else len(request.jobs)
-        return max(self._at_once, math.ceil(len(request.jobs) / max(1.0, worth)))
 
     def close(self) -> None:
         for worker in [] if self._stop.problem else self._crew.workers:
@@ -302,8 +286,9 @@ class RayPort:
             return []
         idle.append(worker)
         if piece:
-            gathered.add(answer.reply())
-            self._costs.learn(answer.reports)
+            reply = answer.reply()
+            gathered.add(reply)
+            self._costs.learn(reply.reports)
         else:
             self._crew.refuse_stranger(answer)
         return []

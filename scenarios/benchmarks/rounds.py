@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from client.handle import client_key
+from client.handle import round_key
 from fedcil.data import Dataset, Split, digest_of
 from fedcil.engines import Setting
 from fedcil.engines.inline import InlinePort
@@ -110,7 +110,7 @@ def write_data(path: Path, clients: int = CLIENTS) -> Path:
     broadcast = Broadcast(task=0, phase=0, round=0, tensors={})
     rows = []
     for client in range(clients):
-        place = client_key(opened.key, broadcast, client).at("epoch", 0, "order")
+        place = round_key(opened.key, broadcast).at("client", client, "epoch", 0, "order")
         rows.append(opened.indices(client, opened.stream.tasks[0])[torch.randperm(SAMPLES, generator=place.torch())])
     train = opened.data.train
     np.savez(path, images=train.images[np.stack(rows)], labels=train.labels[np.stack(rows)])
