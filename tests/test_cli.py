@@ -266,6 +266,17 @@ def test_a_finished_run_on_other_data_is_not_reused(tmp_path: Path) -> None:
     assert "finished already" not in other.stderr
 
 
+def test_a_finished_run_of_another_commit_is_reused_and_named_as_that(tmp_path: Path) -> None:
+    words = ["run", "digits_fedavg", *SMALL[3:], "--seeds=0"]
+    call(*words, cwd=tmp_path)
+    (path,) = (tmp_path / "runs").glob("*/environment.json")
+    assert "another commit" not in call(*words, cwd=tmp_path).stderr
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "0" * 40}))
+    again = call(*words, cwd=tmp_path).stderr
+    assert "finished already" in again
+    assert "by another commit of fedcil; delete it" in again
+
+
 def test_a_task_without_test_images_is_refused_before_it_trains(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
     root = own_data(tmp_path / "half", 1, whole=False)

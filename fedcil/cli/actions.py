@@ -214,10 +214,13 @@ class Options:
 
 def _reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Options) -> Run:
     """A finished run of exactly this below ``output``, else an unfinished one continued, else a new one."""
-    earlier = _earlier_runs(wanted.scenario, identity, output)
-    for run in earlier:
+    from fedcil.record.folder import revision
+
+    earlier, commit = _earlier_runs(wanted.scenario, identity, output), revision()
+    for run in sorted(earlier, key=lambda run: run.revision != commit):
         if run.finished:
-            print(f"finished already: {run.path}", file=sys.stderr)
+            old = "" if run.revision == commit else " (by another commit of fedcil; delete it to have it made anew)"
+            print(f"finished already: {run.path}{old}", file=sys.stderr)
             return run
     for run in earlier:
         try:

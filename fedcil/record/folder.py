@@ -206,7 +206,7 @@ def _environment(experiment: Experiment) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "revision": _revision(),
+        "revision": revision(),
         "command": sys.argv,
         "numeric_configuration": experiment.numeric(),
         "identity": identity(experiment),
@@ -231,7 +231,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
     """The checkout's commit, if this is a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
