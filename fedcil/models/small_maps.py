@@ -1,8 +1,8 @@
 """Convolutions over small maps as matrix products.
 
 At the end of a ResNet a map has 4 x 4 positions, and a third of what a 3x3 convolution multiplies is padding. In bf16 a
-CPU does the products below, which leave out the padding left and right, in half to four fifths of the time of oneDNN's
-convolution (docs/performance.md). Sums are kept in float32 and rounded once, as there.
+CPU does the products below, which leave out the padding left and right, in two thirds to four fifths of the time of
+oneDNN's convolution (docs/performance.md). Sums are kept in float32 and rounded once, as there.
 """
 
 from __future__ import annotations
