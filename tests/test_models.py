@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -311,6 +312,20 @@ def test_bf16_is_near_fp32(small: Any) -> None:
     exact, narrow = (small.compute("cnn", p).frozen(tensors).features(images) for p in ("fp32", "bf16"))
     assert not torch.equal(exact, narrow)
     torch.testing.assert_close(narrow, exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet8"])
+def test_a_teachers_weights_are_narrowed_once_to_the_same_bits_unless_clients_are_stacked(
+    small: Any, name: str
+) -> None:
+    compute, tensors, images = small.compute(name, "bf16"), snapshot(small.network(4, name)), small.images(5)
+    narrowed, wide = compute.teacher(tensors), replace(compute, stacked=True).teacher(tensors)
+    for teacher, dtype in ((narrowed, torch.bfloat16), (wide, torch.float32)):
+        kernels = [part.weight.dtype for part in teacher.backbone.modules() if isinstance(part, nn.Conv2d)]
+        assert kernels
+        assert set(kernels) == {dtype}
+        assert teacher.head.weight.dtype == torch.float32
+    assert torch.equal(narrowed(images), wide(images))
 
 
 def test_an_architecture_is_a_value_that_builds_new_networks() -> None:
