@@ -10,6 +10,7 @@ import os
 import sys
 
 KEPT_BYTES = 1 << 30  # blocks below come from the heap, of which so much may lie free at its end
+MOST_BEFORE = 32 << 20  # the largest of such blocks that glibc allowed before 2.35
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -20,4 +21,7 @@ def keep_freed_memory() -> bool:
     if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(each, KEPT_BYTES) == 1 for each in (TRIM_THRESHOLD, MMAP_THRESHOLD))
+    if mallopt is None:
+        return False
+    from_heap = mallopt(MMAP_THRESHOLD, KEPT_BYTES) or mallopt(MMAP_THRESHOLD, MOST_BEFORE)  # 0: refused
+    return bool(from_heap and mallopt(TRIM_THRESHOLD, KEPT_BYTES))

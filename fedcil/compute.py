@@ -36,6 +36,11 @@ class Compute:
     def autocast(self) -> torch.dtype | None:
         return torch.bfloat16 if self.precision == "bf16" else None
 
+    @property
+    def by_products(self) -> bool:
+        """Whether convolutions over small maps are matrix products."""
+        return self.precision == "bf16" and self.device.type == "cpu"
+
     def network(self, classes: int) -> Network:
         """A network with uninitialised memory, channels last."""
         network = self._plain(classes)
@@ -54,9 +59,9 @@ class Compute:
         network = self._plain(len(tensors["head.bias"]))
         load_state(network, tensors)
         freeze(network)
-        fold_norms(network)  # knows torch's own layers only, so it comes first
-        self._hasten(network.backbone)
+        fold_norms(network)  # it and ``settle`` know torch's own layers only, so they come first
         self.settle(network.backbone)
+        self._hasten(network.backbone)
         return network
 
     def settle(self, module: nn.Module) -> None:
@@ -71,7 +76,7 @@ class Compute:
         return network.to(memory_format=torch.channels_last)
 
     def _hasten(self, backbone: nn.Module) -> None:
-        if self.autocast and self.device.type == "cpu":
+        if self.by_products:
             convolve_small_maps_by_products(backbone)
 
 
@@ -163,6 +168,7 @@ def numeric_configuration(
         "threads": threads,
         "server_threads": server_threads,
         "torch": torch.__version__,
+        **({"small_maps": "products"} if compute.by_products else {}),
     }
 
 

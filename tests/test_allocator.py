@@ -33,10 +33,9 @@ def faults(*words: str, **environment: str) -> tuple[str, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is a library of Linux")
 def test_freed_memory_is_not_faulted_in_again() -> None:
-    assert faults()[1] > 5 * 90 * 256  # pages of 4 KB
     kept, count = faults("keep")
     assert kept == "True"
-    assert count < 1000
+    assert 10 * count < faults()[1]
 
 
 def test_whoever_has_set_up_malloc_keeps_that() -> None:

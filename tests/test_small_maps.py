@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -67,6 +69,32 @@ def test_clients_can_be_stacked() -> None:
     theirs = vmap(grad(energy(lambda x, w: F.conv2d(x, w, padding=1)), (0, 1)))(images, weight)
     for found, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    one, other = images.clone().requires_grad_(), weight.clone().requires_grad_()  # as client/stacked.py does it
+    stacked = vmap(energy(lambda x, w: convolved(x, w, 1, 1)))(one, other).sum()
+    for found, expected in zip(torch.autograd.grad(stacked, (one, other)), theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+def test_a_network_is_freed_as_soon_as_nobody_has_it() -> None:
+    """Networks come and go with tasks; a cycle would keep 30 MB until the garbage collector looks."""
+    layer = nn.Conv2d(512, 512, 3, padding=1)
+    convolve_small_maps_by_products(layer)
+    seen = weakref.ref(layer)
+    gc.disable()
+    try:
+        del layer
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_no_images_and_a_single_one_are_torchs_affair(calls: list[tuple[int, ...]]) -> None:
+    layer = nn.Conv2d(512, 512, 3, padding=1)
+    convolve_small_maps_by_products(layer)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(0, 512, 4, 4)).shape == (0, 512, 4, 4)
+        assert layer(torch.randn(512, 4, 4)).shape == (512, 4, 4)
+    assert calls == []
 
 
 @pytest.fixture

@@ -216,15 +216,17 @@ def _reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: O
     """A finished run of exactly this below ``output``, else an unfinished one continued, else a new one."""
     from fedcil.record.folder import revision
 
-    earlier, commit = _earlier_runs(wanted.scenario, identity, output), revision()
-    for run in sorted(earlier, key=lambda run: run.revision != commit):
+    commit = revision()
+    earlier = sorted(_earlier_runs(wanted.scenario, identity, output), key=lambda run: run.revision != commit)
+    for run in earlier:
         if run.finished:
             old = "" if run.revision == commit else " (by another commit of fedcil; delete it to have it made anew)"
             print(f"finished already: {run.path}{old}", file=sys.stderr)
             return run
     for run in earlier:
         try:
-            print(f"continuing: {run.path}", file=sys.stderr)
+            old = "" if run.revision == commit else " (begun by another commit of fedcil)"
+            print(f"continuing: {run.path}{old}", file=sys.stderr)
             return _continue(run, options)
         except (NotResumable, FolderBusy) as error:
             print(f"cannot be continued: {error}", file=sys.stderr)

@@ -2,12 +2,12 @@
 
 At the end of a ResNet a map has 4 x 4 positions, and a third of what a 3x3 convolution multiplies is padding. In bf16 a
 CPU does the products below, which leave out the padding left and right, in two thirds to four fifths of the time of
-oneDNN's convolution (docs/performance.md). Sums are kept in float32 and rounded once, as there.
+oneDNN's convolution (docs/performance.md). Sums are kept in float32 and rounded once, as there; a bias is added after
+that.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,24 +22,29 @@ def convolve_small_maps_by_products(module: nn.Module) -> None:
     """From now on the large convolutions of ``module`` do so under autocast, wherever their map is small."""
     for part in module.modules():
         if type(part) is nn.Conv2d and part.weight.numel() >= WEIGHTS and _is_plain(part):
-            part.forward = partial(_forward, part)  # type: ignore[method-assign]
+            part.__class__ = SmallMapConv2d
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:
-    if isinstance(layer.padding, str) or layer.padding[0] >= layer.kernel_size[0]:
+    if isinstance(layer.padding, str) or layer.padding[0] >= layer.kernel_size[0] or "forward" in vars(layer):
         return False
     square = all(one == other for one, other in (layer.kernel_size, layer.stride, layer.padding))
     return square and layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
 
 
-def _forward(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    kernel, stride, padding = layer.kernel_size[0], layer.stride[0], cast("tuple[int, int]", layer.padding)[0]
-    rows, columns = ((size + 2 * padding - kernel) // stride + 1 for size in images.shape[2:])
-    if rows * columns > POSITIONS or not torch.is_autocast_enabled("cpu"):
-        return nn.Conv2d.forward(layer, images)
-    dtype = torch.get_autocast_dtype("cpu")
-    output: Tensor = SmallMapConvolution.apply(images.to(dtype), layer.weight.to(dtype), stride, padding)
-    return output if layer.bias is None else output + layer.bias.to(dtype)[:, None, None]
+class SmallMapConv2d(nn.Conv2d):
+    """A plain square convolution that looks at its map, and does as torch's own where products do not pay."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, c, h, w) -> (n, o, rows, columns)."""
+        kernel, stride, padding = self.kernel_size[0], self.stride[0], cast("tuple[int, int]", self.padding)[0]
+        positions = [(size + 2 * padding - kernel) // stride + 1 for size in images.shape[-2:]]
+        small = positions[0] * positions[1] <= POSITIONS and images.dim() == 4 and len(images) > 0
+        if not small or not torch.is_autocast_enabled("cpu"):
+            return super().forward(images)
+        dtype = torch.get_autocast_dtype("cpu")
+        output: Tensor = SmallMapConvolution.apply(images.to(dtype), self.weight.to(dtype), stride, padding)
+        return output if self.bias is None else output + self.bias.to(dtype)[:, None, None]
 
 
 class SmallMapConvolution(torch.autograd.Function):

@@ -57,7 +57,7 @@ class Run:
     @property
     def revision(self) -> str | None:
         """The commit of the checkout that it was begun with, if that was one."""
-        found: str | None = self._environment["revision"]
+        found: str | None = self._environment.get("revision")
         return found
 
     @cached_property

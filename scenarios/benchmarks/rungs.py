@@ -99,12 +99,14 @@ def product(m: Material) -> Round:
 def stacked(m: Material, at_once: int) -> Round:
     """fedcil's stacked execution, so many clients as one model."""
     student = m.student()
+    prepared = m.method.prepare(replace(m.compute, stacked=True), TASK, m.payload, KEY.at("prepare"))
+    together = replace(recipe(m), prepared=prepared)
 
     def clients() -> Iterator[Tensors]:
         load_state(student, m.start)
         for first in range(0, m.work.clients, at_once):
             some = slice(first, first + at_once)
-            yield from (state for state, _ in local_sgd_stacked(student, recipe(m), m.samples[some], m.keys[some]))
+            yield from (state for state, _ in local_sgd_stacked(student, together, m.samples[some], m.keys[some]))
 
     return lambda: m.mean_of(clients())
 

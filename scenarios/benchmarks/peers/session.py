@@ -6,6 +6,7 @@ benchmark's side is ``Session``: commands of several peers can so be given in tu
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 
 from scenarios.benchmarks.timing import Case, Cost
 
@@ -33,7 +33,13 @@ class Peer(Protocol):
 
 def tree_cpu() -> float:
     """CPU seconds of this process and all that descend from it, the ended ones too."""
-    total = time.process_time()  # finer than the ticks that psutil reads
+    return time.process_time() + children_cpu()  # finer than the ticks that psutil reads
+
+
+def children_cpu() -> float:
+    import psutil  # here, for programs that need no sessions and have no psutil
+
+    total = 0.0
     for process in psutil.Process().children(recursive=True):
         try:
             times = process.cpu_times()
@@ -51,9 +57,11 @@ def answer(peer: Peer) -> None:
     for line in sys.stdin:
         command, _, argument = line.strip().partition(" ")
         if command == "round":
-            wall, cpu = time.perf_counter(), tree_cpu()
+            gc.collect()
+            others, own, wall = children_cpu(), time.process_time(), time.perf_counter()
             peer.round()
-            replies.write(json.dumps({"cpu": tree_cpu() - cpu, "wall": time.perf_counter() - wall}) + "\n")
+            wall, own = time.perf_counter() - wall, time.process_time() - own
+            replies.write(json.dumps({"cpu": own + children_cpu() - others, "wall": wall}) + "\n")
         else:
             np.savez(argument, **peer.weights())
             replies.write(json.dumps({"saved": argument}) + "\n")
