@@ -266,7 +266,13 @@ def test_a_state_that_was_saved_is_not_saved_again(folder: RunFolder) -> None:
         (["data.samples_per_class=9"], ["data", "scenario.data.samples_per_class"]),
         (
             ["training.threads=2", "training.precision=bf16"],
-            ["numeric.precision", "numeric.threads", "scenario.training.precision", "scenario.training.threads"],
+            [
+                "numeric.precision",
+                "numeric.small_maps",
+                "numeric.threads",
+                "scenario.training.precision",
+                "scenario.training.threads",
+            ],
         ),
     ],
 )
