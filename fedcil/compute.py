@@ -49,16 +49,13 @@ class Compute:
 
     def frozen(self, tensors: Tensors) -> Network:
         """A network with these tensors, in eval mode, whose parameters need no gradient."""
-        network = self.network(len(tensors["head.bias"]))
-        load_state(network, tensors)
-        freeze(network)
+        network = self._loaded(tensors)
+        self._hasten(network.backbone)
         return network
 
     def teacher(self, tensors: Tensors) -> Network:
         """A frozen network for many passes: batch norm folded into the convolutions (1.1 times as fast in fp32)."""
-        network = self._plain(len(tensors["head.bias"]))
-        load_state(network, tensors)
-        freeze(network)
+        network = self._loaded(tensors)
         fold_norms(network)  # it and ``settle`` know torch's own layers only, so they come first
         self.settle(network.backbone)
         self._hasten(network.backbone)
@@ -70,6 +67,12 @@ class Compute:
         """
         if self.autocast and not self.stacked:
             narrow(module, self.autocast)
+
+    def _loaded(self, tensors: Tensors) -> Network:
+        network = self._plain(len(tensors["head.bias"]))
+        load_state(network, tensors)
+        freeze(network)
+        return network
 
     def _plain(self, classes: int) -> Network:
         network = self.architecture.build(classes, self.autocast).to(self.device)

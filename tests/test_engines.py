@@ -166,7 +166,7 @@ def test_a_node_comes_and_goes_in_a_run_and_changes_nothing(tmp_path: Path) -> N
     before = daemons()
     command = [sys.executable, str(script), "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert re.search("same metrics as inline: yes, over [1-9]", done.stdout)
     assert_gone(before)
 

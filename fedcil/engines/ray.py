@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ObjectLostError, RayActorError, RayError
 
 import fedcil
 from client.handle import Shared, Worker, handle
@@ -269,13 +269,13 @@ class RayPort:
     def _collect(
         self, reference: Any, worker: Any, piece: Piece | None, gathered: Gathered, idle: list[Any]
     ) -> list[Piece]:
-        """Take in what a worker gave; returns what must be tried again because it died.
+        """Take in what a worker gave; returns what must be tried again because it died, with its answer or before.
 
         A worker that died is asked for a sign of life (``piece`` None) before it gets work again.
         """
         try:
             answer = ray.get(reference)
-        except RayActorError:
+        except (RayActorError, ObjectLostError):
             self._asleep.append(worker)
             time.sleep(LOOK_S)  # it is being restarted; asking it without a pause would spin
             return self._again(piece, gathered) if piece else []

@@ -1,7 +1,7 @@
 """(g) How near the client step is to this machine's floor: its convolutions alone, each at the rate it reaches alone.
 
-The floor is the sum over the layers of FLOPs / (FLOP/s of that layer's convolution, measured by itself in the same
-precision, layout and batch), forward and backward as often as a step needs them. What a step takes beyond it is batch
+The floor is the sum over the layers of what that layer's convolution takes, measured by itself in the same form,
+precision, layout and batch, forward and backward as often as a step needs them. What a step takes beyond it is batch
 norm, ReLU, additions, casts, the optimiser and Python.
 """
 
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedcil.compute import Precision
 from fedcil.methods.mfcl import MFCL
@@ -27,20 +26,14 @@ REPEATS = 5
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A convolution as it stands in a network, for one batch."""
+    """A convolution as it stands in a network, for one batch, and how it is done there."""
 
+    kind: type[nn.Conv2d]
     inputs: tuple[int, ...]
     weights: tuple[int, ...]
     stride: int
     padding: int
     first: bool  # the stem's input needs no gradient
-
-    @property
-    def flops(self) -> float:
-        """Of one forward pass, a multiply-add as two."""
-        count, _, height, width = self.inputs
-        out, channels, tall, wide = self.weights
-        return 2.0 * count * out * channels * tall * wide * (height // self.stride) * (width // self.stride)
 
 
 @torch.no_grad()
@@ -50,7 +43,8 @@ def layers_of(network: nn.Module, images: Tensor) -> Counter[Layer]:
 
     def look(layer: nn.Conv2d, inputs: tuple[Tensor]) -> None:
         shape = tuple(inputs[0].shape)
-        found[Layer(shape, tuple(layer.weight.shape), layer.stride[0], int(layer.padding[0]), not found)] += 1
+        place = layer.stride[0], int(layer.padding[0])
+        found[Layer(type(layer), shape, tuple(layer.weight.shape), *place, first=not found)] += 1
 
     for part in network.modules():
         if isinstance(part, nn.Conv2d):
@@ -59,27 +53,28 @@ def layers_of(network: nn.Module, images: Tensor) -> Counter[Layer]:
     return found
 
 
-def seconds(layer: Layer, dtype: torch.dtype) -> tuple[float, float]:
+def seconds(layer: Layer, precision: Precision) -> tuple[float, float]:
     """CPU seconds of the convolution alone, channels last: (forward, backward)."""
-    draws = torch.Generator().manual_seed(0)
-    x = torch.randn(layer.inputs, generator=draws).to(dtype).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(layer.weights, generator=draws).to(dtype).contiguous(memory_format=torch.channels_last)
-    x.requires_grad_(not layer.first)
-    w.requires_grad_()
-    y = F.conv2d(x, w, stride=layer.stride, padding=layer.padding)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    out, channels, kernel, _ = layer.weights
+    convolution = layer.kind(channels, out, kernel, layer.stride, layer.padding, bias=False)
+    convolution = convolution.to(dtype=dtype, memory_format=torch.channels_last)
+    x = torch.randn(layer.inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_(not layer.first)
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            output: Tensor = convolution(x)
+            return output
+
+    y, wanted = forward(), [convolution.weight] if layer.first else [x, convolution.weight]
     grad = torch.ones_like(y)
-
-    def forward() -> None:
-        with torch.no_grad():
-            F.conv2d(x, w, stride=layer.stride, padding=layer.padding)
-
-    def backward() -> None:
-        torch.autograd.grad(y, [w] if layer.first else [x, w], grad, retain_graph=True)
-
-    return _cpu(forward), _cpu(backward)
+    with torch.no_grad():
+        ahead = _cpu(forward)
+    return ahead, _cpu(lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True))
 
 
-def _cpu(work: Callable[[], None]) -> float:
+def _cpu(work: Callable[[], object]) -> float:
     costs = []
     for _ in range(REPEATS + 1):
         started = time.process_time()
@@ -90,8 +85,7 @@ def _cpu(work: Callable[[], None]) -> float:
 
 def step_floor(sizes: Sizes, precision: Precision) -> float:
     """CPU seconds of a fresh step's convolutions: student forward and backward, teacher and generator forward."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    compute = compute_in("fp32")
+    compute = compute_in(precision)
     network = compute.network(TASK.seen).eval()
     initialise(network, KEY.torch())
     generator = MFCL(**RELEASED).make_generator(compute).eval()
@@ -100,6 +94,6 @@ def step_floor(sizes: Sizes, precision: Precision) -> float:
     drawn = layers_of(generator, torch.zeros(sizes.synthetic, generator.latent))
     total = 0.0
     for layer, count in classifier.items():
-        forward, backward = seconds(layer, dtype)
+        forward, backward = seconds(layer, precision)
         total += count * (2 * forward + backward)
-    return total + sum(count * seconds(layer, dtype)[0] for layer, count in drawn.items())
+    return total + sum(count * seconds(layer, precision)[0] for layer, count in drawn.items())
