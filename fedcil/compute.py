@@ -171,10 +171,16 @@ def numeric_configuration(
         "threads": threads,
         "server_threads": server_threads,
         "torch": torch.__version__,
-        **({"small_maps": "products"} if compute.by_products else {}),
+        **({"small_maps": "products", "bf16_instructions": _bf16_instructions()} if compute.by_products else {}),
     }
 
 
 def _cpu() -> str:
     """The instruction set that torch's kernels are chosen by, not the marketing name."""
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _bf16_instructions() -> str:
+    """What oneDNN's kernels in bf16 are chosen by beyond that."""
+    there = {"AVX512_BF16": torch.cpu._is_avx512_bf16_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
+    return " ".join(name for name, supported in there.items() if supported) or "none"

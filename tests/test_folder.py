@@ -20,7 +20,8 @@ import torch
 from fedcil.errors import FolderBusy, InputError, NotResumable, RunFailed
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.messages import content_hash
-from fedcil.record.folder import PACKAGES, RunFolder
+from fedcil.record import folder as record_folder
+from fedcil.record.folder import PACKAGES, RunFolder, revision
 from fedcil.record.run import open_run, ragged
 from fedcil.scenario_file import load_scenario
 from fedcil.state import Cursor, RunState, ServerState
@@ -78,6 +79,35 @@ def test_a_new_folder_holds_what_is_known_before_round_0(folder: RunFolder) -> N
     assert environment["versions"]["torch"] == version("torch")
     assert environment["data"]["digest"] == opened.data.digest
     assert environment["class_order"] == ["blob 0", "blob 1", "blob 2", "blob 3"]
+
+
+def test_the_revision_is_that_of_our_own_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed below somebody's own repository there is none; a changed file is said."""
+    module = tmp_path / "folder.py"
+    module.write_text("")
+    monkeypatch.setattr(record_folder, "__file__", str(module))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+
+    def commit() -> str:
+        subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "x"], check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    assert revision() is None
+    commit()
+    assert revision() is None
+    subprocess.run([*git, "add", module], check=True)
+    head = commit()
+    assert revision() == head
+    module.write_text("changed")
+    assert revision() == f"{head}-dirty"
+
+
+def test_bf16_on_another_cpu_is_another_numeric_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert experiment("training.precision=bf16").numeric()["bf16_instructions"] == "AVX512_BF16 AMX"
+    assert "bf16_instructions" not in experiment().numeric()
 
 
 def test_folders_of_the_same_second_have_different_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +297,7 @@ def test_a_state_that_was_saved_is_not_saved_again(folder: RunFolder) -> None:
         (
             ["training.threads=2", "training.precision=bf16"],
             [
+                "numeric.bf16_instructions",
                 "numeric.precision",
                 "numeric.small_maps",
                 "numeric.threads",

@@ -232,8 +232,17 @@ def _version(package: str) -> str | None:
 
 
 def revision() -> str | None:
-    """The checkout's commit, if this is a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The checkout's commit, with ``-dirty`` if files differ from it; None where fedcil is installed and not checked
+    out, even if that is within somebody's own repository.
+    """
+    here = Path(__file__)
+    known = _git("ls-files", "--error-unmatch", here.name, folder=here.parent)
+    return _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty", folder=here.parent) if known else None
+
+
+def _git(*words: str, folder: Path) -> str | None:
+    """What git says about a folder, or None if it knows nothing of what was asked."""
+    command = ["git", "-C", str(folder), *words]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
