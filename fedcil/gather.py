@@ -15,16 +15,24 @@ def cut(request: Request, workers: int, least: int = 1) -> list[Request]:
 
     Long ones first and then ever shorter ones, so that with equal jobs all workers end together (guided
     self-scheduling, Polychronopoulos and Kuck, 1987). ``least``: how many jobs are worth a request of their own,
-    rounded up to a power of two; there is a run for each worker all the same.
+    rounded up to a power of two, and no more than a worker's share, rounded to the nearest one.
     """
     jobs, start, runs = request.jobs, 0, []
-    least = 1 << (min(least, math.ceil(len(jobs) / workers)) - 1).bit_length()
+    least = _power_of_two(least)
+    if workers > 1:
+        share = math.ceil(len(jobs) / workers)
+        least = min(least, _power_of_two(math.ceil(2 * share / 3)))
     while start < len(jobs):
         half_a_share = (len(jobs) - start) // (2 * workers)
         size = max(least, 1 << max(0, half_a_share.bit_length() - 1))
         runs.append(replace(request, jobs=jobs[start : start + size]))
         start += size
     return runs
+
+
+def _power_of_two(least: int) -> int:
+    """The smallest that is not below."""
+    return 1 << max(0, least - 1).bit_length()
 
 
 class Gathered:

@@ -166,6 +166,12 @@ def test_a_round_needs_no_more_workers_than_it_has_use_for() -> None:
     assert worker_count(experiment_of({"lanes": 2, "workers": 7})) == 7
 
 
+def test_each_thread_of_a_worker_has_a_core_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(5)), raising=False)
+    counts = [worker_count(experiment_of({}, threads=threads)) for threads in (1, 2, 3, 8)]
+    assert counts == [5, 2, 1, 1]
+
+
 def test_threads_of_one_process_share_no_gpu() -> None:
     opened = experiment_of({"workers": 7})
     compute = replace(opened.compute, device=torch.device("cuda"))

@@ -141,12 +141,13 @@ def test_an_answer_or_a_failure_after_an_answer_is_refused() -> None:
 
 @examples(jobs=st.integers(1, 70), workers=st.integers(1, 12), least=st.integers(1, 20))
 def test_a_request_falls_apart_into_aligned_runs_of_the_same_tree(jobs: int, workers: int, least: int) -> None:
-    """Each run of a power of two is one partial sum, but for the last; there is one for each worker."""
+    """Each run of a power of two is one partial sum, but for the last; none is much more than a worker's share."""
     request = request_of(jobs)
     parts = cut(request, workers, least)
     assert tuple(job for part in parts for job in part.jobs) == request.jobs
-    assert len(parts) >= min(jobs, workers) // 2 + 1
-    assert all(len(part.jobs) >= least for part in parts[:-1]) or least > jobs / workers
+    share = math.ceil(jobs / workers)
+    assert workers == 1 or max(len(part.jobs) for part in parts) <= 4 / 3 * share
+    assert all(len(part.jobs) >= min(least, 2 / 3 * share) for part in parts[:-1])
     for part in parts:
         fold = Fold.empty(part.cohort)
         for job in part.jobs:
@@ -162,6 +163,20 @@ def test_workers_with_equal_jobs_end_together(jobs: int, workers: int) -> None:
     for part in cut(request_of(jobs), workers):
         busy[busy.index(min(busy))] += len(part.jobs)
     assert max(busy) == math.ceil(jobs / workers)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "workers", "least", "sizes"),
+    [
+        (5, 2, 3, [2, 2, 1]),
+        (9, 4, 9, [2, 2, 2, 2, 1]),
+        (17, 4, 17, [4, 4, 4, 4, 1]),
+        (100, 2, 100, [64, 36]),
+        (10, 1, 10, [10]),
+    ],
+)
+def test_small_jobs_are_shared_out_all_the_same(jobs: int, workers: int, least: int, sizes: list[int]) -> None:
+    assert [len(part.jobs) for part in cut(request_of(jobs), workers, least)] == sizes
 
 
 def request_of(jobs: int) -> Request:

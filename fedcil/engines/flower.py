@@ -16,8 +16,7 @@ from flwr.serverapp import Grid
 
 from client import app as client_app
 from fedcil.engines import Setting, ray_head
-from fedcil.engines.gpu import gpus_per_worker
-from fedcil.engines.ray import cluster
+from fedcil.engines.ray import cluster, share_of_worker
 from fedcil.engines.workers import worker_count
 from fedcil.port import Port
 from server.app import server_app
@@ -45,10 +44,10 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
         os.environ[client_app.DATA_ROOT] = str(setting.data_root.absolute())
     logging.getLogger("flwr").setLevel(logging.ERROR)
     workers = worker_count(setting.experiment)
-    gpus = gpus_per_worker(setting.experiment, workers)
-    resources = {"num_cpus": 1, "num_gpus": gpus}
+    share = share_of_worker(setting.experiment, workers)
+    resources = {"num_cpus": share.cpus, "num_gpus": share.gpus}
     least = workers if scenario.engine.workers else 1
-    with cluster(setting.stop, scenario.engine.address, workers, least, gpus):
+    with cluster(setting.stop, scenario.engine.address, workers, least, share):
         try:
             flwr.simulation.run_simulation(
                 server_app(inside),

@@ -28,7 +28,7 @@ from fedcil.engines import Setting, ray_head
 from fedcil.engines.costs import Costs
 from fedcil.engines.flat import Flat, FlatReply, Row, flatten_tensors, row_of_job
 from fedcil.engines.gpu import gpus_per_worker
-from fedcil.engines.workers import worker_count
+from fedcil.engines.workers import Share, worker_count
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gather import Gathered, cut
@@ -42,6 +42,7 @@ T = TypeVar("T")
 ATTEMPTS = 3  # how often a client is tried when workers die under it
 LOOK_S = 0.2  # how long to wait before looking at the stop signal again
 LOOK_FOR_NODES_S = 1.0
+START_S = 120.0  # how long to wait for the first workers: a full cluster may have no room for them
 LEAST_PIECE_S = 0.05  # seconds of work that are worth a request of their own
 DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
 STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
@@ -51,12 +52,12 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     """Attach to ``engine.address`` or start Ray here; what was started is ended."""
     engine = setting.experiment.scenario.engine
     workers = worker_count(setting.experiment)
-    gpus = gpus_per_worker(setting.experiment, workers)
+    share = share_of_worker(setting.experiment, workers)
     # A cluster, or GPUs whose shares were measured, may have room for fewer than there are cores here.
-    least = workers if engine.workers or not (engine.address or gpus) else 1
+    least = workers if engine.workers or not (engine.address or share.gpus) else 1
     memory = store_bytes(setting.experiment, workers)
-    with cluster(setting.stop, engine.address, workers, least, gpus, memory):
-        port = RayPort(setting, Crew(setting, gpus))
+    with cluster(setting.stop, engine.address, workers, least, share, memory):
+        port = RayPort(setting, Crew(setting, share))
         try:
             return loop(port)
         except RayError:
@@ -65,6 +66,10 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
             raise
         finally:
             port.close()
+
+
+def share_of_worker(experiment: Experiment, workers: int) -> Share:
+    return Share(experiment.scenario.training.threads, gpus_per_worker(experiment, workers))
 
 
 def store_bytes(experiment: Experiment, workers: int) -> int:
@@ -85,11 +90,11 @@ def cluster(
     address: str | None,
     workers: int,
     least: int,
-    gpus: float,
+    share: Share,
     store_memory: int | None = None,
 ) -> Iterator[None]:
     """Ray, started here (with an object store of ``store_memory`` bytes) or attached to; what was started is ended.
-    Signals stay with whoever had them. ScenarioError if ``least`` workers with ``gpus`` each do not fit.
+    Signals stay with whoever had them. ScenarioError if ``least`` workers with ``share`` each do not fit.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -98,7 +103,7 @@ def cluster(
         else:
             ray.init(
                 address="local",  # not somebody's cluster that happens to run on this machine
-                num_cpus=workers,
+                num_cpus=workers * share.cpus,
                 object_store_memory=store_memory,
                 _system_config={"max_direct_call_object_size": DIRECT_BYTES},
                 include_dashboard=False,
@@ -115,24 +120,31 @@ def cluster(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     try:
-        refuse_too_little(least, gpus)
+        refuse_too_little(least, share)
         with contextlib.nullcontext() if address else ray_head.watched(stop):
             yield
     finally:
         ray.shutdown()
 
 
-def refuse_too_little(workers: int, gpus_each: float) -> None:
+def refuse_too_little(workers: int, share: Share) -> None:
     """Ray would wait for ever for a CPU or GPU that it does not have."""
-    here = ray.cluster_resources()
-    cpus, gpus = here.get("CPU", 0.0), here.get("GPU", 0.0)
-    if workers > cpus or workers * gpus_each > gpus:
+    if workers > room(share):
+        here = ray.cluster_resources()
         raise ScenarioError(
-            f"{workers} workers with {gpus_each:g} GPUs each do not fit into {cpus:g} CPUs and {gpus:g} GPUs",
-            where="engine.workers, engine.gpus_per_worker",
-            allowed="one CPU a worker, and no more GPUs than Ray has",
+            f"{workers} workers with {share.cpus} CPUs and {share.gpus:g} GPUs each do not fit into "
+            f"{here.get('CPU', 0.0):g} CPUs and {here.get('GPU', 0.0):g} GPUs",
+            where="engine.workers, engine.gpus_per_worker, training.threads",
+            allowed="a CPU for each thread of a worker, and no more GPUs than Ray has",
             next="lower engine.workers or engine.gpus_per_worker",
         )
+
+
+def room(share: Share) -> int:
+    """How many workers the cluster has room for when nobody else is there."""
+    here = ray.cluster_resources()
+    by_cpu = int(here.get("CPU", 0.0)) // share.cpus
+    return min(by_cpu, int(here.get("GPU", 0.0) / share.gpus)) if share.gpus else by_cpu
 
 
 class ClientWorker:
@@ -182,14 +194,15 @@ def identity_of(experiment: Experiment) -> dict[str, Any]:
 class Crew:
     """The workers of a run. Where ``engine.workers`` leaves it open, a cluster that grows brings more of them."""
 
-    def __init__(self, setting: Setting, gpus: float) -> None:
+    def __init__(self, setting: Setting, share: Share) -> None:
         scenario = setting.experiment.scenario
         self.identity = identity_of(setting.experiment)
         self.workers: list[Any] = []
         self._limit = scenario.engine.workers or scenario.clients.per_round
-        self._gpus = gpus
+        self._share = share
         self._looked = 0.0
-        actor = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=-1, max_task_retries=0)(ClientWorker)
+        held = {"num_cpus": share.cpus, "num_gpus": share.gpus}
+        actor = ray.remote(**held, max_restarts=-1, max_task_retries=0)(ClientWorker)
         root = setting.data_root.absolute() if setting.data_root else None
         self._hire = partial(actor.remote, scenario, root, setting.states.absolute())
 
@@ -198,11 +211,7 @@ class Crew:
         if len(self.workers) >= self._limit or time.monotonic() - self._looked < LOOK_FOR_NODES_S:
             return []
         self._looked = time.monotonic()
-        here = ray.cluster_resources()
-        room = int(here.get("CPU", 0.0))
-        if self._gpus:
-            room = min(room, int(here.get("GPU", 0.0) / self._gpus))
-        hired = [self._hire() for _ in range(min(self._limit, room) - len(self.workers))]
+        hired = [self._hire() for _ in range(min(self._limit, room(self._share)) - len(self.workers))]
         self.workers += hired
         return hired
 
@@ -275,7 +284,9 @@ class RayPort:
         """
         try:
             answer = ray.get(reference)
-        except (RayActorError, ObjectLostError):
+        except (RayActorError, ObjectLostError) as error:
+            if getattr(error, "actor_init_failed", False):
+                raise could_not_start(error) from None
             self._asleep.append(worker)
             time.sleep(LOOK_S)  # it is being restarted; asking it without a pause would spin
             return self._again(piece, gathered) if piece else []
@@ -315,19 +326,39 @@ class RayPort:
         self._asleep += late
 
     def _wait_for(self, workers: list[Any]) -> None:
-        """Until each of the first workers has said who it is."""
-        answers = [worker.identity.remote() for worker in workers]
-        waiting = answers
+        """Until each of the first workers has said who it is; after START_S seconds those that came are enough."""
+        waiting, end = {worker.identity.remote(): worker for worker in workers}, time.monotonic() + START_S
         while waiting:
             self._stop.check()
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_S)
-        for answer in answers:
-            try:
-                there = ray.get(answer)
-            except RayError as error:
-                raise RunFailed(
-                    f"a Ray worker could not start: {getattr(error, 'cause', error)}",
-                    where="engine",
-                    next="check that each node has the same fedcil and the data under the same path",
-                ) from None
-            self._crew.refuse_stranger(there)
+            came, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=LOOK_S)
+            for answer in came:
+                del waiting[answer]
+                try:
+                    there = ray.get(answer)
+                except RayError as error:
+                    raise could_not_start(error) from None
+                self._crew.refuse_stranger(there)
+            if time.monotonic() > end:
+                break
+        if waiting and len(waiting) == len(workers):
+            raise nobody_started()
+        self._asleep += waiting.values()
+
+
+def could_not_start(error: RayError) -> RunFailed:
+    """What went wrong stands at the margin, after the lines of where, in the worker's code."""
+    *_, problem = (line for line in str(error).splitlines() if line[:1].strip())
+    return RunFailed(
+        f"a Ray worker could not start: {problem}",
+        where="engine",
+        next="check that each node has the same fedcil and the data under the same path, then `fedcil resume RUN`",
+    )
+
+
+def nobody_started() -> RunFailed:
+    free, there = (found.get("CPU", 0.0) for found in (ray.available_resources(), ray.cluster_resources()))
+    return RunFailed(
+        f"no Ray worker has started in {START_S:g} s: {free:g} of {there:g} CPUs are free",
+        where="engine",
+        next="wait until others have given back what they hold, then `fedcil resume RUN`",
+    )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fedcil.engines import Setting
 from fedcil.engines.inline import InlinePort
+from fedcil.engines.workers import Share
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.messages import Broadcast, Job, Request
 from fedcil.port import Port, StopSignal
@@ -55,8 +56,9 @@ def port(engine: str, opened: Experiment) -> Iterator[Port]:
         else:
             from fedcil.engines.ray import Crew, RayPort, cluster, store_bytes
 
-            with cluster(StopSignal(), None, 2, 2, 0.0, store_bytes(opened, 2)):
-                over_ray = RayPort(setting, Crew(setting, 0.0))
+            share = Share(cpus=1, gpus=0.0)
+            with cluster(StopSignal(), None, 2, 2, share, store_bytes(opened, 2)):
+                over_ray = RayPort(setting, Crew(setting, share))
                 yield over_ray
                 over_ray.close()
 

@@ -1,0 +1,142 @@
+"""On Ray's own cluster of several nodes: what comes, cannot start, or vanishes in the middle of a run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcil import api
+from fedcil.record.run import Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.engines]
+
+SHORT = ["data.classes=4", "stream.tasks=1", "training.rounds=2", "training.epochs=1"]
+
+# ``node``, ``cluster`` with one of them, and ``run(folder, *overrides)``; a refusal is printed.
+CLUSTER = """
+import os, sys, time
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from fedcil import api
+from fedcil.engines import ray as engine
+from fedcil.errors import FedcilError
+
+node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=node)
+
+def run(folder, *overrides):
+    settings = ["engine.name='ray'", f"engine.address='{cluster.address}'", *overrides]
+    try:
+        api.run("digits_fedavg", overrides=settings, output=folder, figures=False)
+    except FedcilError as error:
+        print(error)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+"""
+
+# Ray keeps answers above 100 kB on the node where they were made until the driver asks for them.
+LOSE_ANSWERS = """
+far = cluster.add_node(**node)
+put, wait, asked = ray.put, ray.wait, False
+
+def ask(value):
+    global asked
+    asked = True
+    return put(value)
+
+def lose_answers(references, **options):
+    global far
+    if far and asked:
+        answered, _ = wait(references, num_returns=len(references), timeout=60, fetch_local=False)
+        print("answers:", len(answered))
+        cluster.remove_node(far)
+        far = None
+        time.sleep(1)
+    return wait(references, **options)
+
+ray.put, ray.wait = ask, lose_answers
+run(sys.argv[1], "engine.workers=2", *sys.argv[2:])
+"""
+
+BROKEN = """
+broken = Path(sys.argv[2])
+
+class Broken(engine.ClientWorker):
+    def __init__(self, *words):
+        if broken.exists():
+            raise FedcilError("no data here", where="this node", next="bring some")
+        super().__init__(*words)
+
+engine.ClientWorker = Broken
+
+def break_the_next_node(crew):
+    if not broken.exists() and any(path.stat().st_size for path in Path(sys.argv[1]).glob("*/metrics.jsonl")):
+        broken.touch()
+        cluster.add_node(**node)
+    return newcomers(crew)
+
+newcomers, engine.Crew.newcomers = engine.Crew.newcomers, break_the_next_node
+run(sys.argv[1], *sys.argv[3:])
+"""
+
+FULL = """
+engine.START_S = 3.0
+ray.init(address=cluster.address, logging_level="ERROR")
+
+@ray.remote(num_cpus=1)
+class Somebody:
+    def here(self):
+        return True
+
+else_there = Somebody.options(lifetime="detached", name="x", namespace="x").remote()
+assert ray.get(else_there.here.remote())
+ray.shutdown()
+run(sys.argv[1], *sys.argv[2:])
+"""
+
+
+def on_a_cluster(script: str, *words: str | Path) -> str:
+    """What the script prints."""
+    command = [sys.executable, "-c", CLUSTER + script, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def without_cost(run: Run) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "cost"} for line in run.lines]
+
+
+def test_an_answer_that_is_lost_with_its_node_is_made_again(tmp_path: Path) -> None:
+    large = [*SHORT, "model.width=64"]
+    expected = api.run("digits_fedavg", overrides=large, output=tmp_path / "inline", figures=False)
+    assert "answers: 2" in on_a_cluster(LOSE_ANSWERS, tmp_path / "ray", *large)
+    (folder,) = (tmp_path / "ray").iterdir()
+    assert without_cost(api.load(folder)) == without_cost(expected)
+
+
+def test_workers_that_cannot_start_end_the_run_with_their_reason(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.touch()
+    said = on_a_cluster(BROKEN, tmp_path / "ray", broken, *SHORT)
+    assert "a Ray worker could not start: fedcil.errors.FedcilError: no data here\n" in said
+    assert "`fedcil resume" in said
+
+
+def test_a_node_that_joins_and_cannot_train_is_said(tmp_path: Path) -> None:
+    said = on_a_cluster(BROKEN, tmp_path / "ray", tmp_path / "broken", *SHORT, "training.rounds=10000")
+    assert "a Ray worker could not start: fedcil.errors.FedcilError: no data here\n" in said
+    (folder,) = (tmp_path / "ray").iterdir()
+    assert api.load(folder).lines  # and can be resumed without it
+
+
+def test_a_cluster_without_room_is_not_waited_for_in_silence(tmp_path: Path) -> None:
+    said = on_a_cluster(FULL, tmp_path / "ray", *SHORT)
+    assert "no Ray worker has started in 3 s: 0 of 1 CPUs are free" in said
