@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from scenarios.benchmarks import overhead, report
-from scenarios.benchmarks.bars import BARS, LEAST, SECONDS
+from scenarios.benchmarks.bars import FULL
 from scenarios.benchmarks.nets import NETS, build
+from scenarios.benchmarks.peers import engine
 from scenarios.benchmarks.peers.session import Session
-from scenarios.benchmarks.rounds import AGREE, weights_differ, write_data
+from scenarios.benchmarks.rounds import AGREE, measure, weights_differ, write_data
 from scenarios.benchmarks.timing import Cost, Figure, against, in_turn
 
 
@@ -72,17 +73,26 @@ def test_a_limit_ends_the_repeats_but_not_within_one() -> None:
 @pytest.mark.parametrize(("round_s", "turns"), [(0.2, 5), (2.0, 1), (0.0, 200)])
 def test_a_repeat_has_as_many_rounds_as_take_a_second(round_s: float, turns: int, monkeypatch: Any) -> None:
     """On a clock that only the work moves."""
-    now, done = [0.0], []
+    now, done = [0.0], 0
 
-    def work(rounds: int) -> None:
-        done.append(rounds)
-        now[0] += rounds * (round_s or 1e-9)
+    def work() -> None:
+        nonlocal done
+        done += 1
+        now[0] += round_s or 1e-9
 
-    monkeypatch.setattr(overhead.time, "perf_counter", lambda: now[0])
-    case = overhead.enough(work, "inline", clients=10)
-    assert done == [1, 1]
-    case()
-    assert done[2] == turns
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
+    peer = engine.Rounds(work)
+    assert done == 2
+    peer.round()
+    assert done == 2 + turns == 2 + peer.turns
+
+
+def test_an_engine_costs_what_its_own_processes_do(tmp_path: Path) -> None:
+    figures = overhead.measure(("inline",), 10, 1, 2, tmp_path / "log", flower=False)
+    (figure,) = figures.values()
+    assert figures.keys() == {"engine_inline_1mb_10_vs_flower"}
+    assert 0 < figure.median_s < 0.1
+    assert figure.ratio is None
 
 
 def test_a_ratio_is_the_median_of_pairs() -> None:
@@ -98,17 +108,40 @@ def test_a_ratio_is_the_median_of_pairs() -> None:
 @pytest.mark.parametrize(
     ("name", "ratio", "seconds", "said"),
     [
-        ("round_lenet_fp32_vs_plain", BARS["round_lenet_fp32_vs_plain"], 9.0, "reached"),
+        ("round_lenet_fp32_vs_plain", FULL.most["round_lenet_fp32_vs_plain"], 9.0, "reached"),
         ("round_lenet_fp32_vs_plain", 0.9, 0.0, "not reached"),
-        ("floor_fraction_fp32", LEAST["floor_fraction_fp32"] - 0.1, 0.0, "not reached"),
-        ("engine_ray_1mb_100_vs_flower", 0.001, SECONDS["engine_ray_1mb_100_vs_flower"] * 2, "not reached"),
+        ("floor_fraction_fp32", FULL.least["floor_fraction_fp32"] - 0.1, 0.0, "not reached"),
+        ("engine_ray_1mb_100_vs_flower", 0.001, FULL.seconds["engine_ray_1mb_100_vs_flower"] * 2, "not reached"),
         ("round_lenet_bf16_vs_plain", 0.1, 0.0, ""),
         ("round_lenet_fp32_vs_pfl", None, 0.0, ""),  # a peer that could not be had
     ],
 )
 def test_a_bar_is_reached_or_not(name: str, ratio: float | None, seconds: float, said: str) -> None:
     row = {"ratio": ratio, "wall_ratio": ratio, "median_s": seconds, "spread": 0.0}
-    assert report.verdict(name, row).split(" <")[0].split(" >")[0] == said
+    assert report.verdict(name, row, FULL).split(" <")[0].split(" >")[0] == said
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("two_workers_cnn4", {"ratio": 1.0, "wall_ratio": 0.8, "median_s": 1.0}, "not reached <= 1.1, <= 0.588 wall"),
+        ("two_workers_cnn4", {"ratio": 1.0, "wall_ratio": None, "median_s": 1.0}, "reached <= 1.1"),
+        ("memory_10000", {"peak_mb": 600.0, "more_than_100_mb": 0.5}, "reached <= 4 more_than_100_mb"),
+        ("whole_digits_mfcl", {"wall_s": 9.0, "first_round_s": 7.0}, "not reached <= 6 first_round_s"),
+        ("whole_digits_other", {"wall_s": 9.0, "first_round_s": 7.0}, ""),
+    ],
+)
+def test_wall_seconds_and_facts_have_bars_too(name: str, row: dict[str, Any], said: str) -> None:
+    assert report.verdict(name, row, FULL) == said
+
+
+def test_a_peer_that_could_not_be_had_is_a_row_all_the_same(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data.npz", clients=1)
+    figures = measure("lenet", data, {"pfl": None}, 1, tmp_path / "log", precisions=("fp32",))
+    assert figures["round_lenet_fp32_vs_pfl"].ratio is None
+    ratio = figures["round_lenet_fp32_vs_plain"].ratio
+    assert ratio is not None
+    assert ratio > 0
 
 
 @pytest.mark.slow

@@ -9,9 +9,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+BUSY = 0.1  # share of all cores beyond which wall seconds are not comparable
+
+
+def used_by_others() -> float:
+    """Share of all cores that is in use while this process sleeps for a second."""
+    share: float = psutil.cpu_percent(interval=1.0) / 100
+    return share
 
 
 def describe() -> dict[str, Any]:
@@ -24,7 +34,6 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "flags": [flag for flag in FLAGS if flag in named.get("flags", "").split()],
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "load": os.getloadavg(),
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in ("torch", "torchvision", "flwr", "ray", "numpy")},
     }

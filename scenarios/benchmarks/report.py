@@ -5,45 +5,58 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from scenarios.benchmarks.bars import BARS, LEAST, SECONDS
+from scenarios.benchmarks.bars import Bars
 
 Rows = dict[str, dict[str, Any]]
+REACHED, MISSED = "reached", "not reached"
 
 
-def verdict(name: str, row: dict[str, Any]) -> str:
-    """``reached`` or ``not reached`` with the bars, or nothing where there are none."""
-    checks = []
-    if name in BARS and row.get("ratio") is not None:
-        checks.append((row["ratio"] <= BARS[name], f"<= {BARS[name]:.2f}"))
-    if name in LEAST and row.get("ratio") is not None:
-        checks.append((row["ratio"] >= LEAST[name], f">= {LEAST[name]:.2f}"))
-    if name in SECONDS:
-        checks.append((row["median_s"] <= SECONDS[name], f"<= {1e3 * SECONDS[name]:.2f} ms"))
+def verdict(name: str, row: dict[str, Any], bars: Bars) -> str:
+    """``reached`` or ``not reached`` with the bars, or nothing where there are none or nothing was measured."""
+    fact, most = bars.facts.get(name, ("", None))
+    limits = [  # (measured, bar, largest value that keeps it, unit)
+        (row.get("ratio"), bars.most.get(name), "<=", 1.0, ""),
+        (row.get("wall_ratio"), bars.most_wall.get(name), "<=", 1.0, " wall"),
+        (row.get("ratio"), bars.least.get(name), ">=", 1.0, ""),
+        (row.get("median_s"), bars.seconds.get(name), "<=", 1e3, " ms"),
+        (row.get(fact), most, "<=", 1.0, f" {fact}"),
+    ]
+    checks = [
+        (value <= bar if sign == "<=" else value >= bar, f"{sign} {scale * bar:.3g}{unit}")
+        for value, bar, sign, scale, unit in limits
+        if value is not None and bar is not None
+    ]
     if not checks:
         return ""
-    return ("reached " if all(good for good, _ in checks) else "not reached ") + ", ".join(text for _, text in checks)
+    return f"{REACHED if all(good for good, _ in checks) else MISSED} " + ", ".join(text for _, text in checks)
 
 
-def print_table(rows: Rows) -> None:
-    """Markdown. ``ratio`` is ours / baseline in CPU seconds."""
+def print_table(rows: Rows, bars: Bars) -> None:
+    """Markdown, and how many bars were reached. ``ratio`` is ours / baseline in CPU seconds."""
     print("| name | ratio | wall ratio | our CPU s | spread | bar |\n|---|---|---|---|---|---|")
+    verdicts = {name: verdict(name, row, bars) for name, row in rows.items()}
     for name, row in rows.items():
-        if "ratio" not in row:
-            print(f"| {name} | " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()) + " | | | | |")
-            continue
-        cells = [_number(row[key]) for key in ("ratio", "wall_ratio", "median_s", "spread")]
-        print(f"| {name} | {' | '.join(cells)} | {verdict(name, row)} |")
+        if "ratio" in row:
+            cells = [_number(row[key]) for key in ("ratio", "wall_ratio", "median_s", "spread")]
+        else:
+            cells = [", ".join(f"{key} {value:.4g}" for key, value in row.items()), "", "", ""]
+        print(f"| {name} | {' | '.join(cells)} | {verdicts[name]} |")
+    missed = [name for name, said in verdicts.items() if said.startswith(MISSED)]
+    held = sum(said.startswith(REACHED) for said in verdicts.values())
+    print(f"{held} of {held + len(missed)} bars reached" + (f"; not: {', '.join(missed)}" if missed else ""))
 
 
 def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.3g}"
 
 
-def draw(rows: Rows, path: Path) -> None:
+def draw(rows: Rows, bars: Bars, path: Path) -> None:
     """One bar per ratio; a tick where it should end at the latest."""
     from matplotlib.figure import Figure
 
-    shown = {name: row["ratio"] for name, row in rows.items() if row.get("ratio") is not None and name not in LEAST}
+    shown = {
+        name: row["ratio"] for name, row in rows.items() if row.get("ratio") is not None and name not in bars.least
+    }
     if not shown:
         return
     figure = Figure(figsize=(9, 1 + 0.25 * len(shown)), layout="constrained")
@@ -51,8 +64,8 @@ def draw(rows: Rows, path: Path) -> None:
     places = range(len(shown))
     axes.barh(places, list(shown.values()), color="#4477aa")
     for place, name in zip(places, shown, strict=True):
-        if name in BARS:
-            axes.plot([BARS[name]] * 2, [place - 0.4, place + 0.4], color="#cc3311", linewidth=2)
+        if name in bars.most:
+            axes.plot([bars.most[name]] * 2, [place - 0.4, place + 0.4], color="#cc3311", linewidth=2)
     axes.axvline(1, color="#bbbbbb", linewidth=1)
     axes.set_yticks(list(places), list(shown), fontsize=7)
     axes.invert_yaxis()

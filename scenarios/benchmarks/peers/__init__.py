@@ -1,4 +1,6 @@
-"""Other simulators, each as a program of its own in an environment of its own, driven line by line (session.py)."""
+"""Whatever is timed in turn, each as a program of its own, driven line by line (session.py); simulators of others in an
+environment of their own.
+"""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The plain loop as a peer: what a session costs beside the loop itself, and the pattern for other peers.
+"""The plain loop as a process of its own, with the C library as it comes: the baseline, and the pattern for peers.
 
 python -m scenarios.benchmarks.peers.plain DATA.npz lenet|cnn4|resnet18 pictures|tensors|exact
 """

@@ -1,4 +1,4 @@
-"""A peer as a process that does what it is told: ``round`` -> one round and its cost, ``weights PATH`` -> a file.
+"""A side as a process that does what it is told: ``round`` -> one round and its cost, ``weights PATH`` -> a file.
 
 The peer's side is ``answer``: it prints one JSON line per command on stdout and ends with its standard input. The
 benchmark's side is ``Session``: commands of several peers can so be given in turn.
@@ -31,12 +31,8 @@ class Peer(Protocol):
         ...
 
 
-def tree_cpu() -> float:
-    """CPU seconds of this process and all that descend from it, the ended ones too."""
-    return time.process_time() + children_cpu()  # finer than the ticks that psutil reads
-
-
 def children_cpu() -> float:
+    """CPU seconds of all living processes that descend from this one, and of those that these have outlived."""
     import psutil  # here, for programs that need no sessions and have no psutil
 
     total = 0.0
@@ -49,8 +45,10 @@ def children_cpu() -> float:
     return total
 
 
-def answer(peer: Peer) -> None:
-    """Obey standard input. The library's own prints must not reach stdout: they are sent to stderr."""
+def answer(peer: Peer, rounds: int = 1) -> None:
+    """Obey standard input; costs are those of one of the ``rounds`` that the peer makes at a time. The library's own
+    prints must not reach stdout: they are sent to stderr.
+    """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     replies.write(json.dumps({"ready": True}) + "\n")
@@ -61,7 +59,8 @@ def answer(peer: Peer) -> None:
             others, own, wall = children_cpu(), time.process_time(), time.perf_counter()
             peer.round()
             wall, own = time.perf_counter() - wall, time.process_time() - own
-            replies.write(json.dumps({"cpu": own + children_cpu() - others, "wall": wall}) + "\n")
+            cpu = own + children_cpu() - others
+            replies.write(json.dumps({"cpu": cpu / rounds, "wall": wall / rounds}) + "\n")
         else:
             np.savez(argument, **peer.weights())
             replies.write(json.dumps({"saved": argument}) + "\n")
