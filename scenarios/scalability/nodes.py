@@ -20,7 +20,7 @@ from typing import Any
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when ray is imported
 
 import ray
-from common import Panel, Table, command, draw, environment, new_folder, options, say_load
+from common import Panel, Table, command, draw, environment, fit, middle, new_folder, options, say_load
 from ray.cluster_utils import Cluster
 
 SCENARIO = "digits_mfcl"
@@ -155,11 +155,22 @@ def main() -> int:
     table.rows += [("nodes", float(at), 0, "workers", float(value)) for at, value in enumerate(alive)]
     table.write(given.output / "nodes.csv")
     rounds = [float(at) for at in range(len(spent))]
+    a, b = fit([float(value) for value in alive[1:]], spent[1:])  # the first round starts what is started once
+    print(f"fit (least squares): wall seconds of a round = {a:.4g} s + {b:.4g} s per worker")
+    alone = middle(value for value, count in zip(spent[1:], alive[1:], strict=True) if count == 1)
+    ideal = [alone / max(1, count) for count in alive]
     draw(
         given.output / "nodes.png",
         "A node comes and goes in a run",
         [
-            Panel({"round": (rounds, spent)}, {}, "round", "wall seconds", log=(False, False), zero=True),
+            Panel(
+                {"round": (rounds, spent)},
+                {"ideal: one worker's, shared by all": (rounds, ideal)},
+                "round",
+                "wall seconds",
+                log=(False, False),
+                zero=True,
+            ),
             Panel(
                 {"workers": (rounds, [float(value) for value in alive])},
                 {"one worker": (rounds, [1.0] * len(rounds))},

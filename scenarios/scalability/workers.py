@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import psutil
-from common import Panel, Table, command, draw, environment, new_folder, options, say_load, tiny
+from common import Panel, Table, command, draw, environment, fit, new_folder, options, say_load, tiny
 
 import fedcil
 
@@ -73,7 +73,11 @@ def picture(table: Table, path: Path) -> None:
                 two = table.series(f"{engine}, 8 clients: {kind} s a round")[1][1]
                 points[engine] = ([1.0, 2.0], [one, two])
                 ideal[f"ideal ({engine})"] = ([1.0, 2.0], [one, ratio * one])
-                print(f"{engine}, {scaling}: {kind}(2) / {kind}(1) = {two / one:.3f} (ideal {ratio:g})")
+                a, b = fit(*points[engine])
+                print(
+                    f"{engine}, {scaling}: {kind}(2) / {kind}(1) = {two / one:.3f} (ideal {ratio:g}); through the two "
+                    f"points: {kind} s a round = {a:.4g} s + {b:.4g} s per worker"
+                )
             panels.append(Panel(points, ideal, f"workers ({scaling})", f"{kind} s a round", (False, False), True))
     draw(path, "One worker and two (on a busy machine only CPU seconds can be compared)", panels)
 
