@@ -10,6 +10,7 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -17,7 +18,7 @@ import pytest
 
 from fedcil.errors import RunFailed
 from fedcil.experiment import open_experiment
-from fedcil.messages import Job, Report, count_bytes
+from fedcil.messages import Broadcast, Job, Report, Request, count_bytes
 from fedcil.scenario_file import load_scenario
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.engines]
@@ -194,6 +195,24 @@ def test_jobs_are_passed_on_in_numbers_that_are_worth_it() -> None:
     assert costs.jobs_worth(1.0, jobs) == 2
     assert costs.jobs_worth(0.4, jobs) == 1
     assert costs.jobs_worth(60.0, jobs) == 10
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sizes"),
+    [(None, [2, 2, 1, 1, 1, 1, 1, 1]), (0.0005, [10]), (0.0015, [4, 4, 2]), (1.0, [2, 2, 1, 1, 1, 1, 1, 1])],
+)
+def test_a_round_that_costs_less_than_passing_it_on_stays_together(seconds: float | None, sizes: list[int]) -> None:
+    """Ten clients on two workers, by what each of them took."""
+    from fedcil.engines.costs import Costs
+    from fedcil.engines.ray import RayPort
+
+    port: Any = RayPort.__new__(RayPort)
+    port._costs, port._crew, port._at_once = Costs(), SimpleNamespace(workers=[1, 2]), 1
+    if seconds:
+        port._costs.learn([Report(client=client, samples=1, seconds=seconds) for client in range(10)])
+    jobs = tuple(Job(client, client) for client in range(10))
+    request = Request(Broadcast(task=0, phase=0, round=0, tensors={}), jobs, len(jobs))
+    assert [len(part.jobs) for part in port._cut(request)] == sizes
 
 
 def test_a_robust_fold_has_room_for_the_models_of_a_whole_round() -> None:

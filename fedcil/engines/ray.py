@@ -44,6 +44,7 @@ LOOK_S = 0.2  # how long to wait before looking at the stop signal again
 LOOK_FOR_NODES_S = 1.0
 START_S = 120.0  # how long to wait for the first workers: a full cluster may have no room for them
 LEAST_PIECE_S = 0.05  # seconds of work that are worth a request of their own
+LEAST_SHARED_S = 0.01  # seconds of a round's work that are worth a second worker
 DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
 STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 
@@ -248,8 +249,7 @@ class RayPort:
         place = replace(request.broadcast, tensors={}, payload=None)
         model = ray.put(flatten_tensors(request.broadcast.tensors))
         payload = self._put_payload(request.broadcast.payload)
-        least = max(self._at_once, self._costs.jobs_worth(LEAST_PIECE_S, request.jobs))
-        todo = [Piece(part.jobs) for part in cut(request, len(self._crew.workers), least)]
+        todo = [Piece(part.jobs) for part in self._cut(request)]
         todo.sort(key=lambda piece: self._costs.of(piece.jobs), reverse=True)
         idle = [worker for worker in self._crew.workers if worker not in self._asleep]
         busy: dict[Any, tuple[Any, Piece | None]] = {}
@@ -274,6 +274,12 @@ class RayPort:
     def close(self) -> None:
         for worker in [] if self._stop.problem else self._crew.workers:
             ray.kill(worker)
+
+    def _cut(self, request: Request) -> list[Request]:
+        """What costs less than passing it on stays together."""
+        shared = self._costs.jobs_worth(LEAST_SHARED_S, request.jobs) < len(request.jobs)
+        least = self._costs.jobs_worth(LEAST_PIECE_S, request.jobs)
+        return cut(request, len(self._crew.workers) if shared else 1, max(self._at_once, least))
 
     def _collect(
         self, reference: Any, worker: Any, piece: Piece | None, gathered: Gathered, idle: list[Any]
