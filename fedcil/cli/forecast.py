@@ -18,8 +18,9 @@ from fedcil.methods.base import Phase
 from fedcil.models.network import count_parameters, grow_head
 from fedcil.stream import Task
 
-TORCH_MB = 700  # resident after the first step of a small network
+TORCH_MB = 570  # resident after the first step of a small network
 COPIES = 5
+KEPT = 3  # freed memory is kept: clients, boundary and evaluation each leave some that the others do not use
 
 
 def forecast(experiment: Experiment) -> dict[str, Any]:
@@ -99,9 +100,9 @@ def _limited(present: list[int], phase: Phase, most: int) -> int:
 
 
 def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
-    """MB of one process: torch itself, the images, and for each client at work five copies of the model (parameters,
-    gradients, anchor, contribution, partial sum) and the activations of a batch with their gradients. A robust fold
-    keeps the models of a whole round.
+    """MB of one process: torch itself, the images, and ``KEPT`` times a pool and what each client at work needs: five
+    copies of the model (parameters, gradients, anchor, contribution, partial sum) and the activations of a batch with
+    their gradients. A robust fold keeps the models of a whole round.
     """
     scenario, task = experiment.scenario, experiment.stream.tasks[-1]
     stored = experiment.data.train.images.nbytes + experiment.data.test.images.nbytes
@@ -110,7 +111,8 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     activations = 2 * (scenario.training.batch_size + added) * activation_bytes(experiment)
     at_once = worker_count(experiment) * experiment.execution.at_once
     cohort = 0 if scenario.server.fold == "mean" else scenario.clients.per_round * model_bytes
-    return int(TORCH_MB + (stored + pool + cohort + at_once * (COPIES * model_bytes + activations)) / 2**20)
+    work = pool + at_once * (COPIES * model_bytes + activations)
+    return int(TORCH_MB + (stored + cohort + KEPT * work) / 2**20)
 
 
 @torch.no_grad()
