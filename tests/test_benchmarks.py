@@ -18,7 +18,7 @@ from scenarios.benchmarks.nets import NETS, build
 from scenarios.benchmarks.peers import engine
 from scenarios.benchmarks.peers.session import Session
 from scenarios.benchmarks.rounds import AGREE, measure, weights_differ, write_data
-from scenarios.benchmarks.timing import Cost, Figure, against, in_turn
+from scenarios.benchmarks.timing import Cost, Figure, against, for_a_while, in_turn
 
 
 def test_a_round_of_ours_is_a_round_of_the_plain_loop(tmp_path: Path) -> None:
@@ -68,6 +68,14 @@ def test_a_limit_ends_the_repeats_but_not_within_one() -> None:
     costs = in_turn({name: lambda name=name: case(name) for name in "ab"}, repeats=50, limit_s=0.03)  # type: ignore[misc]
     assert len(costs["a"]) == len(costs["b"]) in (1, 2)
     assert len(in_turn({"a": lambda: case("a")}, repeats=9, limit_s=0.0)["a"]) == 1
+
+
+@pytest.mark.parametrize(("wall", "times"), [(0.05, 10), (0.2, 2), (3.0, 1)])
+def test_what_is_short_is_done_for_a_while(wall: float, times: int) -> None:
+    costs = iter([Cost(9.0, wall), Cost(9.0, wall)] + [Cost(float(place), wall) for place in range(times)])
+    cost = for_a_while(lambda: next(costs))()
+    assert (cost.cpu, cost.wall) == (pytest.approx((times - 1) / 2), pytest.approx(wall))
+    assert next(costs, None) is None
 
 
 @pytest.mark.parametrize(("round_s", "turns"), [(0.2, 5), (2.0, 1), (0.0, 200)])
@@ -135,6 +143,7 @@ def test_wall_seconds_and_facts_have_bars_too(name: str, row: dict[str, Any], sa
     assert report.verdict(name, row, FULL) == said
 
 
+@pytest.mark.slow
 def test_a_peer_that_could_not_be_had_is_a_row_all_the_same(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data.npz", clients=1)
     figures = measure("lenet", data, {"pfl": None}, 1, tmp_path / "log", precisions=("fp32",))

@@ -4,7 +4,7 @@ against everybody else.
 Against the plain loop and Flower both sides crop and flip: they image by image with PIL, fedcil in whole batches.
 Against the in-process peers both sides train on tensors as they are. All of them are processes of their own. Before
 anything is timed, each side's weights after a round are held against the plain loop's in float64, on the same orders of
-the same images.
+the same images. A repeat is as many rounds as take half a second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedcil.scenario_file import load_scenario
 from scenarios.benchmarks.nets import CLASSES, build
 from scenarios.benchmarks.peers.session import Session
 from scenarios.benchmarks.plain import BATCH, MEAN, RATE, STD, PlainLoop
-from scenarios.benchmarks.timing import Case, Figure, against, in_turn, timed
+from scenarios.benchmarks.timing import Case, Figure, against, for_a_while, in_turn, timed
 
 CLIENTS, SAMPLES = 10, 50
 AGREE = 1e-10  # largest difference of a weight in float64
@@ -182,7 +182,7 @@ def measure(
             for precision in precisions:
                 ours = stack.enter_context(our_loop(net, precision=precision, augment=augment, clients=clients))
                 cases[f"{precision}_{augment}"] = timed(ours.round)
-        costs = in_turn(cases, repeats, limit_s=limit_s)
+        costs = in_turn({name: for_a_while(case) for name, case in cases.items()}, repeats, limit_s=limit_s)
     figures = {}
     for name, mode in modes.items():
         for precision in precisions:

@@ -33,6 +33,18 @@ def timed(work: Callable[[], object], units: int = 1) -> Case:
     return case
 
 
+def for_a_while(case: Case, seconds: float = 0.5) -> Case:
+    """As many times as take so long, and the mean of them: caches are warm then, as in a run."""
+    case()
+    times = max(1, round(seconds / case().wall))
+
+    def many() -> Cost:
+        costs = [case() for _ in range(times)]
+        return Cost(statistics.fmean(cost.cpu for cost in costs), statistics.fmean(cost.wall for cost in costs))
+
+    return many
+
+
 def in_turn(
     cases: Mapping[str, Case], repeats: int, warm_up: int = 1, limit_s: float = float("inf")
 ) -> dict[str, list[Cost]]:
