@@ -291,6 +291,10 @@ class EngineSection(Section):
     workers: Threads | None = Field(
         None, description="default: one per core, at most one per asked client; inline on a GPU always one"
     )
+    processes: bool | None = Field(
+        None,
+        description="inline, Linux: workers are processes; default: where the model is small and the run a long one",
+    )
     stack: Threads = Field(1, description="clients that a worker trains as one model")
     lanes: Annotated[int, Field(ge=0, le=64)] | None = Field(
         None,

@@ -47,10 +47,10 @@ def scenario(**method: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_who_is_late_is_not_waited_for(workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["workers=1", "workers=2", "workers=2, processes=true"])
+def test_who_is_late_is_not_waited_for(engine: str, tmp_path: Path) -> None:
     """A slow client would take 3 x 2 seconds; the round ends at its deadline and goes on without it."""
-    sets = [f"engine.workers={workers}", "server.deadline_s=0.7"]
+    sets = [f"engine={{{engine}}}", "server.deadline_s=0.7"]
     started = time.monotonic()
     run = fedcil.run(scenario(seconds=2.0), overrides=sets, output=tmp_path, figures=False)
     assert time.monotonic() - started < 10

@@ -10,7 +10,7 @@ import torch
 
 from fedcil.availability import Availability, make_availability
 from fedcil.clock import asked_clients
-from fedcil.engines.workers import worker_count
+from fedcil.engines.workers import in_processes, worker_count
 from fedcil.experiment import Experiment
 from fedcil.keys import Key
 from fedcil.messages import Tensors, count_bytes
@@ -20,6 +20,7 @@ from fedcil.stream import Task
 
 TORCH_MB = 570  # resident after the first step of a small network
 COPIES = 5
+PROCESSES_MB = 480  # a second torch, which all worker processes share
 KEPT = 3  # freed memory is kept: clients, boundary and evaluation each leave some that the others do not use
 
 
@@ -100,9 +101,10 @@ def _limited(present: list[int], phase: Phase, most: int) -> int:
 
 
 def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
-    """MB of one process: torch itself, the images, and ``KEPT`` times a pool and what each client at work needs: five
-    copies of the model (parameters, gradients, anchor, contribution, partial sum) and the activations of a batch with
-    their gradients. A robust fold keeps the models of a whole round.
+    """MB of the run's process and, if it comes to have any, its worker processes: torch itself, the images, and
+    ``KEPT`` times a pool and what each client at work needs: five copies of the model (parameters, gradients, anchor,
+    contribution, partial sum) and the activations of a batch with their gradients. A robust fold keeps the models of a
+    whole round.
     """
     scenario, task = experiment.scenario, experiment.stream.tasks[-1]
     stored = experiment.data.train.images.nbytes + experiment.data.test.images.nbytes
@@ -112,7 +114,8 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     at_once = worker_count(experiment) * experiment.execution.at_once
     cohort = 0 if scenario.server.fold == "mean" else scenario.clients.per_round * model_bytes
     work = pool + at_once * (COPIES * model_bytes + activations)
-    return int(TORCH_MB + (stored + cohort + KEPT * work) / 2**20)
+    processes = PROCESSES_MB if in_processes(scenario, worker_count(experiment), model_bytes) else 0
+    return int(TORCH_MB + processes + (stored + cohort + KEPT * work) / 2**20)
 
 
 @torch.no_grad()

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import dataclass
 
+from fedcil.errors import ScenarioError
 from fedcil.experiment import Experiment
+from fedcil.scenario import Scenario
+
+SMALL_BYTES = 4 << 20  # of a model: four convolutions have 0.5 MB, ResNet-18 has 45 (docs/performance.md, two workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +35,20 @@ def worker_count(experiment: Experiment) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     side_by_side = min(cores // scenario.training.threads, math.ceil(scenario.clients.per_round / at_once))
     return scenario.engine.workers or max(1, side_by_side)
+
+
+def in_processes(scenario: Scenario, workers: int, model_bytes: int) -> bool:
+    """Whether inline workers are processes, once a run is a long one: where nobody says so, if steps are so short that
+    threads would wait for Python's lock. ScenarioError if it is asked for where it cannot be.
+    """
+    wanted, possible = scenario.engine.processes, sys.platform == "linux"
+    if wanted and not possible:
+        raise ScenarioError(
+            "workers can be processes on Linux only",
+            where="engine.processes",
+            allowed="false, or nothing",
+            next="leave engine.processes out: workers are threads then",
+        )
+    if scenario.engine.name != "inline" or workers == 1:
+        return False
+    return possible and model_bytes <= SMALL_BYTES if wanted is None else wanted

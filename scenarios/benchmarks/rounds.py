@@ -56,7 +56,13 @@ def pixels(section: object, root: object) -> Dataset:  # noqa: ARG001  the contr
 
 
 def experiment(
-    net: str, *, precision: str = "fp32", augment: str = "none", workers: int = 1, clients: int = CLIENTS
+    net: str,
+    *,
+    precision: str = "fp32",
+    augment: str = "none",
+    workers: int = 1,
+    processes: bool | None = None,
+    clients: int = CLIENTS,
 ) -> Experiment:
     model = {"name": "resnet18"} if net == "resnet18" else {"name": f"scenarios.benchmarks.nets:{net}"}
     scenario = {
@@ -71,7 +77,7 @@ def experiment(
         "model": model,
         "method": {"name": "fedavg"},
         "training": {"epochs": 1, "batch_size": BATCH, "lr": RATE, "weight_decay": 0.0, "precision": precision},
-        "engine": {"workers": workers},
+        "engine": {"workers": workers, "processes": processes},
     }
     return open_experiment(load_scenario(scenario))
 

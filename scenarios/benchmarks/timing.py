@@ -21,14 +21,17 @@ Case = Callable[[], Cost]
 """Does one repeat and says what it cost."""
 
 
-def timed(work: Callable[[], object], units: int = 1) -> Case:
-    """A case in this process: ``work`` does ``units`` of whatever is counted."""
+def timed(work: Callable[[], object], units: int = 1, elsewhere: Callable[[], float] = lambda: 0.0) -> Case:
+    """A case in this process: ``work`` does ``units`` of whatever is counted. ``elsewhere``: CPU seconds so far of
+    other processes that take part.
+    """
 
     def case() -> Cost:
         gc.collect()
-        wall, cpu = time.perf_counter(), time.process_time()
+        others, wall, cpu = elsewhere(), time.perf_counter(), time.process_time()
         work()
-        return Cost((time.process_time() - cpu) / units, (time.perf_counter() - wall) / units)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return Cost((cpu + elsewhere() - others) / units, wall / units)
 
     return case
 

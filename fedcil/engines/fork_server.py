@@ -1,0 +1,79 @@
+"""The program behind workers that are processes: it opens the scenario once and forks a worker for each channel.
+
+It has no threads of its own before it forks, which the process of a run cannot promise. All of it ends when the run
+does, however that ends: its input ends then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from client.handle import Shared, Worker, handle
+from client.states import StateStore
+from fedcil.allocator import keep_freed_memory
+from fedcil.engines.channel import Channel
+from fedcil.engines.fork_messages import Answering
+from fedcil.experiment import open_experiment
+from fedcil.record.folder import identity
+from fedcil.scenario import flatten
+from fedcil.scenario_file import load_scenario
+
+
+def main() -> None:
+    """The first line of the input says what to do; each worker says on its channel who it is, or what went wrong."""
+    keep_freed_memory()
+    torch.set_num_threads(1)  # a fork would have none of the threads that the others wait for
+    orders = json.loads(sys.stdin.readline())
+    channels = [Channel(*each) for each in orders["channels"]]
+    try:
+        shared = open_shared(orders)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # the run may have ended meanwhile
+            for channel in channels:
+                channel.send({"problem": f"{type(error).__name__}: {error}"})
+        return
+    hello = {"identity": flatten(identity(shared.experiment))}
+    gc.freeze()  # or each worker's first collection would copy what they share
+    workers = [fork(channels, number, hello, shared) for number in range(len(channels))]
+    for channel in channels:
+        channel.close()
+    sys.stdin.read()
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+
+
+def open_shared(orders: dict[str, Any]) -> Shared:
+    root = Path(orders["data_root"]) if orders["data_root"] else None
+    return Shared(open_experiment(load_scenario(orders["scenario"]), root), StateStore(Path(orders["states"])))
+
+
+def fork(channels: list[Channel], number: int, hello: dict[str, Any], shared: Shared) -> int:
+    """The process id of a new worker, which never returns. Nobody else keeps its channel: the run sees when it dies."""
+    process = os.fork()
+    if process:
+        return process
+    channel = channels.pop(number)
+    for other in channels:
+        other.close()
+    try:
+        channel.send(hello)
+        serve(Answering(channel), Worker(shared, lambda: None))
+    except (EOFError, OSError):
+        os._exit(0)  # the run has ended
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    os._exit(1)
+
+
+def serve(channel: Answering, worker: Worker) -> None:
+    while True:
+        channel.send(handle(channel.receive(), worker))

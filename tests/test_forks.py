@@ -1,0 +1,293 @@
+"""Inline workers that are processes: the bits of threads, nothing lost when one dies, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fedcil
+from fedcil.engines import forks, inline, workers
+from fedcil.engines.channel import Channel
+from fedcil.engines.fork_messages import Answering, Asking
+from fedcil.errors import ScenarioError
+from fedcil.fold import Fold
+from fedcil.messages import Broadcast, Contribution, Failure, Job, Payload, Reply, Report, Request
+from fedcil.rule import Rule
+from fedcil.scenario_file import load_scenario
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need memfd_create, which is Linux's")
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
+
+
+@contextlib.contextmanager
+def both_ends() -> Iterator[tuple[Channel, Channel]]:
+    """Each with file descriptors of its own, as in two processes."""
+    here, there = socket.socketpair()
+    one, two = os.memfd_create("one"), os.memfd_create("two")
+    first, second = Channel(here.detach(), one, two), Channel(there.detach(), os.dup(two), os.dup(one))
+    try:
+        yield first, second
+    finally:
+        first.close()
+        second.close()
+
+
+@pytest.fixture
+def channel() -> Iterator[tuple[Channel, Channel]]:
+    with both_ends() as ends:
+        yield ends
+
+
+@st.composite
+def named_tensors(draw: st.DrawFn) -> dict[str, Tensor]:
+    """Up to 4 tensors of any type and up to 3 dimensions, some of them empty, some not contiguous."""
+    tensors = {}
+    for place in range(draw(st.integers(0, 4))):
+        shape = draw(st.lists(st.integers(0, 5), max_size=3))
+        made = torch.arange(torch.Size(shape).numel() * 2).reshape(*shape, 2) + draw(st.integers(0, 99))
+        halved = made[..., draw(st.integers(0, 1))]
+        tensors[f"tensor {place}"] = halved.transpose(0, -1) if shape else halved
+        tensors[f"tensor {place}"] = tensors[f"tensor {place}"].to(draw(st.sampled_from(DTYPES)))
+    return tensors
+
+
+@given(st.lists(st.lists(named_tensors(), max_size=3), min_size=1, max_size=4), st.booleans())
+def test_tensors_arrive_as_they_were_sent(messages: list[list[dict[str, Tensor]]], copied: bool) -> None:
+    with both_ends() as (here, there):
+        for number, groups in enumerate(messages):
+            here.send({"number": number}, *groups)
+            header, got = there.receive(copied=copied)
+            assert header == {"number": number}
+            assert len(got) == len(groups)
+            for sent, arrived in zip(groups, got, strict=True):
+                assert list(arrived) == list(sent)
+                for name, tensor in sent.items():
+                    assert (arrived[name].dtype, arrived[name].shape) == (tensor.dtype, tensor.shape)
+                    assert torch.equal(arrived[name], tensor)
+
+
+def test_copies_stay_and_views_are_the_others_memory(channel: tuple[Channel, Channel]) -> None:
+    here, there = channel
+    here.send(1, {"a": torch.zeros(3)})
+    _, (copy,) = there.receive(copied=True)
+    here.send(2, {"a": torch.ones(3)})
+    _, (view,) = there.receive()
+    assert copy["a"].tolist() == [0, 0, 0]
+    here.send(3, {"a": torch.full((3,), 2.0)})
+    assert view["a"].tolist() == [2, 2, 2]
+
+
+def test_a_channel_says_that_nothing_came_or_that_nobody_is_there(channel: tuple[Channel, Channel]) -> None:
+    here, there = channel
+    with pytest.raises(BlockingIOError):
+        here.receive(0.0)
+    with pytest.raises(TimeoutError):
+        here.receive(0.01)
+    long = "x" * 100_000
+    there.send(long[:50])
+    assert here.receive(0.0)[0] == long[:50]
+    there._socket.shutdown(socket.SHUT_WR)
+    with pytest.raises(EOFError):
+        here.receive()
+
+
+def test_broadcast_and_payload_travel_once(channel: tuple[Channel, Channel]) -> None:
+    """Sent again they would be views of other memory than before."""
+    asking, answering = Asking(channel[0]), Answering(channel[1])
+    payload = Payload.of({"generator": torch.arange(4.0)})
+    rule = Rule("krum", 1, 2.0, None)
+    seen = []
+    for round_ in range(2):
+        model = {"weight": torch.full((2, 2), float(round_))}
+        broadcast = Broadcast(task=3, phase=1, round=round_, tensors=model, payload=payload)
+        for client in range(2):
+            asked = Request(broadcast, (Job(client, client, "kept"), Job(5, 2)), 7, rule)
+            asking.send(asked)
+            got = answering.receive()
+            assert (got.jobs, got.cohort, got.rule) == (asked.jobs, 7, rule)
+            assert (got.broadcast.task, got.broadcast.phase, got.broadcast.round) == (3, 1, round_)
+            assert torch.equal(got.broadcast.tensors["weight"], model["weight"])
+            assert got.broadcast.payload is not None
+            assert got.broadcast.payload.hash == payload.hash
+            assert torch.equal(got.broadcast.payload.tensors["generator"], payload.tensors["generator"])
+            seen.append((got.broadcast, got.broadcast.payload))
+    assert seen[0][0] is seen[1][0]
+    assert seen[1][0] is not seen[2][0]
+    assert len({id(each) for _, each in seen}) == 1
+    asking.send(Request(Broadcast(task=4, phase=0, round=0, tensors={"weight": torch.zeros(1)}), (Job(1, 0),), 1))
+    assert answering.receive().broadcast.payload is None
+
+
+def test_a_reply_arrives_as_it_was_given(channel: tuple[Channel, Channel]) -> None:
+    asking, answering = Asking(channel[0]), Answering(channel[1])
+    fold = Fold.empty(5)
+    for leaf in (0, 1, 4):
+        fold.add(leaf, Contribution({"weight": torch.randn(3, 3), "mean": torch.randn(3)}, 2.0 + leaf))
+    fold.absent(3)
+    expected = dict(fold.sums)
+    report = Report(client=7, samples=3, metrics={"loss": 0.1, "steps": 4}, state="s", state_bytes=1, bytes_up=2)
+    answering.send(Reply(fold, (report,), (Failure(3, "client", "broken"),)))
+    got = asking.receive(1.0)
+    assert got.reports == (report,)
+    assert got.failures == (Failure(3, "client", "broken"),)
+    assert got.fold.leaves == 5
+    assert got.fold.sums.keys() == expected.keys()
+    for node, total in expected.items():
+        arrived = got.fold.sums[node]
+        if total is None:
+            assert arrived is None
+        else:
+            assert arrived is not None
+            assert arrived.weight == total.weight
+            assert all(torch.equal(arrived.tensors[name], total.tensors[name]) for name in total.tensors)
+
+
+def test_only_small_networks_are_worth_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, yes, no = (
+        load_scenario("digits_fedavg", [f"engine={{{text}}}"]) for text in ("", "processes=true", "processes=false")
+    )
+    ray = load_scenario("digits_fedavg", ["engine.name=ray"])
+    small, large = 1 << 20, 45 << 20
+    assert workers.in_processes(free, 2, small)
+    assert not workers.in_processes(free, 2, large)
+    assert not workers.in_processes(free, 1, small)
+    assert not workers.in_processes(ray, 2, small)
+    assert workers.in_processes(yes, 2, large)
+    assert not workers.in_processes(no, 2, small)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not workers.in_processes(free, 2, small)
+    with pytest.raises(ScenarioError, match="on Linux only"):
+        workers.in_processes(yes, 2, small)
+
+
+METHODS = {
+    "mfcl": ["method={name='mfcl', preset='small', steps=5, pool=64}"],
+    "feder": ["method={name='feder', memory=20}"],
+    "afcl": ["method={name='afcl', expansion=64}"],
+    "krum": ["method={name='fedavg'}", "server.fold=krum", "server.byzantine=1"],
+}
+SMALL = ["data.classes=4", "stream.tasks=2", "training.rounds=2", "training.epochs=1"]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "cost"} for row in rows]
+
+
+def run(folder: Path, *more: str) -> list[dict[str, Any]]:
+    return lines(fedcil.run("digits_mfcl", overrides=[*SMALL, *more], output=folder, figures=False).path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_processes_give_the_bits_of_one_worker(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And they have trained: a thread alone would give the same."""
+    asked = []
+    handle = forks.Fork.handle
+
+    def counted(self: forks.Fork, *arguments: Any) -> Reply:
+        asked.append(self)
+        return handle(self, *arguments)
+
+    monkeypatch.setattr(forks.Fork, "handle", counted)
+    here = [*METHODS[method], "clients.per_round=5"]
+    expected = run(tmp_path / "one", *here, "engine.workers=1")
+    assert not asked
+    assert run(tmp_path / "three", *here, "engine={workers=3, processes=true}") == expected
+    assert len(set(asked)) == 2
+    assert not psutil.Process().children()
+
+
+@pytest.mark.slow
+def test_a_long_run_starts_processes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inline, "PAY_AFTER_S", 0.0)
+    started = []
+
+    class Watched(forks.Forks):
+        def take(self, wait_s: float) -> forks.Fork | None:
+            fork = super().take(20.0 if not started else wait_s)
+            started.extend([fork] if fork else [])
+            return fork
+
+    monkeypatch.setattr(inline, "Forks", Watched)
+    expected = run(tmp_path / "one", "engine.workers=1")
+    assert run(tmp_path / "two", "engine.workers=2") == expected
+    assert len(started) == 1
+
+
+PROBLEMS = {
+    "its program has ended": "raise SystemExit",
+    "numeric.torch is 0": "import torch; torch.__version__ = '0'; " + forks.PROGRAM,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_process_that_cannot_be_used_is_not(problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(tmp_path / "one", "engine.workers=1")
+    monkeypatch.setattr(forks, "PROGRAM", PROBLEMS[problem])
+    with pytest.warns(UserWarning, match=f"threads train the clients: .*{problem}"):
+        assert run(tmp_path / "two", "engine={workers=2, processes=true}") == expected
+    assert not psutil.Process().children()
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    sets = [*SMALL, "training.rounds=30", "engine={workers=3, processes=true}"]
+    words = [part for text in sets for part in ("--set", text)]
+    command = [sys.executable, "-m", "fedcil", "run", "digits_mfcl", *words, "--no-figures", "--output", str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def worker_processes(process: subprocess.Popen[str], folder: Path) -> list[psutil.Process]:
+    """Those below the program, as soon as there are two and some rounds are recorded."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        found: list[psutil.Process] = []
+        with contextlib.suppress(psutil.Error):  # some other child may end just now
+            found = [worker for program in psutil.Process(process.pid).children() for worker in program.children()]
+        rounds = sum(path.read_bytes().count(b'"kind": "round"') for path in folder.glob("*/metrics.jsonl"))
+        if len(found) == 2 and rounds > 3:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"no worker processes: {process.communicate()}")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_takes_nothing_along(tmp_path: Path) -> None:
+    with start(tmp_path / "two") as process:
+        worker_processes(process, tmp_path / "two")[0].kill()
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "a worker process has died" in errors
+    (folder,) = (tmp_path / "two").iterdir()
+    assert lines(folder) == run(tmp_path / "one", "training.rounds=30", "engine.workers=1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_processes_end_with_the_run(number: signal.Signals, tmp_path: Path) -> None:
+    with start(tmp_path) as process:
+        found = worker_processes(process, tmp_path)
+        family = [found[0].parent(), *found]
+        process.send_signal(number)
+        process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
