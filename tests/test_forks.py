@@ -201,13 +201,13 @@ def run(folder: Path, *more: str) -> list[dict[str, Any]]:
 def test_processes_give_the_bits_of_one_worker(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And they have trained: a thread alone would give the same."""
     asked = []
-    handle = forks.Fork.handle
+    answer = forks.Fork.answer
 
     def counted(self: forks.Fork, *arguments: Any) -> Reply:
         asked.append(self)
-        return handle(self, *arguments)
+        return answer(self, *arguments)
 
-    monkeypatch.setattr(forks.Fork, "handle", counted)
+    monkeypatch.setattr(forks.Fork, "answer", counted)
     here = [*METHODS[method], "clients.per_round=5"]
     expected = run(tmp_path / "one", *here, "engine.workers=1")
     assert not asked
@@ -222,10 +222,11 @@ def test_a_long_run_starts_processes_by_itself(tmp_path: Path, monkeypatch: pyte
     started = []
 
     class Watched(forks.Forks):
-        def take(self, wait_s: float) -> forks.Fork | None:
-            fork = super().take(20.0 if not started else wait_s)
-            started.extend([fork] if fork else [])
-            return fork
+        def newcomers(self, wait_s: float) -> list[forks.Fork]:
+            assert wait_s == 0.0
+            found = super().newcomers(20.0)
+            started.extend(found)
+            return found
 
     monkeypatch.setattr(inline, "Forks", Watched)
     expected = run(tmp_path / "one", "engine.workers=1")
@@ -244,7 +245,7 @@ PROBLEMS = {
 def test_a_process_that_cannot_be_used_is_not(problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(tmp_path / "one", "engine.workers=1")
     monkeypatch.setattr(forks, "PROGRAM", PROBLEMS[problem])
-    with pytest.warns(UserWarning, match=f"threads train the clients: .*{problem}"):
+    with pytest.warns(UserWarning, match=f"a thread trains instead: .*{problem}"):
         assert run(tmp_path / "two", "engine={workers=2, processes=true}") == expected
     assert not psutil.Process().children()
 

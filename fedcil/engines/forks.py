@@ -11,7 +11,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -30,14 +29,18 @@ PROGRAM = "from fedcil.engines.fork_server import main; main()"
 
 
 class Fork:
-    """One worker process, as a thread of the run sees it."""
+    """One worker process, as the run sees it."""
 
     def __init__(self, channel: Channel) -> None:
         self._asking = Asking(channel)
 
-    def handle(self, request: Request, check: Callable[[], None]) -> Reply:
-        """Its reply. EOFError or OSError if it has died. Where ``check`` raises, it is of no use any more."""
-        self._asking.send(request)
+    def ask(self, request: Request) -> None:
+        """Nothing happens if it has died: ``answer`` says so."""
+        with contextlib.suppress(OSError):
+            self._asking.send(request)
+
+    def answer(self, check: Callable[[], None]) -> Reply:
+        """To what it was asked last. EOFError or OSError if it has died. What ``check`` raises leaves it of no use."""
         while True:
             try:
                 return self._asking.receive(LOOK_S)
@@ -46,12 +49,11 @@ class Fork:
 
 
 class Forks:
-    """The worker processes of a run: started together, taken one by one, never replaced."""
+    """The worker processes of a run: started together, never replaced."""
 
     def __init__(self, setting: Setting, count: int) -> None:
         """Start the program behind them; nothing is waited for. OSError if it cannot be started."""
         self._identity = plain_identity(setting.experiment)
-        self._lock = threading.Lock()
         with contextlib.ExitStack() as theirs:
             self._channels, descriptors = [], []
             for _ in range(count):
@@ -61,27 +63,26 @@ class Forks:
                 self._channels.append(Channel(here.detach(), requests, replies))
                 descriptors.append((there.fileno(), replies, requests))
             self._program = start_program(descriptors, setting)
-        self._untaken = list(self._channels)
+        self._unheard = list(self._channels)
 
-    def take(self, wait_s: float) -> Fork | None:
-        """One that is nobody's yet and says within this time that it is ready. None, with a warning, if it is not as
+    def newcomers(self, wait_s: float) -> list[Fork]:
+        """Those that say within this time that they are ready, each of them once. With a warning, none if one is not as
         this process is: bits would depend on who did what.
         """
-        with self._lock:
-            if not self._untaken:
-                return None
-            channel = self._untaken[0]
+        found = []
+        while self._unheard:
             try:
-                problem = self._problem(channel.receive(wait_s)[0])
+                problem = self._problem(self._unheard[0].receive(wait_s)[0])
             except (TimeoutError, BlockingIOError):
-                return None
+                break
             except (EOFError, OSError):
                 problem = "its program has ended"
-            if problem is None:
-                return Fork(self._untaken.pop(0))
-            self._untaken.clear()
-        warnings.warn(f"a worker process cannot be used, threads train the clients: {problem}", stacklevel=2)
-        return None
+            if problem:
+                warnings.warn(f"a worker process cannot be used, a thread trains instead: {problem}", stacklevel=2)
+                self._unheard.clear()
+                break
+            found.append(Fork(self._unheard.pop(0)))
+        return found
 
     def _problem(self, hello: dict[str, Any]) -> str | None:
         if "problem" in hello:

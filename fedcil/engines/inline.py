@@ -6,13 +6,16 @@ threads but one hand their work to a process of their own (``forks.py``). A roun
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from concurrent.futures import TimeoutError as FuturesTimeout
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
@@ -22,7 +25,7 @@ from fedcil.engines.forks import Fork, Forks
 from fedcil.engines.workers import in_processes, worker_count
 from fedcil.gather import Gathered, cut
 from fedcil.messages import Outcome, Reply, Request, count_bytes
-from fedcil.port import ClientDone, Port
+from fedcil.port import ClientDone, Port, StopSignal, remaining
 
 T = TypeVar("T")
 LEAST_RUN_S = 2e-3  # seconds of work that are worth waking a thread
@@ -39,6 +42,33 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
         port.close()
 
 
+class Work:
+    """A round as its workers see it: they take runs of jobs until there are none, and hand in replies."""
+
+    def __init__(self, runs: list[Request], stop: StopSignal) -> None:
+        self._runs, self._stop = deque(runs), stop
+        self._over = threading.Event()
+        self.replies: SimpleQueue[Reply | BaseException] = SimpleQueue()
+
+    def next(self) -> Request | None:
+        with contextlib.suppress(IndexError):
+            return self._runs.popleft()
+        return None
+
+    def give_back(self, run: Request) -> None:
+        self._runs.appendleft(run)
+
+    def end(self) -> None:
+        """Nobody waits any more for what has not come."""
+        self._runs.clear()
+        self._over.set()
+
+    def check(self) -> None:
+        self._stop.check()
+        if self._over.is_set():
+            raise Abandoned
+
+
 class InlinePort:
     """The port over threads of this process, and over processes where those do better."""
 
@@ -47,15 +77,15 @@ class InlinePort:
         self._setting = setting
         self._clients = frozenset(range(scenario.clients.count))
         self._shared = Shared(setting.experiment, StateStore(setting.states))
-        self._stop = setting.stop
         self._costs = Costs()
-        self._local = threading.local()
+        self._idle: list[Worker] = []  # the last one used is the next
         self._at_once, self._lanes = setting.experiment.execution.at_once, setting.experiment.execution.lanes
         self._workers = worker_count(setting.experiment)
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="client")
+        self._forks: Forks | None = None
+        self._ready: list[Fork] = []
         self._asked = bool(scenario.engine.processes)
         self._settled = False  # whether there are to be processes
-        self._forks: Forks | None = None
         self._worked_s = 0.0
         self._switch_before = sys.getswitchinterval()
         if self._workers > 1:
@@ -66,24 +96,21 @@ class InlinePort:
 
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
         """As they come; what is late is not waited for, and its thread gives up at its next step."""
-        gathered, abandoned = Gathered(request, done), threading.Event()
-        self._start_processes(request)
-        if deadline_s is None:
-            train, runs = self._handle, self._cut(request)
-        else:  # who is late takes no other answer along; a thread gives up when it is told, a process is told nothing
-            train, runs = self._handle_here, cut(request, len(request.jobs))
-        futures = [self._threads.submit(train, run, abandoned) for run in runs]
+        started, gathered = time.monotonic(), Gathered(request, done)
+        runs = self._cut(request) if deadline_s is None else cut(request, len(request.jobs))
+        work = Work(runs, self._setting.stop)
         try:
-            for future in as_completed(futures, deadline_s):
-                reply = future.result()
+            self._begin(work, self._processes(request) if deadline_s is None else [])
+            for _ in runs:
+                reply = work.replies.get(timeout=remaining(deadline_s, started))
+                if isinstance(reply, BaseException):
+                    raise reply
                 self._learn(reply)
                 gathered.add(reply)
-        except FuturesTimeout:
+        except Empty:
             pass
         finally:
-            abandoned.set()
-            for future in futures:
-                future.cancel()
+            work.end()
         return gathered.outcome()
 
     def close(self) -> None:
@@ -101,55 +128,61 @@ class InlinePort:
         self._costs.learn(reply.reports)
         self._worked_s += sum(report.seconds for report in reply.reports)
 
-    def _start_processes(self, request: Request) -> None:
-        """Once, when the run has turned out to be a long one, or at once where the scenario asks for them. One worker
-        stays a thread of this process: with nobody beside it, it need not wait either.
+    def _processes(self, request: Request) -> list[Fork]:
+        """Those that are ready. They are started once, when the run has turned out to be a long one, or at once where
+        the scenario asks for them. One worker stays a thread of this process: with nobody beside it, it need not wait.
         """
-        if self._settled or not (self._asked or self._worked_s > PAY_AFTER_S):
-            return
-        self._settled = True
-        scenario = self._setting.experiment.scenario
-        if not in_processes(scenario, self._workers, count_bytes(request.broadcast.tensors)):
-            return
+        if not self._settled and (self._asked or self._worked_s > PAY_AFTER_S):
+            self._settled = True
+            if in_processes(self._setting.experiment.scenario, self._workers, count_bytes(request.broadcast.tensors)):
+                self._forks = Forks(self._setting, self._workers - 1)
+        if self._forks:
+            self._ready += self._forks.newcomers(START_S if self._asked else 0.0)
+        return self._ready
+
+    def _begin(self, work: Work, processes: list[Fork]) -> None:
+        """Processes have their first runs before a thread trains here, and makes others wait for Python's lock."""
+        busy = 0
+        for fork in processes:
+            run = work.next()
+            if run:
+                fork.ask(run)
+                self._threads.submit(self._guarded, self._train_there, work, fork, run)
+                busy += 1
+        for _ in range(self._workers - busy):
+            self._threads.submit(self._guarded, self._train_here, work)
+
+    def _guarded(self, train: Callable[..., None], work: Work, *there: Any) -> None:
+        """Whatever ends a worker is raised where its replies are waited for."""
         try:
-            self._forks = Forks(self._setting, self._workers - 1)
-        except OSError as error:
-            warnings.warn(f"no worker processes, threads train the clients: {error}", stacklevel=1)
+            train(work, *there)
+        except BaseException as error:
+            work.replies.put(error)
 
-    def _handle(self, request: Request, abandoned: threading.Event) -> Reply:
-        """By this thread's process, if it has one by now."""
-        fork = self._fork()
-        if fork:
+    def _train_here(self, work: Work) -> None:
+        worker = self._idle.pop() if self._idle else Worker(self._shared, work.check)
+        worker.check = work.check
+        try:
+            while run := work.next():
+                work.replies.put(handle(run, worker))
+        finally:
+            self._idle.append(worker)
+
+    def _train_there(self, work: Work, fork: Fork, run: Request | None) -> None:
+        """``run`` is what the process has been asked for. It is asked for the next before its reply is handed in."""
+        while run:
             try:
-                return fork.handle(request, lambda: self._check(abandoned))
+                reply = fork.answer(work.check)
             except (EOFError, OSError):
-                self._local.fork = None
                 warnings.warn("a worker process has died: a thread trains its clients from here on", stacklevel=1)
-        return self._handle_here(request, abandoned)
-
-    def _handle_here(self, request: Request, abandoned: threading.Event) -> Reply:
-        worker = self._worker()
-        worker.check = lambda: self._check(abandoned)
-        return handle(request, worker)
-
-    def _check(self, abandoned: threading.Event) -> None:
-        self._stop.check()
-        if abandoned.is_set():
-            raise Abandoned
-
-    def _worker(self) -> Worker:
-        """This thread's worker."""
-        if not hasattr(self._local, "worker"):
-            self._local.worker = Worker(self._shared, self._stop.check)
-        worker: Worker = self._local.worker
-        return worker
-
-    def _fork(self) -> Fork | None:
-        """This thread's process."""
-        fork: Fork | None = getattr(self._local, "fork", None)
-        if fork is None and self._forks:
-            fork = self._local.fork = self._forks.take(START_S if self._asked else 0.0)
-        return fork
+                self._ready.remove(fork)
+                work.give_back(run)
+                return self._train_here(work)
+            run = work.next()
+            if run:
+                fork.ask(run)
+            work.replies.put(reply)
+        return None
 
 
 class Abandoned(BaseException):
