@@ -298,7 +298,8 @@ def different(default: Any, annotation: Any) -> Any:
         return 0.5 if default != 0.5 else 0.25
     if isinstance(default, str):
         return {"digits": "mnist", "dirichlet_equal": "iid", "cnn": "resnet8", "run": "other"}[default]
-    return next(value for kind, value in [("bool", True), ("float", 2.0), ("tuple", [1]), ("int", 8)] if kind in str(annotation))
+    kinds = [("bool", True), ("float", 2.0), ("tuple", [1]), ("int", 8)]
+    return next(value for kind, value in kinds if kind in str(annotation))
 
 
 SECTIONS = {
