@@ -250,6 +250,17 @@ def test_a_process_that_cannot_be_used_is_not(problem: str, tmp_path: Path, monk
     assert not psutil.Process().children()
 
 
+@pytest.mark.slow
+def test_a_program_that_cannot_be_started_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    expected = run(tmp_path / "one", "engine.workers=1")
+    monkeypatch.setattr(forks, "start_program", refuse)
+    with pytest.warns(UserWarning, match="no worker processes, threads train the clients: .*Cannot allocate memory"):
+        assert run(tmp_path / "two", "engine={workers=2, processes=true}") == expected
+
+
 def start(folder: Path) -> subprocess.Popen[str]:
     sets = [*SMALL, "training.rounds=30", "engine={workers=3, processes=true}"]
     words = [part for text in sets for part in ("--set", text)]

@@ -62,12 +62,17 @@ class Forks:
                 requests, replies = os.memfd_create("requests"), os.memfd_create("replies")
                 self._channels.append(Channel(here.detach(), requests, replies))
                 descriptors.append((there.fileno(), replies, requests))
-            self._program = start_program(descriptors, setting)
+            try:
+                self._program = start_program(descriptors, setting)
+            except OSError:
+                for channel in self._channels:
+                    channel.close()
+                raise
         self._unheard = list(self._channels)
 
     def newcomers(self, wait_s: float) -> list[Fork]:
-        """Those that say within this time that they are ready, each of them once. With a warning, none if one is not as
-        this process is: bits would depend on who did what.
+        """Those that say within this time that they are ready, each of them once. One that is not as this process is,
+        or cannot start, is the last, with a warning: bits would depend on who did what.
         """
         found = []
         while self._unheard:

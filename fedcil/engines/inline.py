@@ -135,10 +135,13 @@ class InlinePort:
         if not self._settled and (self._asked or self._worked_s > PAY_AFTER_S):
             self._settled = True
             if in_processes(self._setting.experiment.scenario, self._workers, count_bytes(request.broadcast.tensors)):
-                self._forks = Forks(self._setting, self._workers - 1)
+                try:
+                    self._forks = Forks(self._setting, self._workers - 1)
+                except OSError as error:
+                    warnings.warn(f"no worker processes, threads train the clients: {error}", stacklevel=1)
         if self._forks:
             self._ready += self._forks.newcomers(START_S if self._asked else 0.0)
-        return self._ready
+        return list(self._ready)  # one that dies in this round leaves the other list meanwhile
 
     def _begin(self, work: Work, processes: list[Fork]) -> None:
         """Processes have their first runs before a thread trains here, and makes others wait for Python's lock."""
