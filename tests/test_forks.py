@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fedcil
+from fedcil.cli.forecast import forecast
 from fedcil.engines import forks, inline, workers
 from fedcil.engines.channel import Channel
 from fedcil.engines.fork_messages import Answering, Asking
 from fedcil.errors import ScenarioError
+from fedcil.experiment import open_experiment
 from fedcil.fold import Fold
 from fedcil.messages import Broadcast, Contribution, Failure, Job, Payload, Reply, Report, Request
 from fedcil.rule import Rule
@@ -176,6 +178,15 @@ def test_only_small_networks_are_worth_processes(monkeypatch: pytest.MonkeyPatch
     assert not workers.in_processes(free, 2, small)
     with pytest.raises(ScenarioError, match="on Linux only"):
         workers.in_processes(yes, 2, small)
+
+
+def test_the_plan_tells_what_processes_would_take() -> None:
+    def plan(*overrides: str) -> dict[str, Any]:
+        return forecast(open_experiment(load_scenario("digits_fedavg", overrides)))
+
+    one, two, threads = plan("engine.workers=1"), plan("engine.workers=2"), plan("engine={workers=2, processes=false}")
+    assert [each["processes_memory_mb"] > 0 for each in (one, two, threads)] == [False, True, False]
+    assert two["predicted_memory_mb"] == threads["predicted_memory_mb"]
 
 
 METHODS = {

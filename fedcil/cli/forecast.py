@@ -20,7 +20,7 @@ from fedcil.stream import Task
 
 TORCH_MB = 570  # resident after the first step of a small network
 COPIES = 5
-PROCESSES_MB = 480  # a second torch, which all worker processes share
+PROCESSES_MB = 480  # worker processes of a long run: a second torch, which all of them share
 KEPT = 3  # freed memory is kept: clients, boundary and evaluation each leave some that the others do not use
 
 
@@ -48,6 +48,9 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         "test_images": len(experiment.data.test.labels),
         "tasks": tasks,
         "predicted_memory_mb": predicted_memory(experiment, count_bytes(model)),
+        "processes_memory_mb": PROCESSES_MB
+        if in_processes(scenario, worker_count(experiment), count_bytes(model))
+        else 0,
         "notes": list(experiment.data.notes),
     }
 
@@ -101,10 +104,9 @@ def _limited(present: list[int], phase: Phase, most: int) -> int:
 
 
 def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
-    """MB of the run's process and, if it comes to have any, its worker processes: torch itself, the images, and
-    ``KEPT`` times a pool and what each client at work needs: five copies of the model (parameters, gradients, anchor,
-    contribution, partial sum) and the activations of a batch with their gradients. A robust fold keeps the models of a
-    whole round.
+    """MB of one process: torch itself, the images, and ``KEPT`` times a pool and what each client at work needs: five
+    copies of the model (parameters, gradients, anchor, contribution, partial sum) and the activations of a batch with
+    their gradients. A robust fold keeps the models of a whole round.
     """
     scenario, task = experiment.scenario, experiment.stream.tasks[-1]
     stored = experiment.data.train.images.nbytes + experiment.data.test.images.nbytes
@@ -114,8 +116,7 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     at_once = worker_count(experiment) * experiment.execution.at_once
     cohort = 0 if scenario.server.fold == "mean" else scenario.clients.per_round * model_bytes
     work = pool + at_once * (COPIES * model_bytes + activations)
-    processes = PROCESSES_MB if in_processes(scenario, worker_count(experiment), model_bytes) else 0
-    return int(TORCH_MB + processes + (stored + cohort + KEPT * work) / 2**20)
+    return int(TORCH_MB + (stored + cohort + KEPT * work) / 2**20)
 
 
 @torch.no_grad()
@@ -161,7 +162,13 @@ def print_forecast(facts: dict[str, Any]) -> None:
     console.print(
         f"{facts['parameters']:,} parameters, {facts['model_bytes'] / 1e6:.1f} MB a model; "
         f"{facts['train_images']:,} training and {facts['test_images']:,} test images; "
-        f"about {facts['predicted_memory_mb']:,} MB of memory; engine {facts['engine']}; "
+        f"about {facts['predicted_memory_mb']:,} MB of memory"
+        + (
+            f" ({facts['processes_memory_mb']} more in a long run, for worker processes)"
+            if facts["processes_memory_mb"]
+            else ""
+        )
+        + f"; engine {facts['engine']}; "
         f"clients are {facts['availability']}"
         + (f", population {facts['population']}" if facts["population"] != "fixed" else "")
     )
