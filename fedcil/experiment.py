@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from fedcil.scenario import Scenario
 from fedcil.state import RunState, ServerState
 from fedcil.stream import Stream, Task, make_stream
 from fedcil.timeline import Timeline
+
+PROCESSES_POSSIBLE = sys.platform == "linux"  # memory without a name (fedcil/engines/channel.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     method = scenario.method.build()
     refuse_idle_rule(scenario, method, stream)
     execution = resolve_execution(scenario.engine.stack, scenario.engine.lanes, device)
+    refuse_processes(scenario)
     clients, timeline = scenario.clients.count, make_timeline(method, stream, scenario.training.rounds)
     population = make_population(scenario.population, clients, timeline, key)
     return Experiment(
@@ -142,6 +146,17 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
         compute=Compute(architecture, device, precision, stacked=execution.stack > 1),
         execution=execution,
     )
+
+
+def refuse_processes(scenario: Scenario) -> None:
+    """Where they cannot be had."""
+    if scenario.engine.processes and scenario.engine.name == "inline" and not PROCESSES_POSSIBLE:
+        raise ScenarioError(
+            "workers can be processes on Linux only",
+            where="engine.processes",
+            allowed="false, or nothing",
+            next="leave engine.processes out: workers are threads then",
+        )
 
 
 def make_timeline(method: Method, stream: Stream, rounds: int) -> Timeline:

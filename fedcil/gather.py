@@ -45,6 +45,7 @@ class Gathered:
         self._failures: list[Failure] = []
         self._done = done
         self.wire_bytes = 0
+        self._cpu_elsewhere = 0.0
 
     def add(self, reply: Reply) -> None:
         """Take in a reply. ValueError, and nothing is taken, if something in it was counted already."""
@@ -54,6 +55,7 @@ class Gathered:
         self._fold.merge(reply.fold)
         self._reports += reply.reports
         self._failures += reply.failures
+        self._cpu_elsewhere += reply.cpu_elsewhere
         for client in clients:
             self._take(client)
             self._done(client)
@@ -93,4 +95,5 @@ class Gathered:
             tuple(sorted(self._reports, key=lambda report: report.client)),
             tuple(sorted(self._failures, key=lambda failure: failure.client)),
             self.wire_bytes,
+            self._cpu_elsewhere,
         )

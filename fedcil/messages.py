@@ -116,11 +116,15 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answers to one request: a partial sum, and a report or a failure for each job."""
+    """The answers to one request: a partial sum, and a report or a failure for each job.
+
+    ``cpu_elsewhere``: CPU seconds that they took, where the worker is a process of its own.
+    """
 
     fold: Fold
     reports: tuple[Report, ...] = ()
     failures: tuple[Failure, ...] = ()
+    cpu_elsewhere: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +149,13 @@ class Attendance:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a round: None where nobody contributed; reports and failures sorted by client."""
+    """What came of a round: None where nobody contributed; reports and failures sorted by client. ``cpu_elsewhere``:
+    CPU seconds of workers that are processes of their own.
+    """
 
     total: Total | None
     reports: tuple[Report, ...]
     failures: tuple[Failure, ...]
     wire_bytes: int = 0
+    cpu_elsewhere: float = 0.0
     attendance: Attendance | None = None

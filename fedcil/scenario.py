@@ -293,7 +293,8 @@ class EngineSection(Section):
     )
     processes: bool | None = Field(
         None,
-        description="inline, Linux: workers are processes; default: where the model is small and the run a long one",
+        description="inline, Linux: workers but one are processes; default: for small models and long runs without "
+        "server.deadline_s",
     )
     stack: Threads = Field(1, description="clients that a worker trains as one model")
     lanes: Annotated[int, Field(ge=0, le=64)] | None = Field(
@@ -377,6 +378,8 @@ class Scenario(Section):
             )
         if self.clock.late == "fold" and self.server.fold != "mean":
             raise ValueError("clock.late = 'fold' adds late updates to a mean: it needs server.fold = 'mean'")
+        if self.engine.processes and self.server.deadline_s is not None:
+            raise ValueError("engine.processes = true and server.deadline_s: only threads give up at a deadline")
         if self.engine.gpus_per_worker and self.device == "cpu":
             raise ValueError("engine.gpus_per_worker needs device = 'cuda' or 'auto'")
         if self.data.name == "super_imagenet" and self.data.mapping is None:

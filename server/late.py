@@ -104,6 +104,7 @@ def hold_round(
         total=with_late(outcome.total, arrived, number, clock.staleness),
         failures=tuple(sorted(failed, key=lambda failure: failure.client)),
         wire_bytes=sum(each.wire_bytes for each in (outcome, *made)),
+        cpu_elsewhere=sum(each.cpu_elsewhere for each in (outcome, *made)),
     )
     return Answered(cohort, schedule, outcome, len(schedule.on_time) + len(made), arrived, tuple(pending))
 

@@ -137,10 +137,13 @@ def peak_memory_mb() -> float:
 
 
 class Clock:
-    """Seconds by stage and CPU seconds of this process since it was made, and the peak of its memory."""
+    """Seconds by stage and CPU seconds since it was made, and the peak of memory, of this process; CPU seconds also of
+    workers that are processes of their own (Flower's nodes, which may be anywhere, are left out).
+    """
 
     def __init__(self) -> None:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
+        self.cpu_elsewhere = 0.0
         self.stages: dict[str, float] = {}
 
     def stage(self, name: str) -> None:
@@ -151,7 +154,7 @@ class Clock:
         return {
             "seconds": time.perf_counter() - self.wall,
             "stages": self.stages,
-            "cpu_seconds": time.process_time() - self.cpu,
+            "cpu_seconds": time.process_time() - self.cpu + self.cpu_elsewhere,
             "peak_memory_mb": peak_memory_mb(),
         }
 
@@ -181,6 +184,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     scenario = experiment.scenario
     answered = ask_cohort(session, state, task, phase)
     outcome = answered.outcome
+    clock.cpu_elsewhere = outcome.cpu_elsewhere
     torch.set_num_threads(scenario.server.threads)  # clients in threads of this process may have set another
     clock.stage("clients")
     wanted = wanted_answers(scenario.clients.per_round, phase, answered.cohort)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fedcil
+from fedcil import experiment
 from fedcil.cli.forecast import forecast
-from fedcil.engines import forks, inline, workers
+from fedcil.engines import Setting, forks, inline, workers
+from fedcil.engines.alike import Sources
 from fedcil.engines.channel import Channel
 from fedcil.engines.fork_messages import Answering, Asking
 from fedcil.errors import ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.fold import Fold
 from fedcil.messages import Broadcast, Contribution, Failure, Job, Payload, Reply, Report, Request
+from fedcil.port import StopSignal
 from fedcil.rule import Rule
 from fedcil.scenario_file import load_scenario
 
@@ -44,7 +48,7 @@ def both_ends() -> Iterator[tuple[Channel, Channel]]:
     """Each with file descriptors of its own, as in two processes."""
     here, there = socket.socketpair()
     one, two = os.memfd_create("one"), os.memfd_create("two")
-    first, second = Channel(here.detach(), one, two), Channel(there.detach(), os.dup(two), os.dup(one))
+    first, second = Channel(here, one, two), Channel(there, os.dup(two), os.dup(one))
     try:
         yield first, second
     finally:
@@ -99,16 +103,17 @@ def test_copies_stay_and_views_are_the_others_memory(channel: tuple[Channel, Cha
 
 def test_a_channel_says_that_nothing_came_or_that_nobody_is_there(channel: tuple[Channel, Channel]) -> None:
     here, there = channel
-    with pytest.raises(BlockingIOError):
-        here.receive(0.0)
-    with pytest.raises(TimeoutError):
-        here.receive(0.01)
+    for wait_s in (0.0, 0.01):
+        with pytest.raises(TimeoutError):
+            here.receive(wait_s)
     long = "x" * 100_000
     there.send(long[:50])
     assert here.receive(0.0)[0] == long[:50]
-    there._socket.shutdown(socket.SHUT_WR)
+    there.hang_up()
     with pytest.raises(EOFError):
         here.receive()
+    with pytest.raises(EOFError):
+        there.receive()
 
 
 def test_broadcast_and_payload_travel_once(channel: tuple[Channel, Channel]) -> None:
@@ -146,8 +151,12 @@ def test_a_reply_arrives_as_it_was_given(channel: tuple[Channel, Channel]) -> No
     fold.absent(3)
     expected = dict(fold.sums)
     report = Report(client=7, samples=3, metrics={"loss": 0.1, "steps": 4}, state="s", state_bytes=1, bytes_up=2)
+    end = time.process_time() + 0.05
+    while time.process_time() < end:
+        pass
     answering.send(Reply(fold, (report,), (Failure(3, "client", "broken"),)))
     got = asking.receive(1.0)
+    assert got.cpu_elsewhere >= 0.05
     assert got.reports == (report,)
     assert got.failures == (Failure(3, "client", "broken"),)
     assert got.fold.leaves == 5
@@ -174,10 +183,85 @@ def test_only_small_networks_are_worth_processes(monkeypatch: pytest.MonkeyPatch
     assert not workers.in_processes(ray, 2, small)
     assert workers.in_processes(yes, 2, large)
     assert not workers.in_processes(no, 2, small)
-    monkeypatch.setattr(sys, "platform", "darwin")
+    for module in (workers, experiment):
+        monkeypatch.setattr(module, "PROCESSES_POSSIBLE", False)
     assert not workers.in_processes(free, 2, small)
+    open_experiment(free)
     with pytest.raises(ScenarioError, match="on Linux only"):
-        workers.in_processes(yes, 2, small)
+        open_experiment(yes)
+
+
+def test_a_round_with_a_deadline_has_no_processes() -> None:
+    late = load_scenario("digits_fedavg", ["server.deadline_s=5"])
+    assert not workers.in_processes(late, 2, 1 << 20)
+    with pytest.raises(ScenarioError, match=r"engine\.processes = true and server\.deadline_s"):
+        load_scenario("digits_fedavg", ["server.deadline_s=5", "engine.processes=true"])
+
+
+def test_a_worker_that_cannot_be_told_is_given_up(
+    channel: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lives, and would wait for ever, as the run would for it."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(27, "File too large")
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    fork = forks.Fork(channel[0])
+    fork.ask(Request(Broadcast(task=0, phase=0, round=0, tensors={"weight": torch.zeros(4)}), (Job(0, 0),), 1))
+    with pytest.raises(EOFError):
+        fork.answer(lambda: None)
+    with pytest.raises(EOFError):
+        channel[1].receive()
+
+
+def setting(tmp_path: Path) -> Setting:
+    return Setting(open_experiment(load_scenario("digits_fedavg")), None, tmp_path, StopSignal())
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_nothing_stays_open_of_processes_that_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, before = [], open_files()
+    create = os.memfd_create
+
+    def create_some(name: str) -> int:
+        if len(made) == 5:
+            raise OSError(24, "Too many open files")
+        made.append(create(name))
+        return made[-1]
+
+    monkeypatch.setattr(os, "memfd_create", create_some)
+    with pytest.raises(OSError, match="Too many open files"):
+        forks.Forks(setting(tmp_path), 4, Sources())
+    assert len(made) == 5
+    assert open_files() == before
+
+
+def test_a_program_that_is_still_starting_is_not_waited_for(tmp_path: Path) -> None:
+    before = open_files()
+    started = forks.Forks(setting(tmp_path), 2, Sources())
+    assert started.starting
+    started.close()
+    assert started._program.returncode == -signal.SIGKILL
+    assert open_files() <= before
+
+
+def test_a_source_that_changes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "changing_source.py"
+    file.write_text("ONE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_module("changing_source")
+    sources = Sources()
+    assert not sources.changed()
+    os.utime(file, ns=(1, 1))
+    assert sources.changed() == str(file)
+    file.unlink()
+    assert sources.changed() == str(file)
 
 
 def test_the_plan_tells_what_processes_would_take() -> None:
@@ -211,10 +295,13 @@ def run(folder: Path, *more: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_processes_give_the_bits_of_one_worker(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And they have trained: a thread alone would give the same."""
-    asked = []
+    asked: list[forks.Fork] = []
+    family: set[psutil.Process] = set()
     answer = forks.Fork.answer
 
     def counted(self: forks.Fork, *arguments: Any) -> Reply:
+        if not asked:
+            family.update(psutil.Process().children(recursive=True))
         asked.append(self)
         return answer(self, *arguments)
 
@@ -224,7 +311,8 @@ def test_processes_give_the_bits_of_one_worker(method: str, tmp_path: Path, monk
     assert not asked
     assert run(tmp_path / "three", *here, "engine={workers=3, processes=true}") == expected
     assert len(set(asked)) == 2
-    assert not psutil.Process().children()
+    assert len(family) == 3
+    assert not any(psutil.pid_exists(process.pid) for process in family)
 
 
 @pytest.mark.slow
@@ -233,9 +321,10 @@ def test_a_long_run_starts_processes_by_itself(tmp_path: Path, monkeypatch: pyte
     started = []
 
     class Watched(forks.Forks):
-        def newcomers(self, wait_s: float) -> list[forks.Fork]:
-            assert wait_s == 0.0
-            found = super().newcomers(20.0)
+        def newcomers(self) -> list[forks.Fork]:
+            end = time.monotonic() + 20
+            while time.monotonic() < end and not (found := super().newcomers()) and self.starting:
+                time.sleep(0.02)
             started.extend(found)
             return found
 
@@ -259,6 +348,45 @@ def test_a_process_that_cannot_be_used_is_not(problem: str, tmp_path: Path, monk
     with pytest.warns(UserWarning, match=f"a thread trains instead: .*{problem}"):
         assert run(tmp_path / "two", "engine={workers=2, processes=true}") == expected
     assert not psutil.Process().children()
+
+
+@pytest.mark.slow
+def test_processes_of_a_changed_program_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sources, "changed", lambda _: "method.py")
+    expected = run(tmp_path / "one", "engine.workers=1")
+    with pytest.warns(UserWarning, match=r"a thread trains instead: method\.py has changed since the run began"):
+        assert run(tmp_path / "two", "engine={workers=2, processes=true}") == expected
+
+
+SPEAKING = """
+import torch
+from fedcil.methods.base import Method
+from fedcil.section import MethodSettings
+
+class Speaking(MethodSettings):
+    def build(self):
+        return Method(loss=loss)
+
+def loss(model, prepared, batch, draws):
+    print("a step")
+    return torch.nn.functional.cross_entropy(model(batch.images), batch.labels)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_method_prints_is_not_lost(tmp_path: Path) -> None:
+    """Workers are killed in the end."""
+    (tmp_path / "speaking.py").write_text(SPEAKING)
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    buffered["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+
+    def steps(engine: str) -> int:
+        sets = [*SMALL, "method={name='speaking:Speaking'}", f"engine={{{engine}}}"]
+        words = [part for text in sets for part in ("--set", text)]
+        command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *words, "--no-figures"]
+        return subprocess.check_output(command, cwd=tmp_path, env=buffered, text=True).count("a step")
+
+    assert steps("workers=3, processes=true") == steps("workers=1") > 0
 
 
 @pytest.mark.slow

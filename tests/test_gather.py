@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,13 @@ class Done(list[int]):
 
     def __call__(self, client: int) -> None:
         self.append(client)
+
+
+def test_what_processes_took_is_added_up() -> None:
+    gathered = Gathered(REQUEST, Done())
+    for client, cost in ((3, 0.5), (5, 0.25)):
+        gathered.add(replace(reply(client), cpu_elsewhere=cost))
+    assert gathered.outcome().cpu_elsewhere == 0.75
 
 
 def test_every_order_and_grouping_gives_the_same_outcome() -> None:

@@ -47,7 +47,7 @@ def scenario(**method: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("engine", ["workers=1", "workers=2", "workers=2, processes=true"])
+@pytest.mark.parametrize("engine", ["workers=1", "workers=2"])
 def test_who_is_late_is_not_waited_for(engine: str, tmp_path: Path) -> None:
     """A slow client would take 3 x 2 seconds; the round ends at its deadline and goes on without it."""
     sets = [f"engine={{{engine}}}", "server.deadline_s=0.7"]

@@ -53,6 +53,7 @@ class Table:
     here: Callable[[int], frozenset[int]] = lambda _: CLIENTS  # by the number of the call
     lost: Callable[[Place, int], bool] = lambda *_: False
     before: Callable[[Request], None] = lambda _: None
+    cpu_elsewhere: float = 0.0  # what each round costs other processes
     remember: int | None = None  # the phase in which clients keep something and send nothing
     requests: list[Request] = field(default_factory=list)
 
@@ -81,7 +82,7 @@ class Table:
                 bytes_up=0 if keeps else count_bytes(tensors),
             )
             gathered.answer(report, None if keeps else Contribution(tensors, 1.0 + job.client))
-        return gathered.outcome()
+        return replace(gathered.outcome(), cpu_elsewhere=self.cpu_elsewhere)
 
     def close(self) -> None:
         pass
@@ -160,6 +161,13 @@ TWO_PHASES = (Phase(name="train", rounds=2), Phase(name="remember", rounds=1, wh
 
 
 # The way through tasks, phases and rounds
+
+
+def test_a_rounds_cost_counts_the_workers_processes(start: Start) -> None:
+    ran = start(experiment(), Table(cpu_elsewhere=1000.0))
+    lines = (ran.folder.path / "metrics.jsonl").read_text().splitlines()
+    costs = [json.loads(line)["cost"] for line in lines]
+    assert [cost["cpu_seconds"] > 1000 for cost in costs].count(True) == len(ran.rounds())
 
 
 def test_the_loop_goes_through_tasks_phases_and_rounds_in_order(start: Start) -> None:

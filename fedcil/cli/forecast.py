@@ -20,7 +20,8 @@ from fedcil.stream import Task
 
 TORCH_MB = 570  # resident after the first step of a small network
 COPIES = 5
-PROCESSES_MB = 480  # worker processes of a long run: a second torch, which all of them share
+PROCESSES_MB = 460  # worker processes of a long run: a second torch, which all of them share
+PROCESS_MB = 20  # and what each of them has of its own, beside a pool
 KEPT = 3  # freed memory is kept: clients, boundary and evaluation each leave some that the others do not use
 
 
@@ -48,9 +49,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         "test_images": len(experiment.data.test.labels),
         "tasks": tasks,
         "predicted_memory_mb": predicted_memory(experiment, count_bytes(model)),
-        "processes_memory_mb": PROCESSES_MB
-        if in_processes(scenario, worker_count(experiment), count_bytes(model))
-        else 0,
+        "processes_memory_mb": processes_memory(experiment, count_bytes(model)),
         "notes": list(experiment.data.notes),
     }
 
@@ -110,13 +109,28 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     """
     scenario, task = experiment.scenario, experiment.stream.tasks[-1]
     stored = experiment.data.train.images.nbytes + experiment.data.test.images.nbytes
-    kept, added = scenario.method.extra_images(scenario.training.batch_size, task)
-    pool = 4 * kept * math.prod(experiment.compute.architecture.image)
+    _, added = scenario.method.extra_images(scenario.training.batch_size, task)
+    pool = pool_bytes(experiment)
     activations = 2 * (scenario.training.batch_size + added) * activation_bytes(experiment)
     at_once = worker_count(experiment) * experiment.execution.at_once
     cohort = 0 if scenario.server.fold == "mean" else scenario.clients.per_round * model_bytes
     work = pool + at_once * (COPIES * model_bytes + activations)
     return int(TORCH_MB + (stored + cohort + KEPT * work) / 2**20)
+
+
+def processes_memory(experiment: Experiment, model_bytes: int) -> int:
+    """MB beyond that, if inline workers are processes in the end: each makes a pool of its own."""
+    workers = worker_count(experiment)
+    if not in_processes(experiment.scenario, workers, model_bytes):
+        return 0
+    return int(PROCESSES_MB + (workers - 1) * (PROCESS_MB + KEPT * pool_bytes(experiment) / 2**20))
+
+
+def pool_bytes(experiment: Experiment) -> int:
+    """Of the synthetic images that a process makes ahead."""
+    scenario = experiment.scenario
+    kept, _ = scenario.method.extra_images(scenario.training.batch_size, experiment.stream.tasks[-1])
+    return int(4 * kept * math.prod(experiment.compute.architecture.image))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ take as long as the whole message.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -64,8 +65,8 @@ class Memory:
 class Channel:
     """One end: a socket, and file descriptors of the memory that is written and of the memory that is read here."""
 
-    def __init__(self, descriptor: int, written: int, read: int) -> None:
-        self._socket = socket.socket(fileno=descriptor)
+    def __init__(self, end: socket.socket, written: int, read: int) -> None:
+        self._socket = end
         self._written, self._read = Memory(written), Memory(read)
 
     def send(self, header: Any, *groups: Tensors) -> None:
@@ -78,12 +79,14 @@ class Channel:
         self._socket.sendall(LENGTH.pack(len(text)) + text)
 
     def receive(self, wait_s: float | None = None, *, copied: bool = False) -> tuple[Any, list[dict[str, Tensor]]]:
-        """The header, and views of the tensors (or copies). TimeoutError (BlockingIOError for 0 s) if nothing comes
-        within this time; EOFError or another OSError if nobody is there any more.
+        """The header, and views of the tensors (or copies). TimeoutError if nothing comes within this time; EOFError or
+        another OSError if nobody is there any more.
         """
         self._socket.settimeout(wait_s)
         try:
             text = self._some()
+        except BlockingIOError:  # what 0 seconds end with
+            raise TimeoutError from None
         finally:
             self._socket.settimeout(None)
         length = LENGTH.size + LENGTH.unpack_from(text)[0]
@@ -97,6 +100,11 @@ class Channel:
         if not text:
             raise EOFError("the other side has gone")
         return text
+
+    def hang_up(self) -> None:
+        """Nothing can be sent or received from here on, at either end."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         for end in (self._socket, self._written, self._read):

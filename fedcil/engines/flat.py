@@ -63,16 +63,18 @@ class FlatReply:
     sums: dict[Node, tuple[Flat, float] | None]
     reports: list[Row]
     failures: tuple[Failure, ...]
+    cpu_elsewhere: float
 
     @classmethod
-    def of(cls, reply: Reply) -> Self:
+    def of(cls, reply: Reply, cpu_elsewhere: float = 0.0) -> Self:
         sums: dict[Node, tuple[Flat, float] | None] = {
             node: (flatten_tensors(total.tensors), total.weight) if total else None
             for node, total in reply.fold.sums.items()
         }
-        return cls(reply.fold.leaves, sums, [row_of_report(report) for report in reply.reports], reply.failures)
+        reports = [row_of_report(report) for report in reply.reports]
+        return cls(reply.fold.leaves, sums, reports, reply.failures, cpu_elsewhere)
 
     def reply(self) -> Reply:
         sums = {node: Total(each[0].tensors(), each[1]) if each else None for node, each in self.sums.items()}
         reports = tuple(Report(**dict(zip(Report.__slots__, row, strict=True))) for row in self.reports)
-        return Reply(Fold(self.leaves, sums), reports, self.failures)
+        return Reply(Fold(self.leaves, sums), reports, self.failures, self.cpu_elsewhere)

@@ -6,6 +6,7 @@ from dataclasses import asdict, astuple
 
 from fedcil.engines.channel import Channel
 from fedcil.engines.flat import row_of_job, row_of_report
+from fedcil.engines.workers import CpuSeconds
 from fedcil.fold import Fold, Node
 from fedcil.messages import Broadcast, Failure, Job, Payload, Reply, Report, Request, Total
 from fedcil.rule import Rule
@@ -44,7 +45,7 @@ class Asking:
             sums[level, index] = Total(tensors, weight)
         reports = tuple(Report(**dict(zip(Report.__slots__, row, strict=True))) for row in header["reports"])
         failures = tuple(Failure(*row) for row in header["failures"])
-        return Reply(Fold(header["leaves"], sums, own=set(sums)), reports, failures)
+        return Reply(Fold(header["leaves"], sums, own=set(sums)), reports, failures, header["cpu_seconds"])
 
 
 class Answering:
@@ -54,6 +55,7 @@ class Answering:
         self._channel = channel
         self._broadcast = Broadcast(task=0, phase=0, round=0, tensors={})
         self._payload: Payload | None = None
+        self._cpu = CpuSeconds()
 
     def receive(self) -> Request:
         header, groups = self._channel.receive()
@@ -68,6 +70,7 @@ class Answering:
         return Request(self._broadcast, jobs, header["cohort"], Rule(**header["rule"]))
 
     def send(self, reply: Reply) -> None:
+        """With what it took this process since its last reply."""
         given = {node: total for node, total in reply.fold.sums.items() if total}
         header = {
             "leaves": reply.fold.leaves,
@@ -75,5 +78,6 @@ class Answering:
             "absent": [list(node) for node, total in reply.fold.sums.items() if not total],
             "reports": [row_of_report(report) for report in reply.reports],
             "failures": [astuple(failure) for failure in reply.failures],
+            "cpu_seconds": self._cpu.since_last(),
         }
         self._channel.send(header, *(total.tensors for total in given.values()))

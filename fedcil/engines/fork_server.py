@@ -1,7 +1,7 @@
 """The program behind workers that are processes: it opens the scenario once and forks a worker for each channel.
 
-It has no threads of its own before it forks, which the process of a run cannot promise. All of it ends when the run
-does, however that ends: its input ends then.
+It computes with one thread until it forks, which the process of a run cannot promise: a fork has none of the others,
+and would wait for them. All of it ends when the run does, however that ends: its input ends then.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,19 @@ import torch
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.allocator import keep_freed_memory
+from fedcil.engines.alike import identity_of
 from fedcil.engines.channel import Channel
 from fedcil.engines.fork_messages import Answering
 from fedcil.experiment import open_experiment
-from fedcil.record.folder import identity
-from fedcil.scenario import flatten
 from fedcil.scenario_file import load_scenario
 
 
 def main() -> None:
     """The first line of the input says what to do; each worker says on its channel who it is, or what went wrong."""
     keep_freed_memory()
-    torch.set_num_threads(1)  # a fork would have none of the threads that the others wait for
+    torch.set_num_threads(1)
     orders = json.loads(sys.stdin.readline())
-    channels = [Channel(*each) for each in orders["channels"]]
+    channels = [Channel(socket.socket(fileno=end), *memory) for end, *memory in orders["channels"]]
     try:
         shared = open_shared(orders)
     except Exception as error:
@@ -41,7 +41,7 @@ def main() -> None:
             for channel in channels:
                 channel.send({"problem": f"{type(error).__name__}: {error}"})
         return
-    hello = {"identity": flatten(identity(shared.experiment))}
+    hello = {"identity": identity_of(shared.experiment)}
     gc.freeze()  # or each worker's first collection would copy what they share
     workers = [fork(channels, number, hello, shared) for number in range(len(channels))]
     for channel in channels:
@@ -49,6 +49,7 @@ def main() -> None:
     sys.stdin.read()
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 def open_shared(orders: dict[str, Any]) -> Shared:
@@ -67,7 +68,7 @@ def fork(channels: list[Channel], number: int, hello: dict[str, Any], shared: Sh
     try:
         channel.send(hello)
         serve(Answering(channel), Worker(shared, lambda: None))
-    except (EOFError, OSError):
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the run has ended
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -76,4 +77,6 @@ def fork(channels: list[Channel], number: int, hello: dict[str, Any], shared: Sh
 
 def serve(channel: Answering, worker: Worker) -> None:
     while True:
-        channel.send(handle(channel.receive(), worker))
+        reply = handle(channel.receive(), worker)
+        sys.stdout.flush()  # of a method that prints: this process will be killed
+        channel.send(reply)

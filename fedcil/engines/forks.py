@@ -16,12 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 from fedcil.engines import Setting
+from fedcil.engines.alike import Sources, differences, identity_of
 from fedcil.engines.channel import Channel
 from fedcil.engines.fork_messages import Asking
-from fedcil.experiment import Experiment
 from fedcil.messages import Reply, Request
-from fedcil.record.folder import identity
-from fedcil.scenario import flatten
 
 LOOK_S = 0.2  # how long to wait before looking at the stop signal again
 END_S = 5.0  # how long the program may take to end
@@ -32,12 +30,14 @@ class Fork:
     """One worker process, as the run sees it."""
 
     def __init__(self, channel: Channel) -> None:
-        self._asking = Asking(channel)
+        self._channel, self._asking = channel, Asking(channel)
 
     def ask(self, request: Request) -> None:
-        """Nothing happens if it has died: ``answer`` says so."""
-        with contextlib.suppress(OSError):
+        """One that has died, or cannot be told, is of no use any more: ``answer`` says so."""
+        try:
             self._asking.send(request)
+        except OSError:
+            self._channel.hang_up()
 
     def answer(self, check: Callable[[], None]) -> Reply:
         """To what it was asked last. EOFError or OSError if it has died. What ``check`` raises leaves it of no use."""
@@ -51,34 +51,39 @@ class Fork:
 class Forks:
     """The worker processes of a run: started together, never replaced."""
 
-    def __init__(self, setting: Setting, count: int) -> None:
-        """Start the program behind them; nothing is waited for. OSError if it cannot be started."""
-        self._identity = plain_identity(setting.experiment)
-        with contextlib.ExitStack() as theirs:
-            self._channels, descriptors = [], []
+    def __init__(self, setting: Setting, count: int, sources: Sources) -> None:
+        """Start the program behind them; nothing is waited for. OSError if it cannot be started.
+
+        ``sources``: of the run, when it began.
+        """
+        self._identity, self._sources = identity_of(setting.experiment), sources
+        self._channels, descriptors = [], []
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             for _ in range(count):
                 here, there = socket.socketpair()
+                ours.enter_context(here)
                 theirs.enter_context(there)
-                requests, replies = os.memfd_create("requests"), os.memfd_create("replies")
-                self._channels.append(Channel(here.detach(), requests, replies))
+                requests, replies = (_memory(ours) for _ in range(2))
+                self._channels.append(Channel(here, requests, replies))
                 descriptors.append((there.fileno(), replies, requests))
-            try:
-                self._program = start_program(descriptors, setting)
-            except OSError:
-                for channel in self._channels:
-                    channel.close()
-                raise
-        self._unheard = list(self._channels)
+            self._program = start_program(descriptors, setting)
+            ours.pop_all()
+        self._unheard, self._ready = list(self._channels), False
 
-    def newcomers(self, wait_s: float) -> list[Fork]:
-        """Those that say within this time that they are ready, each of them once. One that is not as this process is,
-        or cannot start, is the last, with a warning: bits would depend on who did what.
+    @property
+    def starting(self) -> bool:
+        return bool(self._unheard)
+
+    def newcomers(self) -> list[Fork]:
+        """Those that have said by now that they are ready, each of them once. One that is not as this process is, or
+        cannot start, is the last, with a warning.
         """
         found = []
         while self._unheard:
             try:
-                problem = self._problem(self._unheard[0].receive(wait_s)[0])
-            except (TimeoutError, BlockingIOError):
+                problem = self._problem(self._unheard[0].receive(0.0)[0])
+                self._ready = True
+            except TimeoutError:
                 break
             except (EOFError, OSError):
                 problem = "its program has ended"
@@ -89,16 +94,19 @@ class Forks:
             found.append(Fork(self._unheard.pop(0)))
         return found
 
-    def _problem(self, hello: dict[str, Any]) -> str | None:
+    def _problem(self, hello: dict[str, Any]) -> str:
+        """Why a worker that says this cannot be used; empty if it can."""
         if "problem" in hello:
             return str(hello["problem"])
-        there, here = hello["identity"], self._identity
-        differing = [name for name in here if there.get(name) != here[name]]
-        return "; ".join(f"{name} is {there.get(name)} there, {here[name]} here" for name in differing) or None
+        if changed := self._sources.changed():
+            return f"{changed} has changed since the run began"
+        return differences(hello["identity"], self._identity)
 
     def close(self) -> None:
         for channel in self._channels:
             channel.close()
+        if not self._ready:  # it would look at its input only when it has opened the scenario
+            self._program.kill()
         try:
             self._program.communicate(timeout=END_S)
         except (OSError, subprocess.TimeoutExpired):
@@ -106,10 +114,11 @@ class Forks:
             self._program.wait()
 
 
-def plain_identity(experiment: Experiment) -> dict[str, Any]:
-    """What a worker must have in common with the run, as JSON brings it."""
-    plain: dict[str, Any] = json.loads(json.dumps(flatten(identity(experiment))))
-    return plain
+def _memory(opened: contextlib.ExitStack) -> int:
+    """The descriptor of new memory without a name."""
+    descriptor = os.memfd_create("fedcil")
+    opened.callback(os.close, descriptor)
+    return descriptor
 
 
 def start_program(channels: list[tuple[int, int, int]], setting: Setting) -> subprocess.Popen[bytes]:
@@ -130,6 +139,11 @@ def start_program(channels: list[tuple[int, int, int]], setting: Setting) -> sub
         "states": str(setting.states.absolute()),
     }
     assert program.stdin is not None
-    program.stdin.write(json.dumps(orders).encode() + b"\n")
-    program.stdin.flush()
+    try:
+        program.stdin.write(json.dumps(orders).encode() + b"\n")
+        program.stdin.flush()
+    except OSError:
+        program.kill()
+        program.communicate()
+        raise
     return program

@@ -1,7 +1,8 @@
 """Clients as calls in this process: the reference, for laptops, one GPU and tests.
 
-On a CPU ``engine.workers`` threads train clients side by side, each with its own networks; where these are small, all
-threads but one hand their work to a process of their own (``forks.py``). A round's result depends on none of it.
+On a CPU ``engine.workers`` threads train clients side by side, each with its own networks; where these are small and a
+run is long, all threads but one hand their work to a process of their own (``forks.py``, on Linux). A round's result
+depends on none of it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.engines import Setting
+from fedcil.engines.alike import Sources
 from fedcil.engines.costs import Costs
 from fedcil.engines.forks import Fork, Forks
 from fedcil.engines.workers import in_processes, worker_count
@@ -31,6 +33,7 @@ T = TypeVar("T")
 LEAST_RUN_S = 2e-3  # seconds of work that are worth waking a thread
 PAY_AFTER_S = 10.0  # seconds of clients' work: then a run is long enough for the 2 that it takes to start processes
 START_S = 60.0  # how long to wait for processes that were asked for
+LOOK_S = 0.05  # how often to look for them
 SWITCH_S = 1e-3  # how long a thread may keep Python's lock while another waits: a twentieth less for small networks
 
 
@@ -86,6 +89,8 @@ class InlinePort:
         self._ready: list[Fork] = []
         self._asked = bool(scenario.engine.processes)
         self._settled = False  # whether there are to be processes
+        self._sources = Sources()
+        self._wait_until = 0.0
         self._worked_s = 0.0
         self._switch_before = sys.getswitchinterval()
         if self._workers > 1:
@@ -100,7 +105,7 @@ class InlinePort:
         runs = self._cut(request) if deadline_s is None else cut(request, len(request.jobs))
         work = Work(runs, self._setting.stop)
         try:
-            self._begin(work, self._processes(request) if deadline_s is None else [])
+            self._begin(work, self._processes(request))
             for _ in runs:
                 reply = work.replies.get(timeout=remaining(deadline_s, started))
                 if isinstance(reply, BaseException):
@@ -135,12 +140,17 @@ class InlinePort:
         if not self._settled and (self._asked or self._worked_s > PAY_AFTER_S):
             self._settled = True
             if in_processes(self._setting.experiment.scenario, self._workers, count_bytes(request.broadcast.tensors)):
+                self._wait_until = time.monotonic() + START_S if self._asked else 0.0
                 try:
-                    self._forks = Forks(self._setting, self._workers - 1)
+                    self._forks = Forks(self._setting, self._workers - 1, self._sources)
                 except OSError as error:
                     warnings.warn(f"no worker processes, threads train the clients: {error}", stacklevel=1)
         if self._forks:
-            self._ready += self._forks.newcomers(START_S if self._asked else 0.0)
+            self._ready += self._forks.newcomers()
+            while self._forks.starting and time.monotonic() < self._wait_until:
+                self._setting.stop.check()
+                time.sleep(LOOK_S)
+                self._ready += self._forks.newcomers()
         return list(self._ready)  # one that dies in this round leaves the other list meanwhile
 
     def _begin(self, work: Work, processes: list[Fork]) -> None:

@@ -20,23 +20,22 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError
 
-import fedcil
 from client.handle import Shared, Worker, handle
 from client.states import StateStore
 from fedcil.allocator import keep_freed_memory
 from fedcil.engines import Setting, ray_head
+from fedcil.engines.alike import Identity, differences, identity_of
 from fedcil.engines.costs import Costs
 from fedcil.engines.flat import Flat, FlatReply, Row, flatten_tensors, row_of_job
 from fedcil.engines.gpu import gpus_per_worker
-from fedcil.engines.workers import Share, worker_count
+from fedcil.engines.workers import CpuSeconds, Share, worker_count
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gather import Gathered, cut
 from fedcil.messages import Broadcast, Job, Outcome, Payload, Request, count_bytes
 from fedcil.port import ClientDone, Port, StopSignal, remaining
-from fedcil.record.folder import identity
 from fedcil.rule import Rule
-from fedcil.scenario import Scenario, flatten
+from fedcil.scenario import Scenario
 
 T = TypeVar("T")
 ATTEMPTS = 3  # how often a client is tried when workers die under it
@@ -155,8 +154,9 @@ class ClientWorker:
         keep_freed_memory()
         self._worker = Worker(Shared(open_experiment(scenario, data_root), StateStore(states)), lambda: None)
         self._payload: Payload | None = None
+        self._cpu = CpuSeconds()
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         return identity_of(self._worker.shared.experiment)
 
     def run(
@@ -176,7 +176,7 @@ class ClientWorker:
         held = self._payload if payload is not None else None
         broadcast = replace(place, tensors=model.tensors(), payload=held)
         request = Request(broadcast, tuple(Job(*row) for row in jobs), cohort, rule)
-        return FlatReply.of(handle(request, self._worker))
+        return FlatReply.of(handle(request, self._worker), self._cpu.since_last())
 
 
 @dataclass(slots=True)
@@ -185,11 +185,6 @@ class Piece:
 
     jobs: tuple[Job, ...]
     attempts: int = 0
-
-
-def identity_of(experiment: Experiment) -> dict[str, Any]:
-    """What a worker must have in common with the server: scenario, data, numeric configuration, fedcil itself."""
-    return flatten({**identity(experiment), "fedcil": fedcil.__version__})
 
 
 class Crew:
@@ -216,13 +211,11 @@ class Crew:
         self.workers += hired
         return hired
 
-    def refuse_stranger(self, there: dict[str, Any]) -> None:
-        """All workers must be as the server is, or bits would depend on who did what."""
-        differing = [name for name in self.identity if there.get(name) != self.identity[name]]
+    def refuse_stranger(self, there: Identity) -> None:
+        differing = differences(there, self.identity)
         if differing:
             raise RunFailed(
-                "a Ray worker differs: "
-                + "; ".join(f"{name} is {there.get(name)} there, {self.identity[name]} here" for name in differing),
+                f"a Ray worker differs: {differing}",
                 where="engine",
                 next="give every node the same fedcil, torch and data, then `fedcil resume RUN`",
             )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import sys
+import time
 from dataclasses import dataclass
 
-from fedcil.errors import ScenarioError
-from fedcil.experiment import Experiment
+from fedcil.experiment import PROCESSES_POSSIBLE, Experiment
 from fedcil.scenario import Scenario
 
 SMALL_BYTES = 4 << 20  # of a model: four convolutions have 0.5 MB, ResNet-18 has 45 (docs/performance.md, two workers)
@@ -20,6 +19,18 @@ class Share:
 
     cpus: int
     gpus: float
+
+
+class CpuSeconds:
+    """Of this process, for one that works for a run."""
+
+    def __init__(self) -> None:
+        self._said = time.process_time()
+
+    def since_last(self) -> float:
+        """Those since this was asked last, or since the start."""
+        before, self._said = self._said, time.process_time()
+        return self._said - before
 
 
 def worker_count(experiment: Experiment) -> int:
@@ -38,17 +49,11 @@ def worker_count(experiment: Experiment) -> int:
 
 
 def in_processes(scenario: Scenario, workers: int, model_bytes: int) -> bool:
-    """Whether inline workers are processes, once a run is a long one: where nobody says so, if steps are so short that
-    threads would wait for Python's lock. ScenarioError if it is asked for where it cannot be.
+    """Whether inline workers but one are processes, once a run is a long one: where nobody says so, if steps are so
+    short that threads would wait for Python's lock. Never where a round has a deadline, which only threads give up at.
     """
-    wanted, possible = scenario.engine.processes, sys.platform == "linux"
-    if wanted and not possible:
-        raise ScenarioError(
-            "workers can be processes on Linux only",
-            where="engine.processes",
-            allowed="false, or nothing",
-            next="leave engine.processes out: workers are threads then",
-        )
-    if scenario.engine.name != "inline" or workers == 1:
+    if scenario.engine.name != "inline" or workers == 1 or scenario.server.deadline_s is not None:
         return False
-    return possible and model_bytes <= SMALL_BYTES if wanted is None else wanted
+    if scenario.engine.processes is None:
+        return PROCESSES_POSSIBLE and model_bytes <= SMALL_BYTES
+    return scenario.engine.processes
