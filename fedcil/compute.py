@@ -37,9 +37,24 @@ class Compute:
         return torch.bfloat16 if self.precision == "bf16" else None
 
     @property
+    def emulated(self) -> bool:
+        """Whether the machine has no instructions for this precision."""
+        return self.precision == "bf16" and not has_bf16(self.device)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know before anything is computed."""
+        if not self.emulated:
+            return ()
+        return (
+            "training.precision = 'bf16', but this machine has no instructions for it: a step takes about "
+            "ten times as long as in fp32",
+        )
+
+    @property
     def by_products(self) -> bool:
         """Whether convolutions over small maps are matrix products."""
-        return self.precision == "bf16" and self.device.type == "cpu"
+        return self.precision == "bf16" and self.device.type == "cpu" and not self.emulated
 
     def network(self, classes: int) -> Network:
         """A network with uninitialised memory, channels last."""
@@ -99,7 +114,7 @@ def resolve_device(wanted: str) -> torch.device:
 def resolve_precision(wanted: str, device: torch.device) -> Precision:
     """auto: bf16 where the machine has instructions for it, else fp32."""
     if wanted == "auto":
-        return "bf16" if _has_bf16(device) else "fp32"
+        return "bf16" if has_bf16(device) else "fp32"
     if wanted == "tf32" and device.type == "cpu":
         raise ScenarioError(
             "training.precision = 'tf32' is a format of NVIDIA GPUs",
@@ -110,7 +125,8 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
     return wanted  # type: ignore[return-value]
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
+    """Whether the machine has instructions for it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

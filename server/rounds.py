@@ -12,6 +12,7 @@ import math
 import resource
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -162,6 +163,8 @@ class Clock:
 def run_tasks(session: Session, state: RunState) -> RunState:
     """From ``state`` to the end of the stream. Stopped and TooFewClients leave a checkpoint behind."""
     experiment = session.experiment
+    for note in experiment.compute.notes:
+        warnings.warn(note, stacklevel=2)
     torch.set_num_threads(experiment.scenario.server.threads)
     forget_peak()
     session.save(state)

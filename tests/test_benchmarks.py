@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from scenarios.benchmarks import overhead, report
+from scenarios.benchmarks.__main__ import Bench
 from scenarios.benchmarks.bars import FULL
 from scenarios.benchmarks.nets import NETS, build
 from scenarios.benchmarks.peers import engine
@@ -151,6 +152,16 @@ def test_a_peer_that_could_not_be_had_is_a_row_all_the_same(tmp_path: Path) -> N
     ratio = figures["round_lenet_fp32_vs_plain"].ratio
     assert ratio is not None
     assert ratio > 0
+
+
+def test_what_a_cpu_has_no_instructions_for_is_not_measured(tmp_path: Path) -> None:
+    bench = Bench(True, 1, tmp_path)
+    bench.precisions = ("fp32",)
+    bench.parts = {"step": lambda: {"step_8_32_fp32_fresh": Figure(0.5, 0.6, 1.0, 0.1), "memory": {"mb": 3.0}}}
+    rows = bench.rows("step")
+    assert rows.keys() == {"step_8_32_fp32_fresh", "step_8_32_bf16_fresh", "memory"}
+    assert rows["step_8_32_bf16_fresh"] == dict.fromkeys(("ratio", "wall_ratio", "median_s", "spread"))
+    assert report.verdict("step_8_32_bf16_fresh", rows["step_8_32_bf16_fresh"], FULL) == ""
 
 
 @pytest.mark.slow

@@ -47,6 +47,16 @@ def call(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedPro
     return done
 
 
+def test_a_warning_is_told_without_lines_of_the_program(tmp_path: Path) -> None:
+    code = "from fedcil import compute; compute.has_bf16 = lambda device: False\nfrom fedcil.cli import main; main()"
+    command = [sys.executable, "-c", code, "run", "digits_fedavg", *SMALL, "--set=training.precision=bf16"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    first, *_ = done.stderr.splitlines()
+    assert first.startswith("warning: training.precision = 'bf16', but this machine has no instructions for it")
+    assert "UserWarning" not in done.stderr
+
+
 def test_help_loads_neither_torch_nor_flwr_nor_ray(tmp_path: Path) -> None:
     for command in ([], ["run"], ["resume"], ["compare"], ["report"], ["plan"], ["list"], ["schema"]):
         code = (

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedcil import compute
 from fedcil.errors import FolderBusy, InputError, NotResumable, RunFailed
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.messages import content_hash
@@ -108,6 +109,16 @@ def test_bf16_on_another_cpu_is_another_numeric_configuration(monkeypatch: pytes
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert experiment("training.precision=bf16").numeric()["bf16_instructions"] == "AVX512_BF16 AMX"
     assert "bf16_instructions" not in experiment().numeric()
+
+
+def test_where_bf16_is_emulated_the_person_is_told_and_auto_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    asked, auto = experiment("training.precision=bf16"), experiment("training.precision=auto", "device=cpu")
+    assert ["no instructions for it" in note for note in asked.compute.notes] == [True]
+    assert (asked.numeric()["precision"], auto.numeric()["precision"]) == ("bf16", "fp32")
+    assert "small_maps" not in asked.numeric()
+    assert not auto.compute.notes
 
 
 def test_folders_of_the_same_second_have_different_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,8 +319,9 @@ def test_a_state_that_was_saved_is_not_saved_again(folder: RunFolder) -> None:
     ],
 )
 def test_what_was_made_differently_is_refused_with_the_differences(
-    folder: RunFolder, overrides: list[str], names: list[str]
+    folder: RunFolder, overrides: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compute, "has_bf16", lambda _: True)
     two_rounds(folder)
     with pytest.raises(NotResumable, match="made differently") as caught:
         RunFolder.reopen(folder.path, experiment(*overrides))

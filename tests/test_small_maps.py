@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
+from fedcil import compute
 from fedcil.compute import Compute
 from fedcil.keys import Key
 from fedcil.models import Architecture, small_maps
@@ -110,6 +111,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(small_maps.SmallMapConvolution, "apply", apply)
     return seen
+
+
+@pytest.fixture(autouse=True)
+def with_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are for machines that have instructions for bf16; torch computes it on all."""
+    monkeypatch.setattr(compute, "has_bf16", lambda _: True)
 
 
 def resnet(precision: Any) -> Compute:

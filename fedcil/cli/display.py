@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -33,10 +34,13 @@ class Display:
     def recorded(self, line: Mapping[str, Any]) -> None:
         self._drop_bar()
         for warning in line.get("warnings", ()):
-            self.console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+            self.warn(warning)
         if not self.quiet:
             for text in (describe(line), *incidents(line)):
                 self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, message: Warning | str) -> None:
+        self.console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
     def _advance(self, kind: str, title: str, total: int | None, note: str) -> None:
         if self.quiet or self.bars.disable:
@@ -104,5 +108,8 @@ def display(*, quiet: bool) -> Iterator[Display]:
         transient=True,
         disable=quiet or not console.is_terminal,
     )
-    with bars:
-        yield Display(console, bars, quiet)
+    shown = Display(console, bars, quiet)
+    with bars, warnings.catch_warnings():
+        # Python's own would say in which line of the program it was.
+        warnings.showwarning = lambda message, *_, **__: shown.warn(message)
+        yield shown

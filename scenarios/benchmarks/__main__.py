@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from fedcil.allocator import keep_freed_memory
+from fedcil.compute import Precision, has_bf16
 from scenarios.benchmarks import bars, boundary, floor, machine, memory, overhead, report, rounds, step, whole, workers
 from scenarios.benchmarks.peers.environments import REQUIREMENTS, environment
-from scenarios.benchmarks.timing import Figure
+from scenarios.benchmarks.timing import NOT_MEASURED, Figure
 
 Rows = dict[str, Any]
-PRECISIONS: tuple[Any, ...] = ("fp32", "bf16")
 
 
 class Bench:
@@ -33,6 +33,7 @@ class Bench:
 
     def __init__(self, quick: bool, repeats: int, output: Path) -> None:
         self.quick, self.repeats, self.output = quick, repeats, output
+        self.precisions: tuple[Precision, ...] = ("fp32", "bf16") if has_bf16(torch.device("cpu")) else ("fp32",)
         self.log = output / "peers.log"
         self.parts: dict[str, Callable[[], Rows]] = {
             "step": self.step,
@@ -48,14 +49,23 @@ class Bench:
                 "whole": lambda: whole.measure(("digits_fedavg", "digits_mfcl", "digits_oracle"), 3),
             }
 
+    def rows(self, name: str) -> Rows:
+        """Of one part, as they are written."""
+        found = self.parts[name]()
+        if "bf16" not in self.precisions:
+            found |= {key.replace("fp32", "bf16"): NOT_MEASURED for key in found if "fp32" in key}
+        return {key: asdict(row) if isinstance(row, Figure) else row for key, row in found.items()}
+
     def step(self) -> Rows:
-        rows = step.measure(step.SMALL, self.repeats, self.log)
-        return rows if self.quick else rows | step.measure(step.FULL, self.repeats, self.log)
+        rows: Rows = {}
+        for sizes in (step.SMALL,) if self.quick else (step.SMALL, step.FULL):
+            rows |= step.measure(sizes, self.repeats, self.log, self.precisions)
+        return rows
 
     def floor(self) -> Rows:
         """Share of a fresh step's time that its convolutions alone would take."""
         rows: Rows = {}
-        for precision in PRECISIONS:
+        for precision in self.precisions:
             ours = step.measure_ours(step.FULL, precision, self.repeats)
             rows[f"floor_fraction_{precision}"] = Figure(
                 floor.step_floor(step.FULL, precision) / ours, None, ours, None
@@ -63,7 +73,7 @@ class Bench:
         return rows
 
     def boundary(self) -> Rows:
-        return boundary.measure(128, self.repeats, self.log)
+        return boundary.measure(128, self.repeats, self.log, self.precisions)
 
     def rounds(self) -> Rows:
         data = rounds.write_data(self.output / "round.npz")
@@ -74,13 +84,13 @@ class Bench:
                 rounds.refuse_disagreement(name, rounds.peer_differs(data, name, python, self.log))
         rows: Rows = {}
         for net in ("lenet", "cnn4"):
-            rows |= rounds.measure(net, data, peers, self.repeats, self.log)
+            rows |= rounds.measure(net, data, peers, self.repeats, self.log, self.precisions)
         return rows if self.quick else rows | self.resnet(peers)
 
     def resnet(self, peers: dict[str, Path | None]) -> Rows:
         """Two clients and a limit: a round of one side takes seconds."""
         data = rounds.write_data(self.output / "round2.npz", clients=2)
-        return rounds.measure("resnet18", data, peers, self.repeats, self.log, limit_s=60)
+        return rounds.measure("resnet18", data, peers, self.repeats, self.log, self.precisions, limit_s=60)
 
     def peers(self) -> dict[str, Path | None]:
         """Flower runs in this environment; the others have their own, or None."""
@@ -121,9 +131,11 @@ def main() -> int:
     for name in wanted:
         used[name] = machine.used_by_others()
         print(f"measuring {name}, others use {used[name]:.0%} of the cores", file=sys.stderr, flush=True)
-        rows |= {key: asdict(row) if isinstance(row, Figure) else row for key, row in bench.parts[name]().items()}
+        rows |= bench.rows(name)
         path.write_text(json.dumps({"machine": machine.describe() | {"used_by_others": used}, **rows}, indent=1))
     report.print_table(rows, held_against)
+    if "bf16" not in bench.precisions:
+        print("bf16 was not measured: this CPU has no instructions for it (avx512_bf16 or amx)")
     report.draw(rows, held_against, options.output / "benchmark.png")
     print(path)
     return 0

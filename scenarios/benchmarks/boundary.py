@@ -89,13 +89,10 @@ def authors_boundary(batch: int) -> Callable[[], object]:
     return step
 
 
-def measure(batch: int, repeats: int, log: Path) -> dict[str, Figure]:
+def measure(batch: int, repeats: int, log: Path, precisions: tuple[Precision, ...]) -> dict[str, Figure]:
     with closing(Session(Path(sys.executable), "authors", "boundary", str(batch), "_", log)) as authors:
-        cases: dict[str, Case] = {
-            "authors": authors.case(),
-            "boundary_fp32": timed(our_boundary("fp32", batch)),
-            "boundary_bf16": timed(our_boundary("bf16", batch)),
-        }
+        cases: dict[str, Case] = {"authors": authors.case()}
+        cases |= {f"boundary_{precision}": timed(our_boundary(precision, batch)) for precision in precisions}
         costs = in_turn(cases, repeats)
     theirs = costs.pop("authors")
     return {name: against(ours, theirs) for name, ours in costs.items()}

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from client.handle import round_key
+from fedcil.compute import Precision
 from fedcil.data import Dataset, Split, digest_of
 from fedcil.engines import Setting
 from fedcil.engines.inline import InlinePort
@@ -167,7 +168,7 @@ def measure(
     peers: dict[str, Path | None],
     repeats: int,
     log: Path,
-    precisions: tuple[str, ...] = ("fp32", "bf16"),
+    precisions: tuple[Precision, ...],
     limit_s: float = float("inf"),
 ) -> dict[str, Figure]:
     """``round_<net>_<precision>_vs_<plain or peer>``; ``peers``: name -> python of its environment, None if there is

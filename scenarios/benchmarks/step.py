@@ -153,9 +153,7 @@ def measure_ours(sizes: Sizes, precision: Precision, repeats: int) -> float:
     return median_cpu(costs["ours"])
 
 
-def measure(
-    sizes: Sizes, repeats: int, log: Path, precisions: tuple[Precision, ...] = ("fp32", "bf16")
-) -> dict[str, Figure]:
+def measure(sizes: Sizes, repeats: int, log: Path, precisions: tuple[Precision, ...]) -> dict[str, Figure]:
     """``step_<sizes>_<precision>_<fresh or pooled>``; pooled rows carry the pool's cost over a task's steps."""
     with closing(Session(Path(sys.executable), "authors", "step", sizes.name, "_", log)) as twin:
         cases: dict[str, Case] = {"plain": twin.case(sizes.steps)}

@@ -76,7 +76,7 @@ class Figure:
 
     ratio: float | None
     wall_ratio: float | None
-    median_s: float
+    median_s: float | None
     spread: float | None
 
     def plus(self, added_s: float, baseline_s: float) -> Figure:
@@ -84,7 +84,11 @@ class Figure:
         extra = added_s / baseline_s
         assert self.ratio is not None
         assert self.wall_ratio is not None
+        assert self.median_s is not None
         return Figure(self.ratio + extra, self.wall_ratio + extra, self.median_s + added_s, self.spread)
+
+
+NOT_MEASURED = Figure(None, None, None, None)
 
 
 def against(ours: Sequence[Cost], baseline: Sequence[Cost] | None) -> Figure:

@@ -2,64 +2,21 @@
 
     python scenarios/scalability/workers.py [--output runs/scalability] [--repeats 1]
 
-CPU seconds are those of the run's process and, with Ray, of its workers; Ray's own daemons are left out. Wall seconds
-mean something on an idle machine only; CPU(2) / CPU(1) says how much work two workers add, whatever else runs.
+CPU seconds are those that the run records: of its process and of its workers; Ray's own daemons are left out. Wall
+seconds mean something on an idle machine only; CPU(2) / CPU(1) says how much work two workers add, whatever else runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
-from common import Panel, Table, command, draw, environment, fit, new_folder, options, say_load, tiny
-
-import fedcil
+from common import Panel, Table, draw, fit, options, run, say_load, tiny
 
 CLIENTS, PER_CLIENT, SIZE = 8, 128, 32
 ROUNDS = 6
 CASES = {(8, 1): "8 clients, 1 worker", (8, 2): "8 clients, 2 workers", (4, 1): "4 clients, 1 worker"}
-LIMIT_S = 120.0
-WORKER = "ray::ClientWorker", "default_worker.py"  # Ray gives a process its name only where the environment lets it
-
-
-def workers_cpu(pid: int) -> float:
-    """CPU seconds so far of the Ray workers below a process."""
-    seconds = 0.0
-    for child in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if any(name in " ".join(child.cmdline()[:2]) for name in WORKER):
-                times = child.cpu_times()
-                seconds += times.user + times.system
-    return seconds
-
-
-def watched(folder: Path, overrides: list[str]) -> tuple[fedcil.Run, float]:
-    """A run, and CPU seconds a round of its Ray workers (0 without Ray), from the first round's end to the last's."""
-    sets = command("run", "digits_fedavg", overrides, "--no-figures", "--output", str(folder))
-    seen: dict[int, float] = {}  # workers' CPU seconds when so many rounds were first seen recorded
-    with subprocess.Popen(sets, env=environment(), stdout=subprocess.DEVNULL) as process:
-        end = time.monotonic() + LIMIT_S
-        try:
-            while process.poll() is None and time.monotonic() < end:
-                rounds = sum(path.read_bytes().count(b'"kind": "round"') for path in folder.glob("*/metrics.jsonl"))
-                with contextlib.suppress(psutil.Error):
-                    used = workers_cpu(process.pid)
-                    if rounds and (used or not seen):
-                        seen.setdefault(rounds, used)
-                time.sleep(0.02)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-    if process.returncode:
-        raise SystemExit(f"a run ended with exit code {process.returncode}")
-    (path,) = (path.parent for path in folder.glob("*/metrics.jsonl"))
-    first, last = min(seen), max(seen)
-    return fedcil.load(path), (seen[last] - seen[first]) / max(1, last - first)
 
 
 def picture(table: Table, path: Path) -> None:
@@ -99,12 +56,11 @@ def main() -> int:
                     "training.epochs=2",
                     f"engine={{name='{engine}', workers={workers}}}",
                 ]
-                finished, elsewhere = watched(new_folder(given.output, "workers"), overrides)
+                finished = run(given.output, overrides)
                 rounds = [line["cost"] for line in finished.kind("round")[1:]]
                 values = {
                     f"{engine}, {asked} clients: wall s a round": statistics.median(c["seconds"] for c in rounds),
-                    f"{engine}, {asked} clients: CPU s a round": statistics.mean(c["cpu_seconds"] for c in rounds)
-                    + elsewhere,
+                    f"{engine}, {asked} clients: CPU s a round": statistics.mean(c["cpu_seconds"] for c in rounds),
                 }
                 table.add(workers, repeat, values)
     table.write(given.output / "workers.csv")
