@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from scenarios.benchmarks import overhead, report
-from scenarios.benchmarks.__main__ import Bench
+from scenarios.benchmarks import overhead, report, workers
+from scenarios.benchmarks.__main__ import Bench, main
 from scenarios.benchmarks.bars import FULL
 from scenarios.benchmarks.nets import NETS, build
 from scenarios.benchmarks.peers import engine
@@ -165,15 +164,16 @@ def test_what_a_cpu_has_no_instructions_for_is_not_measured(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_table_and_the_path_of_its_json(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "scenarios.benchmarks", "--only", "workers,memory", "--repeats", "1"]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path)], cwd=root, capture_output=True, text=True, check=True, timeout=280
-    )
-    *table, path = done.stdout.splitlines()
+def test_the_command_prints_a_table_and_the_path_of_its_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Bench, "workers", lambda _: workers.measure("lenet", 1))
+    arguments = ["benchmarks", "--only", "workers,memory", "--repeats", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert main() == 0
+    *table, path = capsys.readouterr().out.splitlines()
     rows = json.loads(Path(path).read_text())
-    assert {"ratio", "wall_ratio", "median_s", "spread"} == rows["two_workers_cnn4"].keys()
+    assert {"ratio", "wall_ratio", "median_s", "spread"} == rows["two_workers_lenet"].keys()
     assert rows["memory_10000"]["more_than_100_mb"] < rows["memory_10000"]["index_mb"] + 30
-    assert any("two_workers_resnet18" in line for line in table)
+    assert any("two_workers_lenet" in line for line in table)
     assert (tmp_path / "benchmark.png").stat().st_size > 0
