@@ -251,7 +251,9 @@ class TrainingSection(Section):
     lr_end: Above0 = Field(0.01, description="reached exponentially over a task's rounds; equal to lr: constant")
     weight_decay: NonNegative = 1e-5
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "auto"] = Field(
+        "fp32", description="of clients, boundary and evaluation; auto: bf16 where the machine has instructions for it"
+    )
     threads: Threads = Field(1, description="intra-operator threads of one client")
 
 

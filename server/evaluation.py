@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fedcil.data.augment import make_batch
 from fedcil.experiment import Experiment
+from fedcil.messages import Tensors
+from fedcil.models.network import Network, load_state
 from fedcil.state import ServerState
 from fedcil.stream import Task
 
@@ -25,8 +27,20 @@ class Evaluation:
     test_images: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What all evaluations within a task share: a network, the rows of test images of classes seen so far (n,), and
+    which task each of these classes is of (classes,).
+    """
+
+    task: Task
+    network: Network
+    rows: Tensor
+    task_of: Tensor
+
+
 class Evaluator:
-    """Holds the test images of the stream, on the device, once."""
+    """Holds the test images of the stream, on the device, once; in the scenario's precision, as training."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
@@ -37,27 +51,39 @@ class Evaluator:
         self.labels = labels.to(device)
         self.mean = torch.tensor(data.mean, device=device)
         self.std = torch.tensor(data.std, device=device)
+        self._seen: Seen | None = None
+
+    def _ready_for(self, task: Task, model: Tensors) -> Seen:
+        if self._seen is not None and self._seen.task == task:
+            load_state(self._seen.network, model)
+            return self._seen
+        experiment, device = self.experiment, self.labels.device
+        tasks = experiment.stream.tasks[: task.index + 1]
+        self._seen = Seen(
+            task=task,
+            network=experiment.compute.frozen(model),
+            rows=((self.labels >= 0) & (self.labels < task.seen)).nonzero()[:, 0],
+            task_of=torch.tensor([t.index for t in tasks for _ in t.classes], device=device),
+        )
+        return self._seen
 
     @torch.no_grad()
     def evaluate(self, state: ServerState, task: Task) -> Evaluation:
         """Scores over all classes seen so far; task-aware: the best among the image's own task's classes."""
-        experiment = self.experiment
-        network = experiment.compute.frozen(state.model)
-        tasks = experiment.stream.tasks[: task.index + 1]
-        task_of = torch.tensor([t.index for t in tasks for _ in t.classes], device=self.labels.device)
-        rows = ((self.labels >= 0) & (self.labels < task.seen)).nonzero()[:, 0]
-        confusion = torch.zeros(len(tasks), len(tasks), dtype=torch.int64)
-        right = torch.zeros(2, len(tasks), dtype=torch.int64)
-        for index in rows.split(BATCH):
+        seen, tasks = self._ready_for(task, state.model), task.index + 1
+        task_of = seen.task_of
+        confusion = torch.zeros(tasks, tasks, dtype=torch.int64)
+        right = torch.zeros(2, tasks, dtype=torch.int64)
+        for index in seen.rows.split(BATCH):
             images = make_batch(self.images, index, "none", torch.Generator(), self.mean, self.std)
-            scores = experiment.method.predict(network, state.memory, images)
+            scores = self.experiment.method.predict(seen.network, state.memory, images)
             labels = self.labels[index]
             own = task_of[labels]
             guess = scores.argmax(1)
             aware = scores.masked_fill(task_of[None, :] != own[:, None], -torch.inf).argmax(1)
             for place, hits in enumerate((guess == labels, aware == labels)):
-                right[place] += torch.bincount(own[hits], minlength=len(tasks)).cpu()
-            pairs = own * len(tasks) + task_of[guess]
+                right[place] += torch.bincount(own[hits], minlength=tasks).cpu()
+            pairs = own * tasks + task_of[guess]
             confusion += torch.bincount(pairs, minlength=confusion.numel()).view_as(confusion).cpu()
         counts = confusion.sum(1)
         return Evaluation(

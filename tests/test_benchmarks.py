@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from scenarios.benchmarks import overhead, report, workers
+from scenarios.benchmarks import boundary, overhead, report, rounds, workers
 from scenarios.benchmarks.__main__ import Bench, main
 from scenarios.benchmarks.bars import FULL
 from scenarios.benchmarks.nets import NETS, build
 from scenarios.benchmarks.peers import engine
 from scenarios.benchmarks.peers.session import Session
 from scenarios.benchmarks.rounds import AGREE, measure, weights_differ, write_data
+from scenarios.benchmarks.step import compute_in
 from scenarios.benchmarks.timing import Cost, Figure, against, for_a_while, in_turn
 
 
@@ -161,6 +162,43 @@ def test_what_a_cpu_has_no_instructions_for_is_not_measured(tmp_path: Path) -> N
     assert rows.keys() == {"step_8_32_fp32_fresh", "step_8_32_bf16_fresh", "memory"}
     assert rows["step_8_32_bf16_fresh"] == dict.fromkeys(("ratio", "wall_ratio", "median_s", "spread"))
     assert report.verdict("step_8_32_bf16_fresh", rows["step_8_32_bf16_fresh"], FULL) == ""
+
+
+def test_a_peer_that_cannot_start_or_does_other_work_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And takes no other part along."""
+    measured: list[dict[str, Path | None]] = []
+
+    def note(net: str, data: Path, peers: dict[str, Path | None], *_: object) -> dict[str, Figure]:
+        measured.append(dict(peers))
+        return {}
+
+    bench = Bench(True, 1, tmp_path)
+    monkeypatch.setattr(bench, "peers", lambda: {"blazefl": Path(sys.executable), "plain": Path(sys.executable)})
+    monkeypatch.setattr(rounds, "measure", note)
+    rows = bench.rows("rounds")
+    assert [peers["blazefl"] for peers in measured] == [None, None]
+    assert all(peers["plain"] for peers in measured)
+    assert rows.keys() == {"weights_fedcil", "weights_plain"}
+    assert rows["weights_plain"]["differ_by"] == 0.0
+    assert "blazefl is not measured: the peer ended without an answer" in capsys.readouterr().out
+
+
+def test_a_boundary_of_ours_is_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of the first three steps of a narrow ResNet-18 in float64, on the same latents."""
+    monkeypatch.setattr(boundary, "compute_in", lambda precision: compute_in(precision, width=8))
+    torch.set_default_dtype(torch.float64)
+    try:
+        losses = []
+        for side in (boundary.our_boundary("fp32", 6), boundary.authors_boundary(6)):
+            torch.manual_seed(0)
+            losses.append([side().item() for _ in range(3)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-12)
+    assert len(set(losses[0])) == 3
 
 
 @pytest.mark.slow

@@ -16,9 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
+from fedcil.engines.workers import Share
 from fedcil.errors import RunFailed
 from fedcil.experiment import open_experiment
 from fedcil.messages import Broadcast, Job, Report, Request, count_bytes
+from fedcil.port import StopSignal
 from fedcil.scenario_file import load_scenario
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.engines]
@@ -233,6 +235,24 @@ def test_a_worker_that_is_not_as_the_server_is_refused_with_the_difference(tmp_p
     crew.refuse_stranger({"data": "a", "numeric.torch": "2.14"})
     with pytest.raises(RunFailed, match=r"numeric.torch is 2.9 there, 2.14 here"):
         crew.refuse_stranger({"data": "a", "numeric.torch": "2.9"})
+
+
+@pytest.mark.parametrize("error", [ConnectionError("nobody answers"), RuntimeError("Version mismatch: Ray: 2.9.0")])
+def test_a_cluster_that_cannot_be_used_ends_the_run_with_the_reason(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray raises a bare RuntimeError if the cluster has another Ray or Python."""
+    from fedcil.engines import ray as engine
+
+    def refuse(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine.ray, "init", refuse)
+    with (
+        pytest.raises(RunFailed, match=f"no Ray cluster that can be used: {error}"),
+        engine.cluster(StopSignal(), "auto", 1, 1, Share(1, 0.0)),
+    ):
+        raise AssertionError("nothing to run on")
 
 
 def kill_a_worker(process: subprocess.Popen[bytes], output: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedcil.compute import Compute
 from fedcil.data.dataset import Split
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.messages import Tensors
@@ -119,3 +120,42 @@ def test_the_model_decides_and_stays_as_it_is() -> None:
     assert result.task_aware == [0.5, 0.5]
     assert result.confusion == [[1.0, 0.0], [1.0, 0.0]]
     assert all(torch.equal(model[name], tensor) for name, tensor in before.items())
+
+
+def test_evaluations_within_a_task_share_a_network_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = experiment()
+    made = []
+    frozen = Compute.frozen
+
+    def counted(self: Compute, tensors: Tensors) -> Network:
+        made.append(frozen(self, tensors))
+        return made[-1]
+
+    monkeypatch.setattr(Compute, "frozen", counted)
+    first, second = state(opened, 2), state(opened, 4)
+    other = ServerState(model={name: tensor + 0.5 for name, tensor in second.model.items()})
+    evaluator, (one, two) = Evaluator(opened), opened.stream.tasks
+    asked = [(first, one), (second, two), (other, two)]
+    found = [evaluator.evaluate(*each) for each in (*asked, asked[0])]
+    assert len(made) == 3
+    expected = [Evaluator(opened).evaluate(*each) for each in asked]
+    assert found == [*expected, expected[0]]
+
+
+def test_a_test_image_is_seen_in_the_precision_of_training() -> None:
+    def types(precision: str) -> set[torch.dtype]:
+        opened = experiment(f"training.precision={precision}")
+        seen = set()
+
+        def predict(network: Network, memory: Tensors, images: Tensor) -> Tensor:
+            convolutions = [part for part in network.modules() if isinstance(part, torch.nn.Conv2d)]
+            for part in convolutions:
+                part.register_forward_hook(lambda layer, inputs, output: seen.add(output.dtype))
+            return opened.method.predict(network, memory, images)
+
+        watched = replace(opened, method=replace(opened.method, predict=predict))
+        Evaluator(watched).evaluate(state(opened, 2), opened.stream.tasks[0])
+        return seen
+
+    assert types("fp32") == {torch.float32}
+    assert types("bf16") == {torch.bfloat16}

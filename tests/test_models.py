@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +34,7 @@ from fedcil.models.network import (
     snapshot,
     state_of,
 )
-from fedcil.models.resnet import Stem, resnet18
+from fedcil.models.resnet import Block, Stem, resnet18
 from fedcil.scenario import ModelSection
 
 
@@ -365,3 +368,32 @@ def test_a_backbone_that_cannot_be_traced_stays_as_it_is() -> None:
     backbone = network.backbone
     fold_norms(network)
     assert network.backbone is backbone
+
+
+NARROW = """
+import torch
+from fedcil.models.resnet import Block
+block = Block(4, 8, 2).to(memory_format=torch.channels_last)
+for _ in range(400):
+    images = torch.randn(4, 4, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    output = block(images)
+    torch.autograd.grad(output, [images, *block.parameters()], torch.randn_like(output))
+"""
+
+
+def test_a_narrow_block_stays_within_its_memory() -> None:
+    """In a process of its own, whose C library watches: with a stride in its shortcut an AVX2 CPU ended it."""
+    watched = os.environ | {"MALLOC_PERTURB_": "165"}
+    done = subprocess.run([sys.executable, "-c", NARROW], env=watched, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_narrow_blocks_shortcut_is_the_strided_convolution() -> None:
+    block = Block(4, 8, 2).double()
+    convolution = block.shortcut[0]
+    assert isinstance(convolution, nn.Conv2d)
+    seen = []
+    convolution.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    images = torch.randn(2, 4, 7, 8, dtype=torch.float64)
+    block(images)
+    torch.testing.assert_close(seen[0], F.conv2d(images, convolution.weight, stride=2), rtol=0, atol=1e-14)

@@ -110,11 +110,13 @@ def cluster(
                 log_to_driver=False,
                 logging_level="ERROR",
             )
-    except ConnectionError as error:
+    except (ConnectionError, RuntimeError) as error:  # nobody there, or another Ray or Python there
+        if not address:
+            raise
         raise RunFailed(
-            f"no Ray cluster: {error}",
+            f"no Ray cluster that can be used: {error}",
             where=f"engine.address = {address!r}",
-            next="start one with `ray start --head`, or leave engine.address out",
+            next="start one with this Python's `ray start --head`, or leave engine.address out",
         ) from None
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():

@@ -14,7 +14,11 @@ Stem = Literal["3x3", "3x3_stride2", "7x7"]
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut (1x1 convolution where the shape changes)."""
+    """Two 3x3 convolutions and a shortcut (1x1 convolution where the shape changes).
+
+    With fewer than 8 channels the shortcut's positions are picked before its convolution and not by its stride: on CPUs
+    with AVX2 alone oneDNN's gradient of such a weight writes behind its memory (torch 2.14.1).
+    """
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -22,12 +26,16 @@ class Block(nn.Module):
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(width)
+        self.picked = stride if channels < 8 else 1
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != width:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            convolution = nn.Conv2d(channels, width, 1, stride // self.picked, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        if self.picked > 1:
+            x = x[:, :, :: self.picked, :: self.picked]
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
 
 

@@ -20,43 +20,38 @@ from fedcil.compute import Precision
 from fedcil.methods.adam import Adam
 from fedcil.methods.inversion import blur, generator_loss
 from fedcil.methods.mfcl import MFCL
-from fedcil.models.network import initialise, snapshot
+from fedcil.models.network import snapshot
 from scenarios.benchmarks.peers.session import Session
-from scenarios.benchmarks.step import KEY, RELEASED, TASK, compute_in
+from scenarios.benchmarks.step import RELEASED, TASK, compute_in, drawn
 from scenarios.benchmarks.timing import Case, Figure, against, in_turn, timed
 
 CLASSES = TASK.old
 
 
-def our_boundary(precision: Precision, batch: int) -> Callable[[], object]:
-    """One step of ``MFCL``'s own training of the generator."""
+def our_boundary(precision: Precision, batch: int) -> Callable[[], Tensor]:
+    """One step of ``MFCL``'s own training of the generator; gives its loss."""
     compute = compute_in(precision)
     settings = MFCL(**RELEASED)
-    fresh = compute.network(CLASSES)
-    initialise(fresh, KEY.at("teacher").torch())
-    classifier = compute.frozen(snapshot(fresh))
-    generator = settings.make_generator(compute)
-    initialise(generator, KEY.at("generator").torch())
-    generator = settings.place(generator, compute).train()
+    classifier = compute.frozen(snapshot(drawn(compute.architecture.build(CLASSES), "teacher")))
+    generator = settings.place(drawn(settings.make_generator(compute), "generator"), compute).train()
     optimizer = Adam(generator.parameters(), settings.generator_lr)
     weights = settings.loss_weights()
 
-    def step() -> None:
+    def step() -> Tensor:
         latents = torch.randn(batch, settings.latent)
         loss, _ = generator_loss(classifier, generator(latents), weights)
         optimizer.step(loss)
+        return loss.detach()
 
     return step
 
 
-def authors_boundary(batch: int) -> Callable[[], object]:
+def authors_boundary(batch: int) -> Callable[[], Tensor]:
     """The same step as the released program does it."""
     compute = compute_in("fp32")
     settings = MFCL(**RELEASED)
-    classifier = compute.architecture.build(CLASSES).eval()
-    initialise(classifier, KEY.at("teacher").torch())
-    generator = settings.make_generator(compute).train()
-    initialise(generator, KEY.at("generator").torch())
+    classifier = drawn(compute.architecture.build(CLASSES), "teacher").eval()
+    generator = drawn(settings.make_generator(compute), "generator").train()
     optimizer = torch.optim.Adam(generator.parameters(), settings.generator_lr)
     divergences: list[Tensor] = []
 
@@ -73,7 +68,7 @@ def authors_boundary(batch: int) -> Callable[[], object]:
         if isinstance(part, nn.BatchNorm2d):
             part.register_forward_hook(hook)
 
-    def step() -> None:
+    def step() -> Tensor:
         divergences.clear()
         images = generator(torch.randn(batch, settings.latent))
         logits = classifier(images)
@@ -85,6 +80,7 @@ def authors_boundary(batch: int) -> Callable[[], object]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return loss.detach()
 
     return step
 

@@ -157,9 +157,11 @@ def _our_exact_weights() -> dict[str, np.ndarray[Any, Any]]:
     return {name: tensor.detach().numpy() for name, tensor in ours.model.items()}
 
 
-def refuse_disagreement(name: str, difference: float) -> None:
+def agreement(difference: float) -> dict[str, float]:
+    """A row of the table; AssertionError if sides do not do the same work."""
     if not difference <= AGREE:
-        raise AssertionError(f"{name}: weights differ from the plain loop's by {difference:g} in float64")
+        raise AssertionError(f"weights differ from the plain loop's by {difference:g} in float64")
+    return {"differ_by": difference}
 
 
 def measure(

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,11 +36,12 @@ from scenarios.benchmarks.peers.session import Session
 from scenarios.benchmarks.plain import MEAN, STD, Pictures
 from scenarios.benchmarks.timing import Case, Cost, Figure, against, in_turn, median_cpu, timed
 
+M = TypeVar("M", bound=torch.nn.Module)
 KEY = Key(0).at("benchmark")
 SHAPE = (3, 32, 32)
 TASK = Task(1, 50, 60)  # 50 old classes, 10 new ones
 RELEASED = MFCL.presets["authors-code"]
-POOL = 4096  # images; a scenario draws from it at each of DRAWS steps
+POOL = 4096  # images; a scenario draws from it at each of STEPS_PER_TASK steps
 STEPS_PER_TASK = 40 * 500  # the paper's: 10 epochs x 4 batches for 5 clients in each of 100 rounds
 
 
@@ -72,11 +74,16 @@ def stored_images(count: int) -> Samples:
     return Samples(images, torch.from_numpy(draws.integers(TASK.old, TASK.seen, count)))
 
 
+def drawn(module: M, name: str) -> M:
+    """Initialised. Draws fill memory in its order: they are the same for both sides if it is laid out as torch does."""
+    initialise(module, KEY.at(name).torch())
+    return module
+
+
 def make_payload(settings: MFCL, compute: Compute) -> Payload:
     """A teacher of the old classes and a generator, as a boundary would hand them out."""
-    teacher, generator = compute.network(TASK.old), settings.make_generator(compute)
-    for name, module in (("teacher", teacher), ("generator", generator)):
-        initialise(module, KEY.at(name).torch())
+    generator = drawn(settings.make_generator(compute), "generator")
+    teacher = drawn(compute.architecture.build(TASK.old), "teacher")
     return Payload.of(prefixed("teacher", snapshot(teacher)) | prefixed("generator", snapshot(generator)))
 
 
@@ -87,9 +94,7 @@ def our_step(sizes: Sizes, precision: Precision, pool: int) -> Callable[[], obje
     method, payload = settings.build(), make_payload(settings, compute)
     prepared = method.prepare(compute, TASK, payload, KEY.at("prepare"))
     samples = stored_images(sizes.real * sizes.steps)
-    model = compute.network(TASK.seen)
-    initialise(model, KEY.at("student").torch())
-    start = snapshot(model)
+    model, start = compute.network(TASK.seen), snapshot(drawn(compute.architecture.build(TASK.seen), "student"))
     return partial(_train_ours, model, start, method, prepared, samples, sizes.real)
 
 
@@ -113,10 +118,9 @@ def plain_step(sizes: Sizes) -> Callable[[], object]:
     """The twin: the same work as the authors' program does it, in fp32."""
     compute = compute_in("fp32")
     settings = MFCL(**RELEASED | {"synthetic": sizes.synthetic})
-    student, teacher = (compute.architecture.build(classes) for classes in (TASK.seen, TASK.old))
-    generator = settings.make_generator(compute)
-    for name, module in (("student", student), ("teacher", teacher), ("generator", generator)):
-        initialise(module, KEY.at(name).torch())
+    student = drawn(compute.architecture.build(TASK.seen), "student")
+    teacher = drawn(compute.architecture.build(TASK.old), "teacher")
+    generator = drawn(settings.make_generator(compute), "generator")
     samples = stored_images(sizes.real * sizes.steps)
     pictures = Pictures(samples.images.numpy(), samples.labels.numpy())
     start = snapshot(student)
@@ -153,14 +157,16 @@ def measure_ours(sizes: Sizes, precision: Precision, repeats: int) -> float:
     return median_cpu(costs["ours"])
 
 
-def measure(sizes: Sizes, repeats: int, log: Path, precisions: tuple[Precision, ...]) -> dict[str, Figure]:
+def measure(
+    sizes: Sizes, repeats: int, log: Path, precisions: tuple[Precision, ...], limit_s: float
+) -> dict[str, Figure]:
     """``step_<sizes>_<precision>_<fresh or pooled>``; pooled rows carry the pool's cost over a task's steps."""
     with closing(Session(Path(sys.executable), "authors", "step", sizes.name, "_", log)) as twin:
         cases: dict[str, Case] = {"plain": twin.case(sizes.steps)}
         for precision in precisions:
             for kind, pool in (("fresh", 0), ("pooled", 2 * sizes.synthetic)):
                 cases[f"{precision}_{kind}"] = timed(our_step(sizes, precision, pool), sizes.steps)
-        costs = in_turn(cases, repeats)
+        costs = in_turn(cases, repeats, limit_s=limit_s)
     plain: list[Cost] = costs.pop("plain")
     figures = {f"step_{sizes.name}_{name}": against(ours, plain) for name, ours in costs.items()}
     for precision in precisions:

@@ -75,7 +75,11 @@ class Session:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, bufsize=1
         )
-        self._read()
+        try:
+            self._read()
+        except RuntimeError:
+            self.close()
+            raise
 
     def round(self) -> tuple[float, float]:
         """(CPU seconds of the peer's processes, wall seconds)."""
