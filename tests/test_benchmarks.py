@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from scenarios.benchmarks import boundary, overhead, report, rounds, workers
+from scenarios.benchmarks import boundary, floor, overhead, report, rounds, step, workers
 from scenarios.benchmarks.__main__ import Bench, main
 from scenarios.benchmarks.bars import FULL
 from scenarios.benchmarks.nets import NETS, build
@@ -19,7 +20,7 @@ from scenarios.benchmarks.peers import engine
 from scenarios.benchmarks.peers.session import Session
 from scenarios.benchmarks.rounds import AGREE, measure, weights_differ, write_data
 from scenarios.benchmarks.step import compute_in
-from scenarios.benchmarks.timing import Cost, Figure, against, for_a_while, in_turn
+from scenarios.benchmarks.timing import Case, Cost, Figure, against, for_a_while, in_turn
 
 
 def test_a_round_of_ours_is_a_round_of_the_plain_loop(tmp_path: Path) -> None:
@@ -199,6 +200,49 @@ def test_a_boundary_of_ours_is_the_authors(monkeypatch: pytest.MonkeyPatch) -> N
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-12)
     assert len(set(losses[0])) == 3
+
+
+class Idle:
+    """A session with nobody behind it."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def case(self, units: int = 1) -> Case:
+        return lambda: Cost(1.0, 1.0)
+
+    def close(self) -> None:
+        pass
+
+
+def each_once(cases: Mapping[str, Case], *_: object, **__: object) -> dict[str, list[Cost]]:
+    """In place of timing."""
+    return {name: [Cost(1.0, 1.0)] for name in cases}
+
+
+def test_every_row_that_the_json_is_read_for_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are read by programs: the parts run as they are, only nothing is timed."""
+    for module in (step, boundary, rounds, overhead):
+        monkeypatch.setattr(module, "Session", Idle)
+        monkeypatch.setattr(module, "in_turn", each_once)
+    monkeypatch.setattr(rounds, "for_a_while", lambda case: case)
+    monkeypatch.setattr(rounds, "peer_differs", lambda *_: 0.0)
+    monkeypatch.setattr(step, "our_step", lambda *_: None)
+    monkeypatch.setattr(step, "pool_cost", lambda _: 0.0)
+    monkeypatch.setattr(boundary, "our_boundary", lambda *_: None)
+    monkeypatch.setattr(floor, "step_floor", lambda *_: 0.5)
+    bench = Bench(False, 1, tmp_path)
+    bench.precisions = ("fp32", "bf16")
+    monkeypatch.setattr(bench, "peers", lambda: dict.fromkeys(("flower", "pfl", "fedlab", "blazefl"), tmp_path))
+    rows = {name for part in ("step", "floor", "boundary", "rounds", "overhead") for name in bench.rows(part)}
+    both = ("fp32", "bf16")
+    sides = ("plain", "flower", "pfl", "fedlab", "blazefl")
+    wanted = {f"step_{size}_{p}_{kind}" for size in ("8_32", "32_128") for p in both for kind in ("fresh", "pooled")}
+    wanted |= {f"round_{net}_{p}_vs_{side}" for net in ("lenet", "cnn4", "resnet18") for p in both for side in sides}
+    wanted |= {f"engine_{e}_{mb}mb_{n}_vs_flower" for e in ("inline", "ray") for mb in (1, 45) for n in (10, 100, 1000)}
+    wanted |= {f"{what}_{p}" for what in ("boundary", "floor_fraction") for p in both}
+    assert rows - wanted == {f"weights_{side}" for side in ("fedcil", *sides[1:])}
+    assert wanted <= rows
 
 
 @pytest.mark.slow
