@@ -18,11 +18,25 @@ from scenarios.reliability.faults import FAULTS, examine
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {fault.name for fault in FAULTS}
-INLINE = {"inline_kill": 3, "inline_sigterm": 2, "inline_sigint": 2, "two_runs": 1, "torn_write": 100}
+INLINE = {
+    "inline_kill": 3,
+    "inline_sigterm": 2,
+    "inline_sigint": 2,
+    "inline_worker_kill": 2,
+    "two_runs": 1,
+    "torn_write": 100,
+}
 DISK = {"missing_folder": 1, "disk_operation_fails": 8, "disk_dies": 4}
 ROOT_ONLY = {"full_disk": 2, "read_only_disk": 1, "forbidden_folder": 1}
 MESSAGES = {"messages_lost": 3, "messages_late": 3, "messages_storm": 5}
-RAY = {"ray_worker_kill": 1, "ray_raylet_kill": 1, "ray_gcs_server_kill": 1, "ray_sigterm": 1}
+RAY = {
+    "ray_worker_kill": 1,
+    "ray_raylet_kill": 1,
+    "ray_gcs_server_kill": 1,
+    "ray_sigterm": 1,
+    "ray_sigint": 1,
+    "ray_kill": 1,
+}
 LONG = {"inline_pause"} | {fault.name for fault in deployment.FAULTS}  # half a minute or more each
 
 

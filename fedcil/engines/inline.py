@@ -88,8 +88,8 @@ class InlinePort:
         self._forks: Forks | None = None
         self._ready: list[Fork] = []
         self._asked = bool(scenario.engine.processes)
-        self._settled = False  # whether there are to be processes
-        self._sources = Sources()
+        possible = in_processes(scenario, self._workers, model_bytes=0)
+        self._sources = Sources() if possible else None  # None, too, once it is settled whether there are processes
         self._wait_until = 0.0
         self._worked_s = 0.0
         self._switch_before = sys.getswitchinterval()
@@ -137,12 +137,12 @@ class InlinePort:
         """Those that are ready. They are started once, when the run has turned out to be a long one, or at once where
         the scenario asks for them. One worker stays a thread of this process: with nobody beside it, it need not wait.
         """
-        if not self._settled and (self._asked or self._worked_s > PAY_AFTER_S):
-            self._settled = True
+        if self._sources and (self._asked or self._worked_s > PAY_AFTER_S):
+            sources, self._sources = self._sources, None
             if in_processes(self._setting.experiment.scenario, self._workers, count_bytes(request.broadcast.tensors)):
                 self._wait_until = time.monotonic() + START_S if self._asked else 0.0
                 try:
-                    self._forks = Forks(self._setting, self._workers - 1, self._sources)
+                    self._forks = Forks(self._setting, self._workers - 1, sources)
                 except OSError as error:
                     warnings.warn(f"no worker processes, threads train the clients: {error}", stacklevel=1)
         if self._forks:

@@ -117,6 +117,11 @@ class Command:
         if self.code is None:  # not waited for yet: the number is still its own
             os.kill(self.pid, number)
 
+    def kill_group(self, number: signal.Signals) -> None:
+        """All that have not left its process group: Ray's daemons have."""
+        if self.code is None:
+            os.killpg(self.pid, number)
+
     def family(self) -> list[psutil.Process]:
         """Its descendants, as far as they live."""
         try:
@@ -126,6 +131,19 @@ class Command:
 
     def said(self) -> str:
         return self.err.read_text(errors="replace")
+
+
+def alive(family: list[psutil.Process]) -> list[str]:
+    """Who is still there some seconds later."""
+    _, left = psutil.wait_procs(family, timeout=10)
+    return [str(process.pid) for process in left]
+
+
+def in_a_round(command: Command, folder: Path | None, seed: int) -> None:
+    """Wait for the first recorded round, and up to half of what all rounds take in the undisturbed run."""
+    while command.running() and folder and not (folder / "metrics.jsonl").stat().st_size:
+        time.sleep(0.01)
+    time.sleep(moment(seed, 0.5))
 
 
 def sets(overrides: Sequence[str]) -> list[str]:

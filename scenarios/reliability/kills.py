@@ -1,7 +1,9 @@
-"""Signals to a run on the inline engine, and a second run into the same folder."""
+"""Signals to a run on the inline engine, a worker process of it that dies, and a second run into the same folder."""
 
 from __future__ import annotations
 
+import contextlib
+import random
 import signal
 import time
 from pathlib import Path
@@ -14,9 +16,11 @@ from scenarios.reliability.common import (
     Command,
     Fault,
     Outcome,
+    alive,
     await_checkpoint,
     clear,
     error_line,
+    in_a_round,
     metrics,
     moment,
     reference,
@@ -93,10 +97,29 @@ def two_at_once(seed: int, workdir: Path) -> Outcome:
     return Outcome(passed, f"the second ended with {code}, {problem or error_line(second)}; the first was unharmed")
 
 
+def worker_process_killed(seed: int, workdir: Path) -> Outcome:
+    """A worker process, or the program that forked it."""
+    reference()  # made before, not while this one runs
+    command = start(workdir, "engine.processes=true")
+    folder = await_checkpoint(command, workdir)
+    in_a_round(command, folder, seed)
+    family = command.family()
+    if not family:
+        return Outcome(not command.running() and command.wait() == 0, "ended before, or no worker process was found")
+    with contextlib.suppress(psutil.NoSuchProcess):  # the run has ended
+        random.Random(seed).choice(family).kill()
+    code, left = command.wait(), alive(family)
+    same = code == 0 and folder is not None and metrics(folder) == reference()[0]
+    seen = "a thread went on" if "a worker process has died" in command.said() else "not felt"
+    what = f"{seen}; ended with {code} and {'identical' if same else 'OTHER'} metrics"
+    return Outcome(same and not left, what if not left else f"{what}; processes left: {left}")
+
+
 FAULTS = (
     Fault("inline_kill", RESUMES, killed, 20),
     stopped_by(signal.SIGTERM),
     stopped_by(signal.SIGINT),
     Fault("inline_pause", "goes on to the metrics of an undisturbed run", paused, 3),
+    Fault("inline_worker_kill", "goes on to the metrics of an undisturbed run", worker_process_killed, 10),
     Fault("two_runs", f"the second {CLEAR.split(';', maxsplit=1)[0]}; the first is not disturbed", two_at_once, 10),
 )

@@ -1,4 +1,4 @@
-"""Processes of a run on Ray that die: a worker, the raylet, the control store; and SIGTERM to the whole."""
+"""Processes of a run on Ray that die: a worker, the raylet, the control store, the run itself; and signals to all."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from scenarios.reliability.common import (
     Command,
     Fault,
     Outcome,
+    alive,
     await_checkpoint,
     clear,
     error_line,
+    in_a_round,
     metrics,
-    moment,
     reference,
     resumed,
     start,
@@ -28,13 +29,6 @@ from scenarios.reliability.common import (
 
 WORKER = "ray::ClientWorker", "default_worker.py"  # Ray gives a process its name only where the environment lets it
 LONGEST_S = 30.0  # from the death of the head to the end of the run
-
-
-def in_a_round(command: Command, folder: Path | None, seed: int) -> None:
-    """Wait for the first recorded round, and up to half of what all rounds take in the undisturbed run."""
-    while command.running() and folder and not (folder / "metrics.jsonl").stat().st_size:
-        time.sleep(0.01)
-    time.sleep(moment(seed, 0.5))
 
 
 def find(command: Command, *names: str) -> list[psutil.Process]:
@@ -90,28 +84,41 @@ def head_killed(name: str) -> Fault:
     return Fault(f"ray_{name}_kill", CLEAR, trial, 5)
 
 
-def alive(family: list[psutil.Process]) -> list[str]:
-    """Who is still there some seconds later."""
-    _, left = psutil.wait_procs(family, timeout=10)
-    return [str(process.pid) for process in left]
+def stopped_by(number: signal.Signals) -> Fault:
+    """To the whole process group, as a terminal's Ctrl-C."""
+
+    def trial(seed: int, workdir: Path) -> Outcome:
+        command, folder = begun(seed, workdir)
+        family, asked = command.family(), time.monotonic()
+        command.kill_group(number)
+        if folder and ended_before(command, folder):
+            return Outcome(True, "ended before the signal, with identical metrics")
+        problem = clear(command, [128 + number])
+        took, left = time.monotonic() - asked, alive(family)
+        if problem or took > LONGEST_S or folder is None or left:
+            return Outcome(False, problem or f"{took:.1f} s, processes left: {left}")
+        return resumed(folder, error_line(command))
+
+    required = f"ends in {LONGEST_S:g} s, saved, no process left; then {RESUMES}"
+    return Fault(f"ray_{number.name.lower()}", required, trial, 5)
 
 
-def terminated(seed: int, workdir: Path) -> Outcome:
+def run_killed(seed: int, workdir: Path) -> Outcome:
+    """SIGKILL of the run alone: nobody is left to stop what it started."""
     command, folder = begun(seed, workdir)
-    family, asked = command.family(), time.monotonic()
-    command.kill(signal.SIGTERM)
-    if folder and ended_before(command, folder):
-        return Outcome(True, "ended before the signal, with identical metrics")
-    problem = clear(command, [128 + signal.SIGTERM])
-    took = time.monotonic() - asked
-    if problem or took > LONGEST_S or folder is None or (left := alive(family)):
-        return Outcome(False, problem or f"{took:.1f} s, or processes left: {left}")
-    return resumed(folder, error_line(command))
+    family = command.family()
+    command.kill()
+    code, left = command.wait(), alive(family)
+    if folder is None or left:
+        return Outcome(False, f"no checkpoint, or processes left: {left}")
+    return resumed(folder, "killed" if code == -signal.SIGKILL else "ended before the kill")
 
 
 FAULTS = (
     Fault("ray_worker_kill", "goes on to the metrics of an undisturbed run", worker_killed, 5),
     head_killed("raylet"),
     head_killed("gcs_server"),
-    Fault("ray_sigterm", f"ends in {LONGEST_S:g} s, saved, no process left; then {RESUMES}", terminated, 3),
+    stopped_by(signal.SIGTERM),
+    stopped_by(signal.SIGINT),
+    Fault("ray_kill", f"no process is left; then {RESUMES}", run_killed, 5),
 )

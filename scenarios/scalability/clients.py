@@ -1,6 +1,6 @@
 """Clients that exist but are not asked should cost nothing: CPU and memory by number of clients at a cohort of 5.
 
-    python scenarios/scalability/clients.py [--output runs/scalability] [--counts 10,100,1000,10000] [--repeats 2]
+    python scenarios/scalability/clients.py [--output runs/scalability] [--points 10,100,1000,10000] [--repeats 2]
 
 Each client has 4 images in each of 2 tasks, so the work of a round is the same for all counts. Memory is the peak of
 the process since the first round, less images and index arrays, which must grow.
@@ -16,6 +16,7 @@ from common import Panel, Table, draw, flat, measure, new_folder, options, plan,
 
 import fedcil
 
+COUNTS = (10, 100, 1000, 10_000)
 PER_CLIENT, SIZE, TEST_IMAGES = 4, 8, 200
 ROUNDS = "training.rounds=30"
 
@@ -34,14 +35,11 @@ def child_cpu() -> float:
 
 
 def main() -> int:
-    parser = options(__doc__)
-    parser.add_argument("--counts", default="10,100,1000,10000")
-    parser.add_argument("--repeats", type=int, default=2)
-    given = parser.parse_args()
+    given = options(__doc__, 2, COUNTS).parse_args()
     folder, table = new_folder(given.output, "clients"), Table("clients")
     say_load()
     for repeat in range(given.repeats):
-        for clients in map(int, given.counts.split(",")):
+        for clients in given.points:
             overrides = [*tiny(clients, PER_CLIENT, size=SIZE), ROUNDS]
             before = child_cpu()
             finished = run(folder, overrides)

@@ -1,6 +1,6 @@
 """A round should cost in proportion to the clients that are asked: CPU seconds by cohort, of 500 clients.
 
-python scenarios/scalability/cohort.py [--output runs/scalability] [--repeats 2]
+python scenarios/scalability/cohort.py [--output runs/scalability] [--points 5,20,50,100,500] [--repeats 2]
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ CLIENTS, PER_CLIENT = 500, 20
 
 
 def main() -> int:
-    parser = options(__doc__)
-    parser.add_argument("--repeats", type=int, default=2)
-    given = parser.parse_args()
+    given = options(__doc__, 2, COHORTS).parse_args()
     folder, table = new_folder(given.output, "cohort"), Table("cohort")
     say_load()
     for repeat in range(given.repeats):
-        for cohort in COHORTS:
+        for cohort in given.points:
             sizes = [
                 f"clients.per_round={cohort}",
                 f"training.rounds={max(4, min(20, 400 // cohort))}",

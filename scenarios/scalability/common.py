@@ -206,10 +206,22 @@ def flat(series: tuple[list[float], list[float]]) -> tuple[list[float], list[flo
     return xs, [ys[0]] * len(xs)
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
+def options(description: str | None, repeats: int = 0, points: Sequence[int] = ()) -> argparse.ArgumentParser:
+    """``repeats`` and ``points``: how often and where a script measures unless told otherwise; none if it cannot be."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/scalability"), help="CSV, figure and runs go here")
+    if repeats:
+        parser.add_argument("--repeats", type=int, default=repeats)
+    if points:
+        parser.add_argument("--points", type=numbers, default=points, metavar="N,N,..", help="at least two, rising")
     return parser
+
+
+def numbers(text: str) -> list[int]:
+    found = [int(number) for number in text.split(",")]
+    if len(found) < 2 or sorted(set(found)) != found or found[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} are not two or more rising whole numbers, as in 10,100")
+    return found
 
 
 def new_folder(output: Path, name: str) -> Path:

@@ -1,6 +1,6 @@
 """CPU seconds of a round by parameters of the model: the clients' training, and the server's reduction.
 
-    python scenarios/scalability/model_size.py [--output runs/scalability] [--repeats 2]
+    python scenarios/scalability/model_size.py [--output runs/scalability] [--points 4,8,16,32,64] [--repeats 2]
 
 The network is widened, so its parameters and multiplications grow together (with the square of the width). What
 clients send is added up as it comes in, within the client stage; the reduction is what the server does after that.
@@ -32,13 +32,11 @@ def picture(table: Table, path: Path) -> None:
 
 
 def main() -> int:
-    parser = options(__doc__)
-    parser.add_argument("--repeats", type=int, default=2)
-    given = parser.parse_args()
+    given = options(__doc__, 2, WIDTHS).parse_args()
     folder, table = new_folder(given.output, "model_size"), Table("model_size")
     say_load()
     for repeat in range(given.repeats):
-        for width in WIDTHS:
+        for width in given.points:
             sizes = [f"model.width={width}", "training.rounds=8", "training.epochs=2"]
             overrides = [*tiny(CLIENTS, PER_CLIENT, tasks=1, size=SIZE), *sizes]
             costs = measure(run(folder, overrides))

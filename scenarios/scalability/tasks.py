@@ -1,6 +1,6 @@
 """A task should cost what the one before it did: CPU seconds of clients and boundary by number of tasks, with MFCL.
 
-    python scenarios/scalability/tasks.py [--output runs/scalability] [--repeats 1]
+    python scenarios/scalability/tasks.py [--output runs/scalability] [--points 2,5,10,25,50] [--repeats 1]
 
 Two new classes a task; a fixed number of synthetic images in a step. Evaluation is apart: it must grow, since after
 task t the test images of all t tasks are looked at. The run's first boundary is warm-up, and is reported by itself.
@@ -59,13 +59,14 @@ def picture(table: Table, path: Path) -> None:
 
 
 def main() -> int:
-    parser = options(__doc__)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser = options(__doc__, 1, TASKS)
     given = parser.parse_args()
+    if given.points[0] < 2 or given.points[-2] < 3:
+        parser.error("--points: streams of 2 tasks at least, and two of them of 3 at least: a fit takes two points")
     folder, table = new_folder(given.output, "tasks"), Table("tasks")
     say_load()
     for repeat in range(given.repeats):
-        for tasks in TASKS:
+        for tasks in given.points:
             sizes = tiny(CLIENTS, PER_CLIENT, tasks=tasks, classes=2 * tasks)
             finished = run(folder, [*sizes, METHOD, "training.rounds=3", "training.epochs=2"])
             clients = client_cpu(finished)[1:]  # the first task replays nothing

@@ -40,9 +40,7 @@ def picture(table: Table, path: Path) -> None:
 
 
 def main() -> int:
-    parser = options(__doc__)
-    parser.add_argument("--repeats", type=int, default=1)
-    given = parser.parse_args()
+    given = options(__doc__, 1).parse_args()
     table = Table("workers")
     for repeat in range(given.repeats):
         for engine in ("inline", "ray"):

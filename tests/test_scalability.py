@@ -1,0 +1,51 @@
+"""The scalability scripts as commands, at two points each: a CSV with every point, a picture, the fits."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scenarios" / "scalability"
+POINTS = {"clients": "10,20", "cohort": "5,10", "tasks": "3,4", "model_size": "4,8"}
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=os.environ)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POINTS)
+def test_a_script_measures_its_points_and_fits_them(name: str, tmp_path: Path) -> None:
+    done = script(name, "--output", str(tmp_path), "--points", POINTS[name], "--repeats", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / f"{name}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["experiment"] for row in rows} == {name}
+    assert len({row["x"] for row in rows}) == 2
+    assert all(float(row["value"]) >= 0 for row in rows if "less data" not in row["quantity"])
+    assert "fit (least squares): " in done.stdout
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "points"), [("clients", "10"), ("cohort", "20,5"), ("tasks", "2,3")])
+def test_points_that_cannot_be_fitted_are_refused(name: str, points: str) -> None:
+    done = script(name, "--points", points)
+    assert done.returncode == 2
+    assert "--points" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_fit_is_ordinary_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the closed form: b = cov(x, y) / var(x), a = mean(y) - b mean(x)."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from common import fit
+
+    a, b = fit([1.0, 2.0, 4.0], [3.0, 4.0, 9.0])
+    assert b == pytest.approx(29 / 14)
+    assert a == pytest.approx(16 / 3 - 29 / 14 * 7 / 3)
