@@ -230,6 +230,7 @@ def test_a_pool_drawn_from_the_same_latents_gives_the_same_step(small: Any) -> N
     hook.remove()
     pooled = Replay(fresh.teacher, fresh.generator, pool)
     assert [len(part) for part in latents] == [256, 44]
+    assert pool.images.is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(latents[0][0], latents[1][0])
     places = options.build().draw(pooled, 6, small.second, Key(3))
 

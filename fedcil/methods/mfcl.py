@@ -15,7 +15,7 @@ with one student pass and one teacher pass over X.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -281,17 +281,31 @@ class Replay:
         return both, torch.cat([self.teacher(real), self.pool.past[draws]])
 
 
-@torch.no_grad()
 def draw_pool(generator: Generator, teacher: Network, size: int, key: Key) -> Pool:
-    """``size`` images from the frozen generator, a batch and a key at a time."""
+    """``size`` images from the frozen generator, in memory that is taken once: a pool is the largest thing there is."""
+    pool: Pool | None = None
+    for start, images, past in drawn(generator, teacher, size, key):
+        pool = pool or Pool(room_for(size, images), room_for(size, past))
+        pool.images[start : start + len(images)] = images
+        pool.past[start : start + len(past)] = past
+    assert pool is not None
+    return pool
+
+
+@torch.no_grad()
+def drawn(generator: Generator, teacher: Network, size: int, key: Key) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(place of the first, images, the teacher's logits), a batch and a key at a time."""
     device = teacher.head.weight.device
-    images, past = [], []
     for start in range(0, size, BATCH):
         draws = key.at(start).torch(device)
         latents = torch.randn(min(BATCH, size - start), generator.latent, generator=draws, device=device)
-        images.append(generator(latents))
-        past.append(teacher(images[-1]))
-    return Pool(torch.cat(images), torch.cat(past))
+        images = generator(latents)
+        yield start, images, teacher(images)
+
+
+def room_for(size: int, batch: Tensor) -> Tensor:
+    """Uninitialised memory for ``size`` of what ``batch`` has some of, laid out as they are."""
+    return batch.new_empty_strided((size, *batch.shape[1:]), batch.stride())
 
 
 def new_class_loss(model: Network, features: Tensor, labels: Tensor, task: Task) -> Tensor:
@@ -303,8 +317,8 @@ def new_class_loss(model: Network, features: Tensor, labels: Tensor, task: Task)
 
 def coverage(generator: Generator, classifier: Network, key: Key) -> list[int]:
     """How many of 4096 generated images the classifier puts into each class."""
-    pool = draw_pool(generator, classifier, COVERAGE_IMAGES, key)
-    return torch.bincount(pool.past.argmax(1), minlength=pool.past.shape[1]).tolist()
+    found = torch.cat([past.argmax(1) for _, _, past in drawn(generator, classifier, COVERAGE_IMAGES, key)])
+    return torch.bincount(found, minlength=classifier.head.out_features).tolist()
 
 
 def vanished_classes(histogram: list[int]) -> tuple[Notice, ...]:
