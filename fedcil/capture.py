@@ -1,7 +1,7 @@
 """Work of fixed shapes that is done many times: on a GPU its kernels are captured once as a graph and replayed.
 
 A training step of a small batch is hundreds of kernels of a few microseconds. Launched from Python one by one, they
-leave a large GPU idle for two thirds of the time (docs/performance.md).
+leave a large GPU idle for two thirds of the time (docs/gpu.md).
 """
 
 from __future__ import annotations

@@ -104,23 +104,6 @@ def test_the_revision_is_that_of_our_own_checkout(tmp_path: Path, monkeypatch: p
     assert revision() == f"{head}-dirty"
 
 
-def test_bf16_on_another_cpu_is_another_numeric_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert experiment("training.precision=bf16").numeric()["bf16_instructions"] == "AVX512_BF16 AMX"
-    assert "bf16_instructions" not in experiment().numeric()
-
-
-def test_where_bf16_is_emulated_the_person_is_told_and_auto_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False)
-    asked, auto = experiment("training.precision=bf16"), experiment("training.precision=auto", "device=cpu")
-    assert ["no instructions for it" in note for note in asked.compute.notes] == [True]
-    assert (asked.numeric()["precision"], auto.numeric()["precision"]) == ("bf16", "fp32")
-    assert "small_maps" not in asked.numeric()
-    assert not auto.compute.notes
-
-
 def test_folders_of_the_same_second_have_different_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "strftime", lambda _: "20300101-000000")
     folders = [RunFolder.create(tmp_path / "deep" / "below", experiment()) for _ in range(3)]
