@@ -151,8 +151,8 @@ class Execution:
 
 
 def resolve_execution(stack: int, lanes: int | None, device: torch.device) -> Execution:
-    """Where the scenario leaves it open: lanes on a GPU, which one client's small kernels do not fill; on a CPU neither
-    pays (docs/performance.md). ScenarioError if both are asked for.
+    """Where the scenario leaves it open: lanes on a GPU, which one client's small kernels do not fill; on a CPU one
+    client fills a core (docs/performance.md: stacked clients). ScenarioError if both are asked for.
     """
     if stack > 1 and lanes:
         raise ScenarioError(

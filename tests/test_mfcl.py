@@ -1,6 +1,6 @@
 """MFCL on the client: the merged step against the authors' order of passes, the loss terms, the replay.
 
-tests/authors_order.py is the twin; all comparisons are in float64.
+scenarios/benchmarks/authors_order.py is the twin; all comparisons are in float64.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ size, opened in its own precision (time of the first round: captures and compila
 timed with the others in turn. A rung that fails is reported with its reason and stops no other. ``OUT/ladder.json`` is
 written after every stage; the table is printed last. Equal means: no tensor differs in float64 by more than ``EQUAL``
 of its largest change in the round. In fp32 the same number is shown and not judged: train-mode batch norm
-makes rounding large within a few steps (docs/gpu.md).
+makes rounding large within a few steps.
 """
 
 from __future__ import annotations

@@ -113,14 +113,10 @@ class Command:
         assert self.code is not None
         return self.code
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
+    def kill(self, number: int = signal.SIGKILL, *, group: bool = False) -> None:
+        """``group``: with all that have not left its process group, as Ray's daemons have."""
         if self.code is None:  # not waited for yet: the number is still its own
-            os.kill(self.pid, number)
-
-    def kill_group(self, number: signal.Signals) -> None:
-        """All that have not left its process group: Ray's daemons have."""
-        if self.code is None:
-            os.killpg(self.pid, number)
+            (os.killpg if group else os.kill)(self.pid, number)
 
     def family(self) -> list[psutil.Process]:
         """Its descendants, as far as they live."""
@@ -131,6 +127,11 @@ class Command:
 
     def said(self) -> str:
         return self.err.read_text(errors="replace")
+
+
+def victim(family: Sequence[object], seed: int) -> int:
+    """A place in the family, drawn apart from the moment of the same seed."""
+    return random.Random(f"{seed} victim").randrange(len(family))
 
 
 def alive(family: list[psutil.Process]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import signal
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from scenarios.reliability.common import (
     reference,
     resumed,
     start,
+    victim,
 )
 
 PAUSE_S = 30.0
@@ -39,8 +39,8 @@ def killed(seed: int, workdir: Path) -> Outcome:
     time.sleep(moment(seed))
     command.kill()
     code = command.wait()
-    if folder is None:
-        return Outcome(False, "no checkpoint")
+    if folder is None or code not in (-signal.SIGKILL, 0):
+        return Outcome(False, f"no checkpoint, or it ended by itself with {code}")
     return resumed(folder, "killed" if code == -signal.SIGKILL else "ended before the kill")
 
 
@@ -104,14 +104,17 @@ def worker_process_killed(seed: int, workdir: Path) -> Outcome:
     folder = await_checkpoint(command, workdir)
     in_a_round(command, folder, seed)
     family = command.family()
-    if not family:
-        return Outcome(not command.running() and command.wait() == 0, "ended before, or no worker process was found")
-    with contextlib.suppress(psutil.NoSuchProcess):  # the run has ended
-        random.Random(seed).choice(family).kill()
+    if len(family) != 2 and command.running():
+        return Outcome(False, f"not one program and one worker, but {len(family)} processes")
+    struck = "ended before"
+    with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+        place = victim(range(2), seed)
+        family[place].kill()
+        struck = ("the program killed", "the worker killed")[place]
     code, left = command.wait(), alive(family)
     same = code == 0 and folder is not None and metrics(folder) == reference()[0]
     seen = "a thread went on" if "a worker process has died" in command.said() else "not felt"
-    what = f"{seen}; ended with {code} and {'identical' if same else 'OTHER'} metrics"
+    what = f"{struck}, {seen}; ended with {code} and {'identical' if same else 'OTHER'} metrics"
     return Outcome(same and not left, what if not left else f"{what}; processes left: {left}")
 
 

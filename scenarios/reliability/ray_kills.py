@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import signal
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from scenarios.reliability.common import (
     reference,
     resumed,
     start,
+    victim,
 )
 
 WORKER = "ray::ClientWorker", "default_worker.py"  # Ray gives a process its name only where the environment lets it
@@ -42,9 +42,9 @@ def find(command: Command, *names: str) -> list[psutil.Process]:
     return found
 
 
-def ended_before(command: Command, folder: Path) -> bool:
-    """Whether the run was through before the blow was felt; its metrics are then those of the undisturbed one."""
-    return command.wait() == 0 and metrics(folder) == reference()[0]
+def ended_before(command: Command, folder: Path, family: list[psutil.Process]) -> bool:
+    """Whether the run was through before the blow was felt, with the metrics of the undisturbed one and nobody left."""
+    return command.wait() == 0 and metrics(folder) == reference()[0] and not alive(family)
 
 
 def begun(seed: int, workdir: Path) -> tuple[Command, Path | None]:
@@ -60,7 +60,7 @@ def worker_killed(seed: int, workdir: Path) -> Outcome:
     workers = find(command, *WORKER)
     if not workers or folder is None:
         return Outcome(False, "no Ray worker was found")
-    random.Random(seed).choice(workers).kill()
+    workers[victim(workers, seed)].kill()
     code = command.wait()
     same = code == 0 and metrics(folder) == reference()[0]
     return Outcome(same, f"ended with {code} and {'identical' if same else 'OTHER'} metrics")
@@ -73,7 +73,7 @@ def head_killed(name: str) -> Fault:
         if not head or folder is None:
             return Outcome(False, f"no {name} was found")
         head[0].kill()
-        if ended_before(command, folder):
+        if ended_before(command, folder, family):
             return Outcome(True, "ended before it was felt, with identical metrics")
         took, left = time.monotonic() - killed, alive(family)
         problem = clear(command, [1])
@@ -85,13 +85,13 @@ def head_killed(name: str) -> Fault:
 
 
 def stopped_by(number: signal.Signals) -> Fault:
-    """To the whole process group, as a terminal's Ctrl-C."""
+    """To the run alone, as a supervisor's SIGTERM, or to its whole process group, as a terminal's Ctrl-C."""
 
     def trial(seed: int, workdir: Path) -> Outcome:
         command, folder = begun(seed, workdir)
         family, asked = command.family(), time.monotonic()
-        command.kill_group(number)
-        if folder and ended_before(command, folder):
+        command.kill(number, group=number == signal.SIGINT)
+        if folder and ended_before(command, folder, family):
             return Outcome(True, "ended before the signal, with identical metrics")
         problem = clear(command, [128 + number])
         took, left = time.monotonic() - asked, alive(family)
@@ -109,8 +109,8 @@ def run_killed(seed: int, workdir: Path) -> Outcome:
     family = command.family()
     command.kill()
     code, left = command.wait(), alive(family)
-    if folder is None or left:
-        return Outcome(False, f"no checkpoint, or processes left: {left}")
+    if folder is None or left or code not in (-signal.SIGKILL, 0):
+        return Outcome(False, f"no checkpoint, or it ended by itself with {code}, or processes left: {left}")
     return resumed(folder, "killed" if code == -signal.SIGKILL else "ended before the kill")
 
 

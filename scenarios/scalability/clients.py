@@ -35,7 +35,7 @@ def child_cpu() -> float:
 
 
 def main() -> int:
-    given = options(__doc__, 2, COUNTS).parse_args()
+    given = options(__doc__, 2, COUNTS, (5, 10**6)).parse_args()
     folder, table = new_folder(given.output, "clients"), Table("clients")
     say_load()
     for repeat in range(given.repeats):

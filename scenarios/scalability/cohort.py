@@ -14,7 +14,7 @@ CLIENTS, PER_CLIENT = 500, 20
 
 
 def main() -> int:
-    given = options(__doc__, 2, COHORTS).parse_args()
+    given = options(__doc__, 2, COHORTS, (1, CLIENTS)).parse_args()
     folder, table = new_folder(given.output, "cohort"), Table("cohort")
     say_load()
     for repeat in range(given.repeats):

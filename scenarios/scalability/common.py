@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,22 +208,33 @@ def flat(series: tuple[list[float], list[float]]) -> tuple[list[float], list[flo
     return xs, [ys[0]] * len(xs)
 
 
-def options(description: str | None, repeats: int = 0, points: Sequence[int] = ()) -> argparse.ArgumentParser:
-    """``repeats`` and ``points``: how often and where a script measures unless told otherwise; none if it cannot be."""
+def options(
+    description: str | None,
+    repeats: int = 0,
+    points: Sequence[int] = (),
+    within: tuple[int, int] = (1, 10**6),
+) -> argparse.ArgumentParser:
+    """``repeats`` and ``points``: how often and where a script measures unless told otherwise; none if it cannot be.
+    ``within``: the least and the largest point that it can measure.
+    """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/scalability"), help="CSV, figure and runs go here")
     if repeats:
-        parser.add_argument("--repeats", type=int, default=repeats)
+        parser.add_argument("--repeats", type=lambda text: numbers(text, 1, 1000, 1)[0], default=repeats)
     if points:
-        parser.add_argument("--points", type=numbers, default=points, metavar="N,N,..", help="at least two, rising")
+        allowed = f"two or more rising numbers from {within[0]} to {within[1]}"
+        kind = partial(numbers, least=within[0], most=within[1], count=2)
+        parser.add_argument("--points", type=kind, default=points, metavar="N,N,..", help=allowed)
     return parser
 
 
-def numbers(text: str) -> list[int]:
-    found = [int(number) for number in text.split(",")]
-    if len(found) < 2 or sorted(set(found)) != found or found[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} are not two or more rising whole numbers, as in 10,100")
-    return found
+def numbers(text: str, least: int, most: int, count: int) -> list[int]:
+    """Rising ones, ``count`` of them or more."""
+    with contextlib.suppress(ValueError):
+        found = [int(number) for number in text.split(",")]
+        if len(found) >= count and sorted(set(found)) == found and found[0] >= least and found[-1] <= most:
+            return found
+    raise argparse.ArgumentTypeError(f"{text!r}: allowed are {count} or more rising numbers from {least} to {most}")
 
 
 def new_folder(output: Path, name: str) -> Path:

@@ -59,10 +59,10 @@ def picture(table: Table, path: Path) -> None:
 
 
 def main() -> int:
-    parser = options(__doc__, 1, TASKS)
+    parser = options(__doc__, 1, TASKS, (2, 1000))
     given = parser.parse_args()
-    if given.points[0] < 2 or given.points[-2] < 3:
-        parser.error("--points: streams of 2 tasks at least, and two of them of 3 at least: a fit takes two points")
+    if given.points[-2] < 3:
+        parser.error("--points: two must be 3 or more: a run's first boundary is left out, and a fit takes two")
     folder, table = new_folder(given.output, "tasks"), Table("tasks")
     say_load()
     for repeat in range(given.repeats):
