@@ -53,8 +53,12 @@ class Compute:
 
     @property
     def by_products(self) -> bool:
-        """Whether convolutions over small maps are matrix products."""
-        return self.precision == "bf16" and self.device.type == "cpu" and not self.emulated
+        """Whether large convolutions over small maps are matrix products: where oneDNN's own take longer."""
+        if self.device.type != "cpu":
+            return False
+        if self.precision == "bf16":
+            return not self.emulated
+        return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
     def network(self, classes: int) -> Network:
         """A network with uninitialised memory, channels last."""
@@ -187,7 +191,8 @@ def numeric_configuration(
         "threads": threads,
         "server_threads": server_threads,
         "torch": torch.__version__,
-        **({"small_maps": "products", "bf16_instructions": _bf16_instructions()} if compute.by_products else {}),
+        **({"small_maps": "products"} if compute.by_products else {}),
+        **({"bf16_instructions": _bf16_instructions()} if compute.precision == "bf16" and device.type == "cpu" else {}),
     }
 
 

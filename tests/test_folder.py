@@ -304,6 +304,7 @@ def test_a_state_that_was_saved_is_not_saved_again(folder: RunFolder) -> None:
 def test_what_was_made_differently_is_refused_with_the_differences(
     folder: RunFolder, overrides: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(compute, "has_bf16", lambda _: True)
     two_rounds(folder)
     with pytest.raises(NotResumable, match="made differently") as caught:

@@ -1,9 +1,9 @@
 """Convolutions over small maps as matrix products.
 
-At the end of a ResNet a map has 4 x 4 positions, and a third of what a 3x3 convolution multiplies is padding. In bf16 a
-CPU does the products below, which leave out the padding left and right, in two thirds to four fifths of the time of
-oneDNN's convolution (docs/performance.md). Sums are kept in float32 and rounded once, as there; a bias is added after
-that.
+At the end of a ResNet a map has 4 x 4 positions, and a third of what a 3x3 convolution multiplies is padding. The
+products below leave out the padding left and right. A CPU does them in two thirds to four fifths of the time of
+oneDNN's convolution in bf16, and in fp32 with AVX2 alone in half to two thirds, the gradient of the weights above all
+(docs/performance.md). In bf16 sums are kept in float32 and rounded once, as there; a bias is added after that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WEIGHTS = 1 << 20  # of the smallest kernel for which products pay
 
 
 def convolve_small_maps_by_products(module: nn.Module) -> None:
-    """From now on the large convolutions of ``module`` do so under autocast, wherever their map is small."""
+    """From now on the large convolutions of ``module`` do so wherever their map is small."""
     for part in module.modules():
         if type(part) is nn.Conv2d and part.weight.numel() >= WEIGHTS and _is_plain(part):
             part.__class__ = SmallMapConv2d
@@ -40,9 +40,9 @@ class SmallMapConv2d(nn.Conv2d):
         kernel, stride, padding = self.kernel_size[0], self.stride[0], cast("tuple[int, int]", self.padding)[0]
         positions = [(size + 2 * padding - kernel) // stride + 1 for size in images.shape[-2:]]
         small = positions[0] * positions[1] <= POSITIONS and images.dim() == 4 and len(images) > 0
-        if not small or not torch.is_autocast_enabled("cpu"):
+        if not small:
             return super().forward(images)
-        dtype = torch.get_autocast_dtype("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
         output: Tensor = SmallMapConvolution.apply(images.to(dtype), self.weight.to(dtype), stride, padding)
         return output if self.bias is None else output + self.bias.to(dtype)[:, None, None]
 
