@@ -33,11 +33,21 @@ def test_a_script_measures_its_points_and_fits_them(name: str, tmp_path: Path) -
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("name", "points"), [("clients", "10"), ("cohort", "5,1000"), ("tasks", "2,3")])
-def test_points_that_cannot_be_fitted_are_refused(name: str, points: str) -> None:
-    done = script(name, "--points", points)
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("clients", "--points", "10"),
+        ("cohort", "--points", "5,1000"),
+        ("tasks", "--points", "2,3"),
+        ("model_size", "--repeats", "0"),
+        ("model_size", "--repeats", "2,3"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(name: str, option: str, value: str) -> None:
+    done = script(name, option, value)
     assert done.returncode == 2
-    assert "--points" in done.stderr
+    assert option in done.stderr
+    assert "allowed" in done.stderr
     assert "Traceback" not in done.stderr
 
 

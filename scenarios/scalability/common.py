@@ -220,21 +220,26 @@ def options(
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/scalability"), help="CSV, figure and runs go here")
     if repeats:
-        parser.add_argument("--repeats", type=lambda text: numbers(text, 1, 1000, 1)[0], default=repeats)
+        parser.add_argument("--repeats", type=times, default=repeats, help="how often each point is measured")
     if points:
         allowed = f"two or more rising numbers from {within[0]} to {within[1]}"
-        kind = partial(numbers, least=within[0], most=within[1], count=2)
+        kind = partial(rising, least=within[0], most=within[1])
         parser.add_argument("--points", type=kind, default=points, metavar="N,N,..", help=allowed)
     return parser
 
 
-def numbers(text: str, least: int, most: int, count: int) -> list[int]:
-    """Rising ones, ``count`` of them or more."""
+def times(text: str) -> int:
+    if text.isdecimal() and 0 < int(text) <= 1000:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: allowed is a whole number from 1 to 1000")
+
+
+def rising(text: str, least: int, most: int) -> list[int]:
     with contextlib.suppress(ValueError):
         found = [int(number) for number in text.split(",")]
-        if len(found) >= count and sorted(set(found)) == found and found[0] >= least and found[-1] <= most:
+        if len(found) > 1 and sorted(set(found)) == found and found[0] >= least and found[-1] <= most:
             return found
-    raise argparse.ArgumentTypeError(f"{text!r}: allowed are {count} or more rising numbers from {least} to {most}")
+    raise argparse.ArgumentTypeError(f"{text!r}: allowed are two or more rising numbers from {least} to {most}")
 
 
 def new_folder(output: Path, name: str) -> Path:
