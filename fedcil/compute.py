@@ -191,9 +191,18 @@ def numeric_configuration(
         "threads": threads,
         "server_threads": server_threads,
         "torch": torch.__version__,
-        **({"small_maps": "products"} if compute.by_products else {}),
-        **({"bf16_instructions": _bf16_instructions()} if compute.precision == "bf16" and device.type == "cpu" else {}),
+        **_convolutions(compute),
     }
+
+
+def _convolutions(compute: Compute) -> dict[str, str]:
+    """What a CPU computes convolutions by beyond its instruction set."""
+    found = {}
+    if compute.by_products:
+        found["small_maps"] = "products"
+    if compute.precision == "bf16" and compute.device.type == "cpu":
+        found["bf16_instructions"] = _bf16_instructions()
+    return found
 
 
 def _cpu() -> str:

@@ -58,3 +58,25 @@ def test_a_fit_is_ordinary_least_squares(monkeypatch: pytest.MonkeyPatch) -> Non
     a, b = fit([1.0, 2.0, 4.0], [3.0, 4.0, 9.0])
     assert b == pytest.approx(29 / 14)
     assert a == pytest.approx(16 / 3 - 29 / 14 * 7 / 3)
+
+
+def test_two_workers_are_held_against_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Strong: the same 8 clients. Weak: 8 clients on two against 4 on one."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from common import Table
+    from workers import picture
+
+    seconds = {(4, 1): 2.0, (8, 1): 4.0, (8, 2): 3.0}
+    table = Table("workers")
+    for engine in ("inline", "ray"):
+        for kind in ("CPU", "wall"):
+            for (asked, workers), value in seconds.items():
+                table.add(workers, 0, {f"{engine}, {asked} clients: {kind} s a round": value})
+    picture(table, tmp_path / "workers.png")
+    said = capsys.readouterr().out
+    for kind, strong, weak in (("CPU", "1", "2"), ("wall", "0.5", "1")):
+        assert f"inline, strong: 8 clients: {kind}(2) / {kind}(1) = 0.750 (ideal {strong})" in said
+        assert f"ray, weak: 4 clients a worker: {kind}(2) / {kind}(1) = 1.500 (ideal {weak})" in said
+    assert (tmp_path / "workers.png").read_bytes().startswith(b"\x89PNG")

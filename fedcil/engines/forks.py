@@ -68,7 +68,7 @@ class Forks:
                 descriptors.append((there.fileno(), replies, requests))
             self._program = start_program(descriptors, setting)
             ours.pop_all()
-        self._unheard, self._ready = list(self._channels), False
+        self._unheard = list(self._channels)
 
     @property
     def starting(self) -> bool:
@@ -82,7 +82,6 @@ class Forks:
         while self._unheard:
             try:
                 problem = self._problem(self._unheard[0].receive(0.0)[0])
-                self._ready = True
             except TimeoutError:
                 break
             except (EOFError, OSError):
@@ -105,7 +104,7 @@ class Forks:
     def close(self) -> None:
         for channel in self._channels:
             channel.close()
-        if not self._ready:  # it would look at its input only when it has opened the scenario
+        if len(self._unheard) == len(self._channels):  # it would look at its input only when it has opened the scenario
             self._program.kill()
         try:
             self._program.communicate(timeout=END_S)

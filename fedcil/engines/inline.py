@@ -24,7 +24,7 @@ from fedcil.engines import Setting
 from fedcil.engines.alike import Sources
 from fedcil.engines.costs import Costs
 from fedcil.engines.forks import Fork, Forks
-from fedcil.engines.workers import in_processes, worker_count
+from fedcil.engines.workers import in_processes, may_use_processes, worker_count
 from fedcil.gather import Gathered, cut
 from fedcil.messages import Outcome, Reply, Request, count_bytes
 from fedcil.port import ClientDone, Port, StopSignal, remaining
@@ -88,8 +88,8 @@ class InlinePort:
         self._forks: Forks | None = None
         self._ready: list[Fork] = []
         self._asked = bool(scenario.engine.processes)
-        possible = in_processes(scenario, self._workers, model_bytes=0)
-        self._sources = Sources() if possible else None  # None, too, once it is settled whether there are processes
+        # None, too, once it is settled whether there are processes
+        self._sources = Sources() if may_use_processes(scenario, self._workers) else None
         self._wait_until = 0.0
         self._worked_s = 0.0
         self._switch_before = sys.getswitchinterval()

@@ -48,12 +48,18 @@ def worker_count(experiment: Experiment) -> int:
     return scenario.engine.workers or max(1, side_by_side)
 
 
-def in_processes(scenario: Scenario, workers: int, model_bytes: int) -> bool:
-    """Whether inline workers but one are processes, once a run is a long one: where nobody says so, if steps are so
-    short that threads would wait for Python's lock. Never where a round has a deadline, which only threads give up at.
+def may_use_processes(scenario: Scenario, workers: int) -> bool:
+    """Whether inline workers but one may be processes. Never where a round has a deadline, which only threads give up
+    at.
     """
     if scenario.engine.name != "inline" or workers == 1 or scenario.server.deadline_s is not None:
         return False
-    if scenario.engine.processes is None:
-        return PROCESSES_POSSIBLE and model_bytes <= SMALL_BYTES
-    return scenario.engine.processes
+    return PROCESSES_POSSIBLE if scenario.engine.processes is None else scenario.engine.processes
+
+
+def in_processes(scenario: Scenario, workers: int, model_bytes: int) -> bool:
+    """Whether they are, once a run is a long one: where nobody says so, if steps are so short that threads would wait
+    for Python's lock.
+    """
+    asked = bool(scenario.engine.processes)
+    return may_use_processes(scenario, workers) and (asked or model_bytes <= SMALL_BYTES)

@@ -147,6 +147,39 @@ def in_a_round(command: Command, folder: Path | None, seed: int) -> None:
     time.sleep(moment(seed, 0.5))
 
 
+def begun(seed: int, workdir: Path, *more: str) -> tuple[Command, Path | None]:
+    """The small run, in one of its rounds, and its folder."""
+    reference()  # made before, not while this one runs
+    command = start(workdir, *more)
+    folder = await_checkpoint(command, workdir)
+    in_a_round(command, folder, seed)
+    return command, folder
+
+
+def ended_before(command: Command, folder: Path, family: list[psutil.Process]) -> bool:
+    """Whether the run was through before the blow was felt, with the metrics of the undisturbed one and nobody left."""
+    return command.wait() == 0 and metrics(folder) == reference()[0] and not alive(family)
+
+
+def stopped_by(number: signal.Signals, engine: str, longest_s: float, trials: int) -> Fault:
+    """To the run alone, as a supervisor's SIGTERM, or to its whole process group, as a terminal's Ctrl-C."""
+
+    def trial(seed: int, workdir: Path) -> Outcome:
+        command, folder = begun(seed, workdir, f"engine.name={engine!r}")
+        family, asked = command.family(), time.monotonic()
+        command.kill(number, group=number == signal.SIGINT)
+        if folder and ended_before(command, folder, family):
+            return Outcome(True, "ended before the signal, with identical metrics")
+        problem = clear(command, [128 + number])
+        took, left = time.monotonic() - asked, alive(family)
+        if problem or took > longest_s or folder is None or left:
+            return Outcome(False, problem or f"{took:.1f} s, processes left: {left}")
+        return resumed(folder, error_line(command))
+
+    required = f"ends in {longest_s:g} s, saved, no process left; then {RESUMES}"
+    return Fault(f"{engine}_{number.name.lower()}", required, trial, trials)
+
+
 def sets(overrides: Sequence[str]) -> list[str]:
     return [part for text in overrides for part in ("--set", text)]
 

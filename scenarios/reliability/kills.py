@@ -17,14 +17,15 @@ from scenarios.reliability.common import (
     Outcome,
     alive,
     await_checkpoint,
+    begun,
     clear,
     error_line,
-    in_a_round,
     metrics,
     moment,
     reference,
     resumed,
     start,
+    stopped_by,
     victim,
 )
 
@@ -42,28 +43,6 @@ def killed(seed: int, workdir: Path) -> Outcome:
     if folder is None or code not in (-signal.SIGKILL, 0):
         return Outcome(False, f"no checkpoint, or it ended by itself with {code}")
     return resumed(folder, "killed" if code == -signal.SIGKILL else "ended before the kill")
-
-
-def stopped_by(number: signal.Signals) -> Fault:
-    def trial(seed: int, workdir: Path) -> Outcome:
-        command = start(workdir)
-        folder = await_checkpoint(command, workdir)
-        time.sleep(moment(seed))
-        family, asked = command.family(), time.monotonic()
-        command.kill(number)
-        code = command.wait(60.0)
-        took = time.monotonic() - asked
-        left = [child.pid for child in family if psutil.pid_exists(child.pid)]
-        if code == 0 and folder:
-            return resumed(folder, "ended before the signal")
-        problem = clear(command, [128 + number])
-        if problem or left or took > STOP_S or folder is None:
-            return Outcome(False, problem or f"{took:.1f} s, processes left: {left}")
-        return resumed(folder, error_line(command))
-
-    return Fault(
-        f"inline_{number.name.lower()}", f"ends in {STOP_S:g} s, saved, no process left; then {RESUMES}", trial, 10
-    )
 
 
 def paused(seed: int, workdir: Path) -> Outcome:
@@ -99,18 +78,15 @@ def two_at_once(seed: int, workdir: Path) -> Outcome:
 
 def worker_process_killed(seed: int, workdir: Path) -> Outcome:
     """A worker process, or the program that forked it."""
-    reference()  # made before, not while this one runs
-    command = start(workdir, "engine.processes=true")
-    folder = await_checkpoint(command, workdir)
-    in_a_round(command, folder, seed)
-    family = command.family()
-    if len(family) != 2 and command.running():
+    command, folder = begun(seed, workdir, "engine.processes=true")
+    family, struck = command.family(), "ended before"
+    if len(family) == 2:
+        place = victim(family, seed)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family[place].kill()
+            struck = ("the program killed", "the worker killed")[place]
+    elif command.running():
         return Outcome(False, f"not one program and one worker, but {len(family)} processes")
-    struck = "ended before"
-    with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-        place = victim(range(2), seed)
-        family[place].kill()
-        struck = ("the program killed", "the worker killed")[place]
     code, left = command.wait(), alive(family)
     same = code == 0 and folder is not None and metrics(folder) == reference()[0]
     seen = "a thread went on" if "a worker process has died" in command.said() else "not felt"
@@ -120,8 +96,8 @@ def worker_process_killed(seed: int, workdir: Path) -> Outcome:
 
 FAULTS = (
     Fault("inline_kill", RESUMES, killed, 20),
-    stopped_by(signal.SIGTERM),
-    stopped_by(signal.SIGINT),
+    stopped_by(signal.SIGTERM, "inline", STOP_S, 10),
+    stopped_by(signal.SIGINT, "inline", STOP_S, 10),
     Fault("inline_pause", "goes on to the metrics of an undisturbed run", paused, 3),
     Fault("inline_worker_kill", "goes on to the metrics of an undisturbed run", worker_process_killed, 10),
     Fault("two_runs", f"the second {CLEAR.split(';', maxsplit=1)[0]}; the first is not disturbed", two_at_once, 10),

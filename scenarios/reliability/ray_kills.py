@@ -16,18 +16,19 @@ from scenarios.reliability.common import (
     Fault,
     Outcome,
     alive,
-    await_checkpoint,
+    begun,
     clear,
+    ended_before,
     error_line,
-    in_a_round,
     metrics,
     reference,
     resumed,
-    start,
+    stopped_by,
     victim,
 )
 
 WORKER = "ray::ClientWorker", "default_worker.py"  # Ray gives a process its name only where the environment lets it
+ON_RAY = "engine.name='ray'"
 LONGEST_S = 30.0  # from the death of the head to the end of the run
 
 
@@ -42,21 +43,8 @@ def find(command: Command, *names: str) -> list[psutil.Process]:
     return found
 
 
-def ended_before(command: Command, folder: Path, family: list[psutil.Process]) -> bool:
-    """Whether the run was through before the blow was felt, with the metrics of the undisturbed one and nobody left."""
-    return command.wait() == 0 and metrics(folder) == reference()[0] and not alive(family)
-
-
-def begun(seed: int, workdir: Path) -> tuple[Command, Path | None]:
-    reference()  # made before, not while this one runs
-    command = start(workdir, "engine.name='ray'")
-    folder = await_checkpoint(command, workdir)
-    in_a_round(command, folder, seed)
-    return command, folder
-
-
 def worker_killed(seed: int, workdir: Path) -> Outcome:
-    command, folder = begun(seed, workdir)
+    command, folder = begun(seed, workdir, ON_RAY)
     workers = find(command, *WORKER)
     if not workers or folder is None:
         return Outcome(False, "no Ray worker was found")
@@ -68,7 +56,7 @@ def worker_killed(seed: int, workdir: Path) -> Outcome:
 
 def head_killed(name: str) -> Fault:
     def trial(seed: int, workdir: Path) -> Outcome:
-        command, folder = begun(seed, workdir)
+        command, folder = begun(seed, workdir, ON_RAY)
         head, family, killed = find(command, name), command.family(), time.monotonic()
         if not head or folder is None:
             return Outcome(False, f"no {name} was found")
@@ -84,28 +72,9 @@ def head_killed(name: str) -> Fault:
     return Fault(f"ray_{name}_kill", CLEAR, trial, 5)
 
 
-def stopped_by(number: signal.Signals) -> Fault:
-    """To the run alone, as a supervisor's SIGTERM, or to its whole process group, as a terminal's Ctrl-C."""
-
-    def trial(seed: int, workdir: Path) -> Outcome:
-        command, folder = begun(seed, workdir)
-        family, asked = command.family(), time.monotonic()
-        command.kill(number, group=number == signal.SIGINT)
-        if folder and ended_before(command, folder, family):
-            return Outcome(True, "ended before the signal, with identical metrics")
-        problem = clear(command, [128 + number])
-        took, left = time.monotonic() - asked, alive(family)
-        if problem or took > LONGEST_S or folder is None or left:
-            return Outcome(False, problem or f"{took:.1f} s, processes left: {left}")
-        return resumed(folder, error_line(command))
-
-    required = f"ends in {LONGEST_S:g} s, saved, no process left; then {RESUMES}"
-    return Fault(f"ray_{number.name.lower()}", required, trial, 5)
-
-
 def run_killed(seed: int, workdir: Path) -> Outcome:
     """SIGKILL of the run alone: nobody is left to stop what it started."""
-    command, folder = begun(seed, workdir)
+    command, folder = begun(seed, workdir, ON_RAY)
     family = command.family()
     command.kill()
     code, left = command.wait(), alive(family)
@@ -118,7 +87,7 @@ FAULTS = (
     Fault("ray_worker_kill", "goes on to the metrics of an undisturbed run", worker_killed, 5),
     head_killed("raylet"),
     head_killed("gcs_server"),
-    stopped_by(signal.SIGTERM),
-    stopped_by(signal.SIGINT),
+    stopped_by(signal.SIGTERM, "ray", LONGEST_S, 5),
+    stopped_by(signal.SIGINT, "ray", LONGEST_S, 5),
     Fault("ray_kill", f"no process is left; then {RESUMES}", run_killed, 5),
 )
