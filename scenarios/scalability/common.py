@@ -23,6 +23,7 @@ import numpy as np
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 import fedcil
 
@@ -192,6 +193,7 @@ def fill(axis: Axes, panel: Panel) -> None:
     for place, (name, (xs, ys)) in enumerate(panel.ideal.items()):
         axis.plot(xs, ys, "--" if place % 2 == 0 else ":", color="0.4", linewidth=1, label=name)
     axis.set(xlabel=panel.x, ylabel=panel.y)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.log[0]:
         axis.set_xscale("log")
     if panel.log[1]:
