@@ -86,8 +86,8 @@ newcomers, engine.Crew.newcomers = engine.Crew.newcomers, break_the_next_node
 run(sys.argv[1], *sys.argv[3:])
 """
 
+# Somebody else has the CPU of the first node.
 FULL = """
-engine.START_S = 3.0
 ray.init(address=cluster.address, logging_level="ERROR")
 
 @ray.remote(num_cpus=1)
@@ -98,6 +98,29 @@ class Somebody:
 else_there = Somebody.options(lifetime="detached", name="x", namespace="x").remote()
 assert ray.get(else_there.here.remote())
 ray.shutdown()
+"""
+
+ALONE = """
+import warnings
+far = cluster.add_node(**node)
+
+def lose_the_node(crew):
+    global far
+    if far and any(path.stat().st_size for path in Path(sys.argv[1]).glob("*/metrics.jsonl")):
+        cluster.remove_node(far)
+        far, engine.START_S = None, 3.0
+    return newcomers(crew)
+
+def bring_another(message, **_):
+    print(message)
+    engine.START_S = 100.0
+    cluster.add_node(**node)
+
+newcomers, engine.Crew.newcomers = engine.Crew.newcomers, lose_the_node
+engine.warnings.warn = bring_another
+"""
+
+RUN = """
 run(sys.argv[1], *sys.argv[2:])
 """
 
@@ -138,5 +161,16 @@ def test_a_node_that_joins_and_cannot_train_is_said(tmp_path: Path) -> None:
 
 
 def test_a_cluster_without_room_is_not_waited_for_in_silence(tmp_path: Path) -> None:
-    said = on_a_cluster(FULL, tmp_path / "ray", *SHORT)
+    said = on_a_cluster(FULL + "engine.START_S = 3.0" + RUN, tmp_path / "ray", *SHORT)
     assert "no Ray worker has started in 3 s: 0 of 1 CPUs are free" in said
+
+
+def test_a_run_whose_last_node_goes_says_so_and_goes_on_with_the_next(tmp_path: Path) -> None:
+    longer = [*SHORT, "training.rounds=6"]
+    expected = api.run("digits_fedavg", overrides=longer, output=tmp_path / "inline", figures=False)
+    said = on_a_cluster(FULL + ALONE + RUN, tmp_path / "ray", "engine.workers=1", *longer)
+    assert said == (
+        "no Ray worker has been there for 3 s (0 of 1 CPUs are free): the run waits for one; Ctrl-C saves it\n"
+    )
+    (folder,) = (tmp_path / "ray").iterdir()
+    assert without_cost(api.load(folder)) == without_cost(expected)

@@ -11,6 +11,7 @@ import contextlib
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -223,6 +224,22 @@ class Crew:
             )
 
 
+class Lull:
+    """A time in which nobody works although there is work: said every START_S seconds, since a node may come back."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def look(self, working: bool) -> None:
+        now = time.monotonic()
+        if working:
+            self._since = now
+        elif now - self._since > START_S:
+            self._since = now
+            lonely = f"no Ray worker has been there for {START_S:g} s ({free_cpus()})"
+            warnings.warn(f"{lonely}: the run waits for one; Ctrl-C saves it", stacklevel=1)
+
+
 class RayPort:
     """The port over actors."""
 
@@ -240,7 +257,7 @@ class RayPort:
         return self._clients
 
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
-        gathered, started = Gathered(request, done), time.monotonic()
+        gathered, lull, started = Gathered(request, done), Lull(), time.monotonic()
         place = replace(request.broadcast, tensors={}, payload=None)
         model = ray.put(flatten_tensors(request.broadcast.tensors))
         payload = self._put_payload(request.broadcast.payload)
@@ -250,6 +267,7 @@ class RayPort:
         busy: dict[Any, tuple[Any, Piece | None]] = {}
         while (todo or any(piece for _, piece in busy.values())) and remaining(deadline_s, started) != 0.0:
             self._stop.check()
+            lull.look(any(piece for _, piece in busy.values()))
             self._asleep += self._crew.newcomers()
             busy |= {worker.identity.remote(): (worker, None) for worker in self._asleep}
             self._asleep.clear()
@@ -357,9 +375,13 @@ def could_not_start(error: RayError) -> RunFailed:
 
 
 def nobody_started() -> RunFailed:
-    free, there = (found.get("CPU", 0.0) for found in (ray.available_resources(), ray.cluster_resources()))
     return RunFailed(
-        f"no Ray worker has started in {START_S:g} s: {free:g} of {there:g} CPUs are free",
+        f"no Ray worker has started in {START_S:g} s: {free_cpus()}",
         where="engine",
         next="wait until others have given back what they hold, then `fedcil resume RUN`",
     )
+
+
+def free_cpus() -> str:
+    free, there = (found.get("CPU", 0.0) for found in (ray.available_resources(), ray.cluster_resources()))
+    return f"{free:g} of {there:g} CPUs are free"
