@@ -100,8 +100,8 @@ assert ray.get(else_there.here.remote())
 ray.shutdown()
 """
 
+# The only node with room goes after the first round; another comes when its absence is said.
 ALONE = """
-import warnings
 far = cluster.add_node(**node)
 
 def lose_the_node(crew):
