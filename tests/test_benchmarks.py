@@ -259,3 +259,21 @@ def test_the_command_prints_a_table_and_the_path_of_its_json(
     assert rows["memory_10000"]["more_than_100_mb"] < rows["memory_10000"]["index_mb"] + 30
     assert any("two_workers_lenet" in line for line in table)
     assert (tmp_path / "benchmark.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--only", "step,bogus"], "no part bogus here; allowed: step, "),
+        (["--quick", "--only", "floor"], "no part floor here; allowed: step, rounds, overhead"),
+        (["--repeats", "0"], "--repeats: at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is(
+    words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words, "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert says in f"{end.value}{capsys.readouterr().err}"
+    assert not list(tmp_path.iterdir())

@@ -329,3 +329,14 @@ def test_when_everybody_left_for_good_the_run_ends(tmp_path: Path) -> None:
     (record,) = (tmp_path / "runs").glob("*/metrics.jsonl")
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     assert [line["status"] for line in rounds(lines)][-3:] == ["empty"] * 3
+
+
+def test_a_payload_that_another_node_has_just_forgotten_is_no_failure(tmp_path: Path) -> None:
+    """Simulated nodes share a folder: what was listed may be gone, as a link that leads nowhere."""
+    for number in range(6):
+        (tmp_path / f"{number}.packet").touch()
+    (tmp_path / "gone.packet").symlink_to(tmp_path / "nowhere")
+    client_app.forget_old(tmp_path)
+    (tmp_path / "gone.packet").unlink()
+    client_app.forget_old(tmp_path)
+    assert len(list(tmp_path.iterdir())) == client_app.KEPT_PAYLOADS

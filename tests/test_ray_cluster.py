@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +176,22 @@ def test_a_run_whose_last_node_goes_says_so_and_goes_on_with_the_next(tmp_path: 
     )
     (folder,) = (tmp_path / "ray").iterdir()
     assert without_cost(api.load(folder)) == without_cost(expected)
+
+
+def test_a_long_lull_is_said_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python shows a warning in the same words once."""
+    from fedcil.engines import ray as engine
+
+    monkeypatch.setattr(engine, "START_S", 0.01)
+    monkeypatch.setattr(engine, "free_cpus", lambda: "0 of 1 CPUs are free")
+    lull = engine.Lull()
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            time.sleep(0.02)
+            lull.look(working=False)
+        lull.look(working=True)
+        lull.look(working=False)
+    assert [str(warning.message).split(" s (")[0] for warning in shown] == [
+        f"no Ray worker has been there for {seconds}" for seconds in ("0.01", "0.02", "0.03")
+    ]

@@ -228,15 +228,15 @@ class Lull:
     """A time in which nobody works although there is work: said every START_S seconds, since a node may come back."""
 
     def __init__(self) -> None:
-        self._since = time.monotonic()
+        self._since, self._said = time.monotonic(), 0
 
     def look(self, working: bool) -> None:
         now = time.monotonic()
         if working:
-            self._since = now
-        elif now - self._since > START_S:
-            self._since = now
-            lonely = f"no Ray worker has been there for {START_S:g} s ({free_cpus()})"
+            self._since, self._said = now, 0
+        elif now - self._since > (self._said + 1) * START_S:
+            self._said += 1  # a warning in the same words would be shown once
+            lonely = f"no Ray worker has been there for {self._said * START_S:g} s ({free_cpus()})"
             warnings.warn(f"{lonely}: the run waits for one; Ctrl-C saves it", stacklevel=1)
 
 

@@ -70,7 +70,7 @@ class MFCL(MethodSettings):
 
     either_or: ClassVar = (frozenset({"synthetic", "synthetic_ratio"}),)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        # The paper's formulas; values that its text did not confirm are those of the released code.
+        # The paper's formulas; latent, steps and w_bn are not confirmed from its text, all else is the released code's.
         "paper": {
             "synthetic": 128,
             "latent": 200,

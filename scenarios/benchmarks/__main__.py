@@ -129,6 +129,8 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.quick, options.repeats, options.output.absolute())
     wanted = options.only.split(",") if options.only else list(bench.parts)
+    if strange := [name for name in wanted if name not in bench.parts]:
+        raise SystemExit(f"--only: no part {', '.join(strange)} here; allowed: {', '.join(bench.parts)}")
     path = options.output / ("quick.json" if options.quick else "bench.json")
     held_against = bars.QUICK if options.quick else bars.FULL
     rows: Rows = {}
@@ -152,7 +154,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", help="parts, separated by commas")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/bench") / time.strftime("%Y%m%d-%H%M%S"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error("--repeats: at least 1")
+    return options
 
 
 if __name__ == "__main__":
