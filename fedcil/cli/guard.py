@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fedcil.port import StopSignal
 
 P = ParamSpec("P")
-STOPPING = "stopping after this step, with a checkpoint"
 OUT_OF_TIME = 5  # exit code of a run that --max-seconds ended
 
 
