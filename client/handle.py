@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from client.lanes import Lane, local_sgd_in_lanes
-from client.stacked import local_sgd_stacked
 from client.states import StateStore
 from client.training import Recipe, Trained, learning_rate, local_sgd
 from fedcil.data.augment import make_batch
@@ -224,8 +223,7 @@ def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answer]:
     """All these clients trained at the same time; nothing if that cannot be, and then each is done by itself: who
     breaks alone must not take others along.
     """
-    execution = round_.shared.experiment.execution
-    if round_.phase.work != "train" or (len(jobs) < 2 and not execution.lanes):
+    if round_.phase.work != "train" or not round_.shared.experiment.execution.lanes:
         return []
     torch.set_num_threads(round_.shared.experiment.scenario.training.threads)
     try:
@@ -235,8 +233,7 @@ def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answer]:
     except Exception as error:
         round_.worker.lanes = []  # their memory is needed now
         reason = _failure(jobs[0], error).reason
-        way = "in lanes (engine.lanes)" if execution.lanes else "as one model (engine.stack)"
-        warnings.warn(f"clients are trained one by one, not {way}: {reason}", stacklevel=2)
+        warnings.warn(f"clients are trained one by one, not in lanes (engine.lanes): {reason}", stacklevel=2)
         return []
 
 
@@ -292,15 +289,12 @@ def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answer]:
     """``_work`` and ``_train`` for several clients at once."""
     started = time.perf_counter()
     worker, shared, task = round_.worker, round_.shared, round_.task
-    network = worker.load(task.seen, round_.broadcast.tensors)
+    worker.load(task.seen, round_.broadcast.tensors)
     lanes = worker.lanes_for(task.seen)  # lets go of the last task's before this one's teacher is made
     ready, broken = _samples_of(jobs, task, shared)
     samples = [joined for _, _, joined in ready]
     keys = [round_.key.at("client", job.client) for job, _, _ in ready]
-    if lanes:
-        trained = local_sgd_in_lanes(lanes, round_.broadcast.tensors, round_.recipe, samples, keys)
-    else:
-        trained = local_sgd_stacked(network, round_.recipe, samples, keys)
+    trained = local_sgd_in_lanes(lanes, round_.broadcast.tensors, round_.recipe, samples, keys)
     seconds = (time.perf_counter() - started) / len(jobs)
     answers = [
         _answer(job, count, partial(_given, state, said, joined, shared.experiment), round_.bytes_up, seconds)

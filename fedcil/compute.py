@@ -25,12 +25,11 @@ LANES_ON_GPU = 5
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Networks of one architecture on one device in one precision; ``stacked``: some are trained as one model."""
+    """Networks of one architecture on one device in one precision."""
 
     architecture: Architecture
     device: torch.device
     precision: Precision
-    stacked: bool = False
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -81,10 +80,8 @@ class Compute:
         return network
 
     def settle(self, module: nn.Module) -> None:
-        """Narrow a frozen module's weights once and not at every call; not where clients are stacked:
-        ``torch.func.vmap`` does not bring their images to the same type.
-        """
-        if self.autocast and not self.stacked:
+        """Narrow a frozen module's weights once and not at every call."""
+        if self.autocast:
             narrow(module, self.autocast)
 
     def _loaded(self, tensors: Tensors) -> Network:
@@ -138,36 +135,28 @@ def has_bf16(device: torch.device) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How a worker trains clients: one by one, ``stack`` of them as one model, or side by side in ``lanes``."""
+    """How a worker trains clients: one by one, or side by side in ``lanes``."""
 
-    stack: int = 1
     lanes: int = 0
 
     @property
     def at_once(self) -> int:
         """Clients that a worker trains at the same time."""
-        return max(self.stack, self.lanes)
+        return max(1, self.lanes)
 
     @property
     def name(self) -> str:
         """What bits depend on; the number of lanes is no part of it."""
-        return "captured" if self.lanes else "fused" if self.stack == 1 else f"stacked {self.stack}"
+        return "captured" if self.lanes else "fused"
 
 
-def resolve_execution(stack: int, lanes: int | None, device: torch.device) -> Execution:
+def resolve_execution(lanes: int | None, device: torch.device) -> Execution:
     """Where the scenario leaves it open: lanes on a GPU, which one client's small kernels do not fill; on a CPU one
-    client fills a core (docs/performance.md: stacked clients). ScenarioError if both are asked for.
+    client fills a core.
     """
-    if stack > 1 and lanes:
-        raise ScenarioError(
-            f"engine.stack = {stack} and engine.lanes = {lanes} are two ways to train clients at the same time",
-            where="engine",
-            allowed="one of them",
-            next="leave out engine.stack",
-        )
     if lanes is None:
-        lanes = LANES_ON_GPU if device.type == "cuda" and stack == 1 else 0
-    return Execution(stack, lanes)
+        lanes = LANES_ON_GPU if device.type == "cuda" else 0
+    return Execution(lanes)
 
 
 def apply_precision(precision: Precision) -> None:

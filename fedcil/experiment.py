@@ -131,7 +131,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     scenario.method.check_image(architecture.image)
     method = scenario.method.build()
     refuse_idle_rule(scenario, method, stream)
-    execution = resolve_execution(scenario.engine.stack, scenario.engine.lanes, device)
+    execution = resolve_execution(scenario.engine.lanes, device)
     refuse_processes(scenario)
     clients, timeline = scenario.clients.count, make_timeline(method, stream, scenario.training.rounds)
     population = make_population(scenario.population, clients, timeline, key)
@@ -143,7 +143,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
         population=population,
         partition=make_partition(scenario.partition, clients, stream, labels, key, population.sharing),
         method=method,
-        compute=Compute(architecture, device, precision, stacked=execution.stack > 1),
+        compute=Compute(architecture, device, precision),
         execution=execution,
     )
 

@@ -287,7 +287,7 @@ class ServerSection(Section):
 
 
 class EngineSection(Section):
-    """``[engine]``: where clients run. It changes cost, not results; ``stack`` and ``lanes`` change rounding."""
+    """``[engine]``: where clients run. It changes cost, not results; ``lanes`` change rounding."""
 
     name: Literal["inline", "ray", "flower"] = "inline"
     workers: Threads | None = Field(
@@ -298,7 +298,6 @@ class EngineSection(Section):
         description="inline, Linux: workers but one are processes; default: for small models and long runs without "
         "server.deadline_s",
     )
-    stack: Threads = Field(1, description="clients that a worker trains as one model")
     lanes: Annotated[int, Field(ge=0, le=64)] | None = Field(
         None,
         description="clients that a worker trains side by side by captured steps; 0: one by one; default: 5 on a GPU",

@@ -1,4 +1,4 @@
-"""Clients trained at the same time, as one stacked model or in lanes: the same weights as one after the other."""
+"""Clients trained at the same time, in lanes or as one stacked model: the same weights as one after the other."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from torch import Tensor
 import fedcil
 from client.handle import Shared, Worker, do_jobs
 from client.lanes import Lane, local_sgd_in_lanes
-from client.stacked import local_sgd_stacked, stack_draws, turns
 from client.states import StateStore
 from client.training import Recipe, cut_epoch, local_sgd
 from fedcil.compute import Execution, resolve_execution
 from fedcil.engines.workers import worker_count
-from fedcil.errors import ScenarioError, Stopped
+from fedcil.errors import Stopped
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.keys import Key
 from fedcil.messages import Broadcast, Job, Payload, Report
@@ -36,6 +35,7 @@ from fedcil.methods.mfcl import MFCL
 from fedcil.models.network import load_state, snapshot, state_of
 from fedcil.scenario import TrainingSection
 from fedcil.scenario_file import load_scenario
+from scenarios.benchmarks.stacked import local_sgd_stacked, stack_draws, turns
 
 EQUAL = 1e-12  # largest difference of a weight, a running statistic or a loss in float64
 SIZES = (11, 4, 9, 11, 8, 2, 1)  # batches 4 4 3, 4, 4 5, 4 4 3, 4 4, 2, none: the last client has too few samples
@@ -129,26 +129,17 @@ def test_draws_are_stacked_by_their_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stack", "lanes", "device", "expected", "name"),
+    ("lanes", "device", "expected", "name"),
     [
-        (1, None, "cpu", Execution(), "fused"),
-        (1, None, "cuda", Execution(lanes=5), "captured"),
-        (3, None, "cpu", Execution(stack=3), "stacked 3"),
-        (3, None, "cuda", Execution(stack=3), "stacked 3"),
-        (1, 0, "cuda", Execution(), "fused"),
-        (1, 2, "cpu", Execution(lanes=2), "captured"),
+        (None, "cpu", Execution(), "fused"),
+        (None, "cuda", Execution(lanes=5), "captured"),
+        (0, "cuda", Execution(), "fused"),
+        (2, "cpu", Execution(lanes=2), "captured"),
     ],
 )
-def test_lanes_on_a_gpu_and_one_by_one_on_a_cpu(
-    stack: int, lanes: int | None, device: str, expected: Execution, name: str
-) -> None:
-    found = resolve_execution(stack, lanes, torch.device(device))
+def test_lanes_on_a_gpu_and_one_by_one_on_a_cpu(lanes: int | None, device: str, expected: Execution, name: str) -> None:
+    found = resolve_execution(lanes, torch.device(device))
     assert (found, found.name) == (expected, name)
-
-
-def test_a_stack_and_lanes_are_refused_together() -> None:
-    with pytest.raises(ScenarioError, match=r"engine\.stack = 2 and engine\.lanes = 3"):
-        experiment_of({"stack": 2, "lanes": 3})
 
 
 def test_only_tensors_can_be_drawn_in_a_lane(small: Any) -> None:
@@ -162,7 +153,7 @@ def test_only_tensors_can_be_drawn_in_a_lane(small: Any) -> None:
 
 
 def test_a_round_needs_no_more_workers_than_it_has_use_for() -> None:
-    assert worker_count(experiment_of({"stack": 6})) == worker_count(experiment_of({"lanes": 6})) == 1
+    assert worker_count(experiment_of({"lanes": 6})) == 1
     assert worker_count(experiment_of({"lanes": 2, "workers": 7})) == 7
 
 
@@ -219,10 +210,10 @@ def answers(
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("engine", [{"stack": 2}, {"stack": 4}, {"stack": 6}, {"lanes": 1}, {"lanes": 4}])
-def test_answers_do_not_depend_on_how_many_are_trained_at_once(engine: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("lanes", [1, 2, 4, 6])
+def test_answers_do_not_depend_on_how_many_are_trained_at_once(lanes: int, tmp_path: Path) -> None:
     exact = {"lr": 2.0**-5, "lr_end": 2.0**-5}  # lanes hold the learning rate in float32
-    for one, other in zip(answers({}, tmp_path, **exact), answers(engine, tmp_path, **exact), strict=True):
+    for one, other in zip(answers({}, tmp_path, **exact), answers({"lanes": lanes}, tmp_path, **exact), strict=True):
         assert (one[0], one[3]) == (other[0], other[3])
         assert isinstance(one[1], Report)
         assert (one[1].samples, one[1].bytes_up, one[1].state) == (
@@ -235,23 +226,18 @@ def test_answers_do_not_depend_on_how_many_are_trained_at_once(engine: dict[str,
             torch.testing.assert_close(other[2][name], tensor, rtol=0, atol=EQUAL)
 
 
-@pytest.mark.parametrize("way", ["stack", "lanes"])
-def test_a_client_that_breaks_takes_no_other_along(way: str, tmp_path: Path) -> None:
+def test_a_client_that_breaks_takes_no_other_along(tmp_path: Path) -> None:
     """There is no client 99; the others are trained as they would be without it."""
-    found = {job.client: (result, state) for job, result, state, _ in answers({way: 3}, tmp_path, (0, 99, 1))}
+    found = {job.client: (result, state) for job, result, state, _ in answers({"lanes": 3}, tmp_path, (0, 99, 1))}
     assert "IndexError" in found[99][0].reason
-    for job, _, state, _ in answers({way: 3}, tmp_path, (0, 1)):
+    for job, _, state, _ in answers({"lanes": 3}, tmp_path, (0, 1)):
         assert all(torch.equal(found[job.client][1][name], tensor) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("way", ["stack", "lanes"])
-def test_where_it_cannot_be_clients_are_trained_one_by_one(
-    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("local_sgd_in_lanes", "local_sgd_stacked"):
-        monkeypatch.setattr(f"client.handle.{name}", lambda *_: 1 / 0)
+def test_where_it_cannot_be_clients_are_trained_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.handle.local_sgd_in_lanes", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="one by one.*ZeroDivisionError"):
-        found = answers({way: 3}, tmp_path, (0, 1))
+        found = answers({"lanes": 3}, tmp_path, (0, 1))
     alone = answers({}, tmp_path, (0,))
     assert all(torch.equal(found[0][2][name], tensor) for name, tensor in alone[0][2].items())
 
@@ -276,12 +262,11 @@ def test_a_run_in_lanes_goes_on_after_it_was_stopped_in_mid_training(tmp_path: P
         assert all(torch.equal(gift.tensors[name], tensor) for name, tensor in expected[place][2].items())
 
 
-@pytest.mark.parametrize("way", ["stack", "lanes"])
-def test_each_of_several_clients_fails_for_itself(way: str, tmp_path: Path) -> None:
+def test_each_of_several_clients_fails_for_itself(tmp_path: Path) -> None:
     """At this rate all diverge; without a warning, since training at the same time itself works."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = answers({way: 6}, tmp_path, lr=1e20, lr_end=1e20)
+        found = answers({"lanes": 6}, tmp_path, lr=1e20, lr_end=1e20)
     assert {result.stage for _, result, _, _ in found} == {"training"}
     assert all(given is None for _, _, given, _ in found)
 
@@ -296,14 +281,14 @@ def test_a_whole_run_in_float64_gives_the_same_accuracies(tmp_path: Path) -> Non
     sets = ["stream.tasks=3", "data.classes=6", "training.rounds=3", "method.steps=60", "engine.workers=1"]
     sets += ["training.lr=0.0625", "training.lr_end=0.0625"]  # lanes hold it in float32
     runs = [
-        fedcil.run("digits_mfcl", overrides=[*sets, f"engine.{engine}"], output=tmp_path, figures=False)
-        for engine in ("stack=1", "stack=5", "lanes=3")
+        fedcil.run("digits_mfcl", overrides=[*sets, f"engine.lanes={lanes}"], output=tmp_path, figures=False)
+        for lanes in (0, 3)
     ]
-    for other in runs[1:]:
-        for mine, theirs in zip(runs[0].kind("round"), other.kind("round"), strict=True):
-            assert theirs["losses"] == pytest.approx(mine["losses"], abs=1e-7)
-            assert {**mine, "losses": 0, "loss": 0, "cost": 0} == {**theirs, "losses": 0, "loss": 0, "cost": 0}
-        assert runs[0].summary["final_accuracy"] == other.summary["final_accuracy"] > 0.3
+    one, other = runs
+    for mine, theirs in zip(one.kind("round"), other.kind("round"), strict=True):
+        assert theirs["losses"] == pytest.approx(mine["losses"], abs=1e-7)
+        assert {**mine, "losses": 0, "loss": 0, "cost": 0} == {**theirs, "losses": 0, "loss": 0, "cost": 0}
+    assert one.summary["final_accuracy"] == other.summary["final_accuracy"] > 0.3
 
 
 @pytest.mark.slow
@@ -312,15 +297,15 @@ def test_digits_by_the_command_line(tmp_path: Path) -> None:
     the accuracies of the run agree as those of two seeds do.
     """
     accuracy, losses = [], []
-    for stack in (1, 5):
-        command = ["run", "digits_mfcl", "--set", f"engine.stack={stack}", "--set", "engine.workers=1", "--no-figures"]
-        command += ["--output", str(tmp_path / str(stack)), "--json"]
+    for lanes in (0, 5):
+        command = ["run", "digits_mfcl", "--set", f"engine.lanes={lanes}", "--set", "engine.workers=1", "--no-figures"]
+        command += ["--output", str(tmp_path / str(lanes)), "--json"]
         done = subprocess.run([sys.executable, "-m", "fedcil", *command], capture_output=True, text=True, check=True)
         run = fedcil.load(json.loads(done.stdout)["run_dir"])
         accuracy.append(run.summary["average_incremental_accuracy"])
         losses.append([loss for line in run.kind("round") if line["task"] == 0 for loss in line["losses"]])
         environment = json.loads((run.path / "environment.json").read_text())
-        assert environment["numeric_configuration"]["execution"] == {1: "fused", 5: "stacked 5"}[stack]
+        assert environment["numeric_configuration"]["execution"] == {0: "fused", 5: "captured"}[lanes]
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
     assert accuracy[1] == pytest.approx(accuracy[0], abs=0.06)
     assert min(accuracy) > 0.85

@@ -73,9 +73,9 @@ def test_what_the_scenario_says_is_taken() -> None:
     assert gpus_per_worker(given_, workers=2) == 0.25
 
 
-def test_the_largest_step_has_real_and_synthetic_images_of_each_client_of_a_stack() -> None:
+def test_the_largest_step_has_real_and_synthetic_images_of_each_client_of_the_lanes() -> None:
     assert largest_step(experiment_of()) == 28
-    assert largest_step(experiment_of(engine={"stack": 3})) == 84
+    assert largest_step(experiment_of(engine={"lanes": 3})) == 84
 
 
 def test_a_worker_holds_images_models_payload_and_pool() -> None:

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ from fedcil.models.network import (
 )
 from fedcil.models.resnet import Block, Stem, resnet18
 from fedcil.scenario import ModelSection
+from scenarios.benchmarks.stacked import WideTeachers
 
 
 def on_meta(stem: Stem, rows: int) -> Network:
@@ -318,11 +318,10 @@ def test_bf16_is_near_fp32(small: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet8"])
-def test_a_teachers_weights_are_narrowed_once_to_the_same_bits_unless_clients_are_stacked(
-    small: Any, name: str
-) -> None:
+def test_a_teachers_weights_are_narrowed_once_to_the_same_bits(small: Any, name: str) -> None:
     compute, tensors, images = small.compute(name, "bf16"), snapshot(small.network(4, name)), small.images(5)
-    narrowed, wide = compute.teacher(tensors), replace(compute, stacked=True).teacher(tensors)
+    wide_compute = WideTeachers(compute.architecture, compute.device, compute.precision)
+    narrowed, wide = compute.teacher(tensors), wide_compute.teacher(tensors)
     for teacher, dtype in ((narrowed, torch.bfloat16), (wide, torch.float32)):
         kernels = [part.weight.dtype for part in teacher.backbone.modules() if isinstance(part, nn.Conv2d)]
         assert kernels

@@ -60,7 +60,8 @@ def test_it_is_the_convolution_and_so_are_its_gradients(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-def test_clients_can_be_stacked() -> None:
+def test_torch_func_sees_through_them() -> None:
+    """Gradients of several kernels at once."""
     images, weight = torch.randn(5, 2, 3, 4, 4).double(), torch.randn(5, 6, 3, 3, 3).double()
 
     def energy(convolve: Any) -> Any:
@@ -70,7 +71,7 @@ def test_clients_can_be_stacked() -> None:
     theirs = vmap(grad(energy(lambda x, w: F.conv2d(x, w, padding=1)), (0, 1)))(images, weight)
     for found, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
-    one, other = images.clone().requires_grad_(), weight.clone().requires_grad_()  # as client/stacked.py does it
+    one, other = images.clone().requires_grad_(), weight.clone().requires_grad_()
     stacked = vmap(energy(lambda x, w: convolved(x, w, 1, 1)))(one, other).sum()
     for found, expected in zip(torch.autograd.grad(stacked, (one, other)), theirs, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)

@@ -178,7 +178,7 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path)
         raise NotResumable(
             f"this run was made differently: {changes}",
             where=str(path),
-            allowed="a change of engine.* but engine.stack and engine.lanes, server.checkpoint_every and the data root",
+            allowed="a change of engine.* but engine.lanes, server.checkpoint_every and the data root",
             next="resume with what it was made with (environment.json), or start a new run",
         )
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from client.lanes import Lane, local_sgd_in_lanes
-from client.stacked import local_sgd_stacked
 from client.training import NORM_MOMENTUM, LocalSGD, Recipe, local_sgd
 from fedcil.capture import repeatable
 from fedcil.compute import Precision
@@ -26,6 +25,7 @@ from fedcil.methods.mfcl import Replay
 from fedcil.models.network import Network, initialise, load_state, set_norm_momentum, snapshot, state_of
 from scenarios.benchmarks import authors_order
 from scenarios.benchmarks.material import KEY, TASK, Material, plain_networks
+from scenarios.benchmarks.stacked import WideTeachers, local_sgd_stacked
 from scenarios.benchmarks.step import POOL
 
 Round = Callable[[], dict[str, Tensor]]
@@ -97,9 +97,10 @@ def product(m: Material) -> Round:
 
 
 def stacked(m: Material, at_once: int) -> Round:
-    """fedcil's stacked execution, so many clients as one model."""
+    """So many clients as one model."""
     student = m.student()
-    prepared = m.method.prepare(replace(m.compute, stacked=True), TASK, m.payload, KEY.at("prepare"))
+    compute = WideTeachers(m.compute.architecture, m.compute.device, m.compute.precision)
+    prepared = m.method.prepare(compute, TASK, m.payload, KEY.at("prepare"))
     together = replace(recipe(m), prepared=prepared)
 
     def clients() -> Iterator[Tensors]:

@@ -1,4 +1,4 @@
-"""Local SGD of several clients as one model: their weights on a new first axis, each client's batches its own.
+"""Local SGD of several clients as one model, a form that lost to lanes: weights on a new first axis, batches of each.
 
 ``torch.func.vmap`` over the method's loss turns the clients' convolutions into one grouped convolution, their batch
 norms into one. Clients do not touch each other, so the gradient of the sum of their losses is each one's own. Orders,
@@ -19,6 +19,7 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from client.training import LocalSGD, Recipe, Trained, cut_epoch, inputs
+from fedcil.compute import Compute
 from fedcil.keys import Key
 from fedcil.messages import Tensors
 from fedcil.methods.base import Samples
@@ -27,6 +28,13 @@ from fedcil.scenario import TrainingSection
 
 Loss = Callable[[Network, Tensor, Tensor, Any], Tensor]
 """(network, images, labels, draws) -> ()."""
+
+
+class WideTeachers(Compute):
+    """Frozen weights stay in float32: ``torch.func.vmap`` does not bring images to the type of narrow ones."""
+
+    def settle(self, module: nn.Module) -> None:
+        pass
 
 
 @dataclass(frozen=True, slots=True)
