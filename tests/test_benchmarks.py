@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -12,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from scenarios.benchmarks import boundary, floor, overhead, report, rounds, step, workers
+from scenarios.benchmarks import boundary, floor, overhead, report, rounds, step, timing, workers
 from scenarios.benchmarks.__main__ import Bench, main
 from scenarios.benchmarks.bars import FULL
 from scenarios.benchmarks.nets import NETS, build
-from scenarios.benchmarks.peers import engine
 from scenarios.benchmarks.peers.session import Session
 from scenarios.benchmarks.rounds import AGREE, measure, weights_differ, write_data
 from scenarios.benchmarks.step import compute_in
@@ -81,7 +81,7 @@ def test_what_is_short_is_done_for_a_while(wall: float, times: int) -> None:
 
 
 @pytest.mark.parametrize(("round_s", "turns"), [(0.2, 5), (2.0, 1), (0.0, 200)])
-def test_a_repeat_has_as_many_rounds_as_take_a_second(round_s: float, turns: int, monkeypatch: Any) -> None:
+def test_what_is_short_is_done_as_often_as_takes_a_second(round_s: float, turns: int, monkeypatch: Any) -> None:
     """On a clock that only the work moves."""
     now, done = [0.0], 0
 
@@ -90,11 +90,25 @@ def test_a_repeat_has_as_many_rounds_as_take_a_second(round_s: float, turns: int
         done += 1
         now[0] += round_s or 1e-9
 
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
-    peer = engine.Rounds(work)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    assert timing.times_in_a_second(work) == turns
     assert done == 2
-    peer.round()
-    assert done == 2 + turns == 2 + peer.turns
+
+
+def test_a_session_says_what_one_of_several_rounds_cost() -> None:
+    """Of ten rounds of 0.02 s each."""
+    program = """if True:
+        import sys, time, types
+        from scenarios.benchmarks.peers.session import answer
+        answer(types.SimpleNamespace(round=lambda: time.sleep(0.02)), 10)
+    """
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", program], input="round\n", capture_output=True, text=True, check=True, timeout=60
+    )
+    assert time.perf_counter() - started > 0.2
+    cost = json.loads(done.stdout.splitlines()[-1])
+    assert 0.02 <= cost["wall"] < 0.1
 
 
 def test_an_engine_costs_what_its_own_processes_do(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """(c) What an engine costs: a round with clients that do no step and send back the model that they got.
 
-CPU seconds are those of all processes of a side, for one client. fedcil's inline and Ray engines
-(``peers/engine.py``) against Flower's stock simulation with a client that returns the arrays of its message
-(``peers/flower_empty.py``).
+CPU seconds are those of all processes of a side, for one client; a repeat is as many rounds as take a second.
+fedcil's inline and Ray engines (``peers/engine.py``) against Flower's stock simulation with a client that returns the
+arrays of its message (``peers/flower_empty.py``).
 """
 
 from __future__ import annotations

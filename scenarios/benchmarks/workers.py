@@ -1,12 +1,11 @@
 """Two inline workers against one: FedAvg rounds on two cores. Weights are equal bit for bit, whatever the number.
 
 The second worker is a process where a long run would make it one by itself, else a thread. A repeat is as many rounds
-as take a second, as in a run: a core that was idle before takes a while to wake up.
+as take a second, as in a run.
 """
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 import torch
@@ -16,7 +15,7 @@ from fedcil.messages import count_bytes
 from scenarios.benchmarks.nets import build
 from scenarios.benchmarks.peers.session import children_cpu
 from scenarios.benchmarks.rounds import OurLoop, our_loop
-from scenarios.benchmarks.timing import Figure, against, in_turn, timed
+from scenarios.benchmarks.timing import Figure, against, in_turn, timed, times_in_a_second
 
 
 def measure(net: str, repeats: int) -> dict[str, Figure]:
@@ -26,7 +25,7 @@ def measure(net: str, repeats: int) -> dict[str, Figure]:
         two.round()
         if not all(torch.equal(one.model[name], two.model[name]) for name in one.model):
             raise AssertionError(f"{net}: two workers give other weights than one")
-        turns = rounds_in_a_second(one)
+        turns = times_in_a_second(one.round)
         cases = {
             "one": timed(partial(rounds, one, turns), turns, children_cpu),
             "two": timed(partial(rounds, two, turns), turns, children_cpu),
@@ -37,12 +36,6 @@ def measure(net: str, repeats: int) -> dict[str, Figure]:
 
 def small_net(net: str) -> bool:
     return count_bytes(dict(build(net).named_parameters())) <= SMALL_BYTES
-
-
-def rounds_in_a_second(loop: OurLoop) -> int:
-    started = time.perf_counter()
-    loop.round()
-    return max(1, round(1 / (time.perf_counter() - started)))
 
 
 def rounds(loop: OurLoop, turns: int) -> None:

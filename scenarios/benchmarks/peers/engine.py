@@ -1,15 +1,13 @@
 """fedcil's own engines with clients that do nothing (``empty.py``), as a process of its own.
 
 python -m scenarios.benchmarks.peers.engine CLIENTS MEGABYTES inline|ray
-
-A ``round`` is as many rounds as take a second; costs are those of one.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,28 +15,14 @@ import torch
 
 from scenarios.benchmarks.empty import rounds_of
 from scenarios.benchmarks.peers.session import answer
-
-REPEAT_S = 1.0  # what a repeat should take
-MOST_TURNS = 200  # rounds in a repeat
+from scenarios.benchmarks.timing import times_in_a_second
 
 
-def rounds_in_a_second(work: Callable[[], object]) -> int:
-    """Enough to be told from the ticks of CPU clocks, and no more."""
-    work()  # the first round starts what is started once
-    started = time.perf_counter()
-    work()
-    return max(1, min(MOST_TURNS, int(REPEAT_S / (time.perf_counter() - started))))
+@dataclass(frozen=True, slots=True)
+class Empty:
+    """The peer."""
 
-
-class Rounds:
-    """The peer: ``turns`` rounds at a time."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        self.work, self.turns = work, rounds_in_a_second(work)
-
-    def round(self) -> None:
-        for _ in range(self.turns):
-            self.work()
+    round: Callable[[], None]
 
     def weights(self) -> dict[str, np.ndarray[Any, Any]]:
         return {}
@@ -47,8 +31,7 @@ class Rounds:
 def main() -> None:
     torch.set_num_threads(1)
     with rounds_of(sys.argv[3], int(sys.argv[1]), int(sys.argv[2])) as one_round:
-        peer = Rounds(one_round)
-        answer(peer, peer.turns)
+        answer(Empty(one_round), times_in_a_second(one_round))
 
 
 if __name__ == "__main__":

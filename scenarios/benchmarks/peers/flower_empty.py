@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from scenarios.benchmarks.peers.flower import Federation, reply, simulate
 from scenarios.benchmarks.peers.session import answer
+from scenarios.benchmarks.timing import times_in_a_second
 
 NODES, TENSORS = 100, 20
 
@@ -37,7 +38,8 @@ def main() -> None:
     def obey(grid: Grid, _: Context) -> None:
         length = round(megabytes * 1e6 / TENSORS / 4)
         arrays = ArrayRecord([np.ones(length, np.float32) for _ in range(TENSORS)])
-        answer(Federation(grid, nodes, arrays, ConfigRecord(), turns))
+        federation = Federation(grid, nodes, arrays, ConfigRecord(), turns)
+        answer(federation, times_in_a_second(federation.round))
 
     simulate(server, app, nodes)
 

@@ -46,7 +46,7 @@ def children_cpu() -> float:
 
 
 def answer(peer: Peer, rounds: int = 1) -> None:
-    """Obey standard input; costs are those of one of the ``rounds`` that the peer makes at a time. The library's own
+    """Obey standard input; a command ``round`` is so many of the peer's, and the cost that of one. The library's own
     prints must not reach stdout: they are sent to stderr.
     """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
@@ -57,7 +57,8 @@ def answer(peer: Peer, rounds: int = 1) -> None:
         if command == "round":
             gc.collect()
             others, own, wall = children_cpu(), time.process_time(), time.perf_counter()
-            peer.round()
+            for _ in range(rounds):
+                peer.round()
             wall, own = time.perf_counter() - wall, time.process_time() - own
             cpu = own + children_cpu() - others
             replies.write(json.dumps({"cpu": cpu / rounds, "wall": wall / rounds}) + "\n")
