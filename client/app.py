@@ -10,8 +10,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.handle import Shared, Worker, do_jobs
@@ -23,6 +22,7 @@ from fedcil.experiment import open_experiment
 from fedcil.files import write_atomic
 from fedcil.hello import Hello, pack_hello
 from fedcil.messages import Broadcast, Job, Payload
+from fedcil.packets import packet_of, packet_record
 from fedcil.scenario_file import load_scenario
 from fedcil.wire import Answer, pack_answer, place_of, unpack_broadcast, unpack_payload
 
@@ -54,7 +54,7 @@ def work(message: Message, context: Context) -> Message:
     """All jobs of one message, an answer each; or the hash of the payload that this node lacks."""
     home = client_home(context)
     config = message.content["work"]
-    header, tensors = unpack_broadcast(read_packet(message, "broadcast"), limit=LIMIT)
+    header, tensors = unpack_broadcast(packet_of(message.content["broadcast"]), limit=LIMIT)
     payload = None
     if header["payload"] is not None:
         payload = find_payload(message, header["payload"], home)
@@ -89,7 +89,7 @@ def find_payload(message: Message, name: str, home: Path) -> Payload | None:
     """The payload from the message, which is then kept on disk, or from disk; None if it is nowhere whole."""
     path = home / "payloads" / f"{name}.packet"
     if "payload" in message.content:
-        packet = read_packet(message, "payload")
+        packet = packet_of(message.content["payload"])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, packet)
         forget_old(path.parent)
@@ -109,13 +109,3 @@ def forget_old(folder: Path) -> None:
         newest = sorted(folder.glob("*.packet"), key=lambda path: path.stat().st_mtime_ns)
         for path in newest[:-KEPT_PAYLOADS]:
             path.unlink()
-
-
-def packet_record(packet: bytes) -> ArrayRecord:
-    return ArrayRecord([np.frombuffer(packet, dtype=np.uint8)])
-
-
-def read_packet(message: Message, name: str) -> bytes:
-    (array,) = message.content[name].to_numpy_ndarrays()
-    content: bytes = array.tobytes()
-    return content

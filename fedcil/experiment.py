@@ -128,7 +128,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     labels = stream.relabel(data.train.labels)
     height, width, channels = data.train.images.shape[1:]
     architecture = make_architecture(scenario.model, (channels, height, width))
-    scenario.method.check_image(architecture.image)
+    scenario.method.check_model(architecture)
     method = scenario.method.build()
     refuse_idle_rule(scenario, method, stream)
     execution = resolve_execution(scenario.engine.lanes, device)

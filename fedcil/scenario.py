@@ -90,7 +90,7 @@ class DataSection(Section):
     image_size: Annotated[int, Field(ge=4)] | None = Field(
         None, description="height = width in pixels; default: the set's own"
     )
-    augment: Literal["none", "flip", "crop_flip", "rotate_flip"] = "none"
+    augment: Literal["none", "flip", "crop_flip", "rotate_flip"] = Field("none", description="of the real images")
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0,
         description="hold out this share of the training images and measure on it instead of the test set",
@@ -104,8 +104,10 @@ class DataSection(Section):
 class StreamSection(Section):
     """``[stream]``: how classes arrive."""
 
-    tasks: Positive = 5
-    class_order: Literal["natural", "seeded"] | Ints = "natural"
+    tasks: Positive = Field(5, description="how many there are")
+    class_order: Literal["natural", "seeded"] | Ints = Field(
+        "natural", description="the data set's, drawn by the seed, or the classes one by one"
+    )
     sizes: Ints | None = Field(None, description="classes of each task; default: equal")
 
     @field_validator("sizes")
@@ -119,14 +121,16 @@ class StreamSection(Section):
 class PartitionSection(Section):
     """``[partition]``: how one task's samples are shared among the clients (methods: fedcil/partition.py)."""
 
-    name: Annotated[str, _one_of_or_dotted(PARTITIONS), _named(PARTITIONS)] = "dirichlet_equal"
+    name: Annotated[str, _one_of_or_dotted(PARTITIONS), _named(PARTITIONS)] = Field(
+        "dirichlet_equal", description="a shipped way or package.module:function"
+    )
     alpha: Above0 = Field(1.0, description="dirichlet_equal, dirichlet: concentration")
     remainder: Literal["refuse", "spread"] = Field(
         "refuse", description="dirichlet_equal: what to do when samples do not divide by clients"
     )
     min_size: Count = Field(1, description="dirichlet, quantity: samples that each client has at least")
-    shards_per_client: Positive = 2
-    classes_per_client: Positive = 2
+    shards_per_client: Positive = Field(2, description="shards: pieces of the sorted samples that each client gets")
+    classes_per_client: Positive = Field(2, description="classes: how many of a task's classes each client has")
     sigma: Above0 = Field(1.0, description="quantity: deviation of the log-normal client sizes")
     allow_empty: bool = Field(False, description="let clients be without samples in a task")
 
@@ -134,8 +138,8 @@ class PartitionSection(Section):
 class ClientsSection(Section):
     """``[clients]``: how many data owners there are and how many are asked in a round."""
 
-    count: Annotated[int, Field(ge=1, le=10**7)] = 20
-    per_round: Positive = 5
+    count: Annotated[int, Field(ge=1, le=10**7)] = Field(20, description="data owners in all")
+    per_round: Positive = Field(5, description="of them wanted in a round")
     over_sample: AtLeast1 = Field(
         1.0, description="ask so many times more; the round closes when per_round are in (needs [clock])"
     )
@@ -145,7 +149,9 @@ class ClientsSection(Section):
 class PopulationSection(Section):
     """``[population]``: who belongs to the federation when (fedcil/population.py)."""
 
-    name: Literal["fixed", "turnover", "growing"] = "fixed"
+    name: Literal["fixed", "turnover", "growing"] = Field(
+        "fixed", description="the same all the time, replaced by newcomers, or more at each task border"
+    )
     size: Positive | None = Field(None, description="turnover: members at any time; growing: members in the first task")
     replaced_per_task: Share = Field(0.0, description="turnover: share that newcomers replace at each task border")
     replaced_per_round: Share = Field(
@@ -177,7 +183,9 @@ class PopulationSection(Section):
 class AvailabilitySection(Section):
     """``[availability]``: who can be reached in a round (fedcil/availability.py)."""
 
-    name: Literal["always", "bernoulli", "markov", "diurnal", "trace", "recorded"] = "always"
+    name: Literal["always", "bernoulli", "markov", "diurnal", "trace", "recorded"] = Field(
+        "always", description="by chance, by a chain of on and off, by the time of day, or as a file says"
+    )
     probability: Share = Field(1.0, description="bernoulli: chance of being there in a round")
     rounds_on: AtLeast1 = Field(10.0, description="markov: rounds a client is there in the mean")
     rounds_off: AtLeast1 = Field(10.0, description="markov: rounds it is away in the mean")
@@ -201,7 +209,7 @@ class AvailabilitySection(Section):
 class ClockSection(Section):
     """``[clock]``: a simulated clock that decides who is back in time (fedcil/clock.py). Off by default."""
 
-    name: Literal["off", "lognormal", "tiers"] = "off"
+    name: Literal["off", "lognormal", "tiers"] = Field("off", description="how fast clients are")
     samples_per_s: Above0 | None = Field(None, description="lognormal: median training speed of a client")
     speed_sigma: NonNegative = Field(1.0, description="lognormal: deviation of the logarithm of speeds")
     down_bytes_per_s: Above0 | None = Field(None, description="lognormal: median rate to a client")
@@ -231,7 +239,9 @@ class ClockSection(Section):
 class ModelSection(Section):
     """``[model]``: the classifier."""
 
-    name: Annotated[str, _one_of_or_dotted(MODELS), _named(MODELS)] = "cnn"
+    name: Annotated[str, _one_of_or_dotted(MODELS), _named(MODELS)] = Field(
+        "cnn", description="a shipped network or package.module:function"
+    )
     width: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         None, description="channels of the first stage; default: the model's own"
     )
@@ -243,14 +253,16 @@ class TrainingSection(Section):
 
     rounds: Positive = Field(10, description="per task")
     epochs: Count = Field(5, description="local epochs of each client and round")
-    batch_size: Annotated[int, Field(ge=2)] = 32
+    batch_size: Annotated[int, Field(ge=2)] = Field(32, description="real images of a step")
     batches: Literal["even", "ragged", "drop_last"] = Field(
         "ragged", description="how an epoch that is no multiple of the batch size is cut"
     )
-    lr: Above0 = 0.1
+    lr: Above0 = Field(0.1, description="learning rate of a task's first round")
     lr_end: Above0 = Field(0.01, description="reached exponentially over a task's rounds; equal to lr: constant")
-    weight_decay: NonNegative = 1e-5
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    weight_decay: NonNegative = Field(1e-5, description="of SGD")
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="of SGD, from 0 for each client and round"
+    )
     precision: Literal["fp32", "tf32", "bf16", "auto"] = Field(
         "fp32", description="of clients, boundary and evaluation; auto: bf16 where the machine has instructions for it"
     )
@@ -260,7 +272,9 @@ class TrainingSection(Section):
 class ServerSection(Section):
     """``[server]``: averaging, evaluation, checkpoints, and when a round counts."""
 
-    weighting: Literal["samples", "uniform"] = "samples"
+    weighting: Literal["samples", "uniform"] = Field(
+        "samples", description="a client's weight in the mean: its samples, or 1"
+    )
     fold: FoldName = Field("mean", description="how models become one; all but mean count each client once")
     byzantine: Count = Field(0, description="trimmed_mean, krum, multi_krum: clients of a round that may lie")
     norm_limit: Above0 | None = Field(None, description="largest L2 norm of an update; more is refused")
@@ -289,7 +303,9 @@ class ServerSection(Section):
 class EngineSection(Section):
     """``[engine]``: where clients run. It changes cost, not results; ``lanes`` change rounding."""
 
-    name: Literal["inline", "ray", "flower"] = "inline"
+    name: Literal["inline", "ray", "flower"] = Field(
+        "inline", description="in this process, in Ray's actors, or as nodes of Flower's simulation"
+    )
     workers: Threads | None = Field(
         None, description="default: one per core, at most one per asked client; inline on a GPU always one"
     )
@@ -306,6 +322,14 @@ class EngineSection(Section):
     gpus_per_worker: Annotated[float, Field(ge=0.0)] | None = Field(
         None, description="ray, flower: share of a GPU; default: as many workers as its memory holds"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forget_stack(cls, value: object) -> object:
+        """Folders of older runs say ``stack = 1``: one client after the other, as now."""
+        if isinstance(value, Mapping) and value.get("stack") == 1:
+            return {name: item for name, item in value.items() if name != "stack"}
+        return value
 
 
 def _load_method(value: object) -> object:
@@ -347,9 +371,11 @@ def method_settings(name: str) -> type[MethodSettings]:
 class Scenario(Section):
     """A whole run as a value. Two equal scenarios on the same data give the same ``metrics.jsonl``."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    seed: Count = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "run", description="of the run folder, and what seeds are grouped by"
+    )
+    seed: Count = Field(0, description="of everything that is drawn")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     data: DataSection = DataSection()
     stream: StreamSection = StreamSection()
     partition: PartitionSection = PartitionSection()

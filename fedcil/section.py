@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fedcil.compute import Compute
     from fedcil.messages import Tensors
     from fedcil.methods.base import Method
+    from fedcil.models import Architecture
     from fedcil.stream import Task
 
 
@@ -40,10 +41,10 @@ class MethodSettings(Section):
     either_or: ClassVar[tuple[frozenset[str], ...]] = ()  # options of which one is given: it replaces a preset's other
 
     name: str
-    preset: str | None = None
+    preset: str | None = Field(None, description="values for options that are not given")
 
-    def check_image(self, image: tuple[int, int, int]) -> None:
-        """Raise ScenarioError if the method cannot work on images of (channels, height, width)."""
+    def check_model(self, architecture: Architecture) -> None:
+        """Raise ScenarioError if the method cannot work with this classifier or with images of its size."""
 
     def extra_images(self, real: int, task: Task) -> tuple[int, int]:
         """(images kept in memory, images added to a step of ``real`` ones): for the prediction of memory alone."""

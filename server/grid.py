@@ -17,10 +17,11 @@ from fedcil.experiment import Experiment
 from fedcil.gather import Gathered
 from fedcil.hello import Share
 from fedcil.messages import BORDER, Failure, Job, Outcome, Request
+from fedcil.packets import packet_of, packet_record
 from fedcil.port import ClientDone, StopSignal, remaining
 from fedcil.stream import Task
 from fedcil.wire import Expected, Spec, admit, pack_broadcast, pack_payload, place_of, spec_of
-from server.nodes import Nodes, packet_of, packet_record
+from server.nodes import Nodes
 
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.02, 0.5
 MEET_S = 180.0  # how long the first round waits for enough clients

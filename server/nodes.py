@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedcil.errors import MessageRefused
 from fedcil.experiment import Experiment
 from fedcil.hello import Share, unpack_hello
 from fedcil.messages import Attendance
+from fedcil.packets import packet_of
 from server.roster import Roster
 
 log = logging.getLogger("fedcil")
@@ -152,17 +152,3 @@ class Nodes:
         line = {"event": event, "node": str(node), "clients": list(self._roster.shares.get(node, ())), **more}
         self._events.append(line)
         log.warning("node %s %s: clients %s %s", node, event, line["clients"], more.get("reason", ""))
-
-
-def packet_of(record: object) -> bytes:
-    """The bytes in a record. MessageRefused if it is not one array of them."""
-    try:
-        (array,) = record.to_numpy_ndarrays()  # type: ignore[attr-defined]
-        content: bytes = array.tobytes()
-    except Exception as error:  # whatever a foreign record can raise
-        raise MessageRefused(f"not a packet: {type(error).__name__}") from None
-    return content
-
-
-def packet_record(packet: bytes) -> ArrayRecord:
-    return ArrayRecord([np.frombuffer(packet, dtype=np.uint8)])

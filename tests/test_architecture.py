@@ -59,6 +59,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch", "safetensors"),
     ),
     "fedcil.hello": (("fedcil.errors", "fedcil.wire"), ()),
+    "fedcil.packets": (("fedcil.errors",), ("flwr", "numpy")),
     "fedcil.port": (("fedcil.errors", "fedcil.messages"), ()),
     "fedcil.stream": (BOTTOM, ("numpy",)),
     "fedcil.partition": ((*BOTTOM, "fedcil.stream"), ("numpy",)),
@@ -91,11 +92,17 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch", "numpy"),
     ),
     "server.app": ((*EXPERIMENT, "fedcil.allocator", "fedcil.record", "server"), ("flwr",)),
-    "server.grid": ((*EXPERIMENT, "fedcil.wire", "fedcil.hello", "server"), ("flwr", "torch", "numpy")),
-    "server.nodes": ((*EXPERIMENT, "fedcil.hello", "server"), ("flwr", "numpy")),
+    "server.grid": (
+        (*EXPERIMENT, "fedcil.wire", "fedcil.hello", "fedcil.packets", "server"),
+        ("flwr", "torch", "numpy"),
+    ),
+    "server.nodes": ((*EXPERIMENT, "fedcil.hello", "fedcil.packets", "server"), ("flwr",)),
     "server.roster": (("fedcil.errors", "fedcil.hello"), ()),
     "client": ((*EXPERIMENT, "fedcil.wire", "client"), ("torch", "numpy")),
-    "client.app": ((*EXPERIMENT, "fedcil.allocator", "fedcil.wire", "fedcil.hello", "client"), ("flwr", "numpy")),
+    "client.app": (
+        (*EXPERIMENT, "fedcil.allocator", "fedcil.wire", "fedcil.hello", "fedcil.packets", "client"),
+        ("flwr",),
+    ),
     "client.share": ((), ()),
     # Flower's programs are called as programs; a node's own processes load no torch.
     "fedcil.deploy": (("fedcil.errors", "fedcil.files", "fedcil.port", "fedcil.deploy"), ("cryptography", "filelock")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from fedcil.engines import Setting
 from fedcil.engines.workers import Share
 from fedcil.errors import RunFailed
 from fedcil.experiment import open_experiment
@@ -253,6 +255,25 @@ def test_a_cluster_that_cannot_be_used_ends_the_run_with_the_reason(
         engine.cluster(StopSignal(), "auto", 1, 1, Share(1, 0.0)),
     ):
         raise AssertionError("nothing to run on")
+
+
+@pytest.mark.parametrize("before", [None, "elsewhere"])
+def test_a_flower_simulation_leaves_the_environment_as_it_was(
+    before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever calls it in a notebook goes on with the same data root."""
+    from fedcil.engines.flower import told
+
+    monkeypatch.delenv("FEDCIL_DATA_ROOT", raising=False)
+    if before:
+        monkeypatch.setenv("FEDCIL_DATA_ROOT", before)
+    outside = dict(os.environ)
+    experiment = open_experiment(load_scenario("digits_fedavg"))
+    setting = Setting(experiment, Path("data"), tmp_path / "run" / "states", StopSignal())
+    with told(setting):
+        assert os.environ["FEDCIL_DATA_ROOT"] == str(Path("data").absolute())
+        assert os.environ["FEDCIL_CLIENT_HOME"] == str(tmp_path / "run")
+    assert dict(os.environ) == outside
 
 
 def kill_a_worker(process: subprocess.Popen[bytes], output: Path) -> None:

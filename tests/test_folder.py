@@ -175,7 +175,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_frees_the_folder(tmp_path: 
     with pytest.raises(RunFailed, match="No space left on device") as caught:
         made.append({"kind": "round"})
     assert caught.value.where == str(tmp_path)
-    assert "resume RUN" in caught.value.next
+    assert caught.value.next == "make room, then start the run again"  # nothing was saved that could go on
     made.close()
     RunFolder(tmp_path).close()
 
@@ -190,8 +190,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_last_one_inta
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(RunFailed, match="No space left on device"):
+        with pytest.raises(RunFailed, match="No space left on device") as caught:
             folder.checkpoint(state(2), experiment())
+        assert "`fedcil resume RUN`" in caught.value.next
         with pytest.raises(RunFailed, match="No space left on device"):
             folder.write("summary.json", "{}")
     assert folder.checkpoints.load().state.cursor.round == 1

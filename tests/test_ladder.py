@@ -87,3 +87,22 @@ def test_a_ladder_that_is_out_of_time_says_so(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--max-seconds", "0"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout.count("--max-seconds were up") == len(RUNGS)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--rungs", "authors,bogus"], "no rung bogus; allowed: authors, "),
+        pytest.param(
+            ["--device", "cuda"],
+            "torch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_said_first(words: list[str], problem: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scenarios.benchmarks.ladder", str(tmp_path / "out"), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 
 import fedcil
 from fedcil.clock import asked_clients
+from fedcil.engines.inline import InlinePort
 from fedcil.errors import ScenarioError
-from fedcil.messages import Total
+from fedcil.messages import Outcome, Request, Total
+from fedcil.port import ClientDone
 from fedcil.record.run import Run
 from fedcil.scenario_file import load_scenario
 from fedcil.state import Pending
@@ -184,6 +187,33 @@ def test_a_late_update_counts_less_the_older_it_is() -> None:
     expected = (10.0 + 24.0 / 3**0.5) / (2.0 + 6.0 / 3**0.5)
     torch.testing.assert_close(total.mean()["w"], torch.full((2,), expected))
     assert torch.equal(fresh.tensors["w"], torch.full((2,), 10.0))  # nobody's memory is written to
+
+
+@pytest.mark.parametrize("deadline_s", [600.0, 0.2])
+def test_a_rounds_real_deadline_is_one_for_all_that_it_asks(
+    deadline_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each answer takes a fifth of a second: late clients are asked in what is left, or not at all."""
+    left: dict[tuple[int, int], list[float]] = {}
+
+    def slowly(port: InlinePort, request: Request, deadline: float, done: ClientDone) -> Outcome:
+        left.setdefault((request.broadcast.task, request.broadcast.round), []).append(deadline)
+        outcome = answer(port, request, None, done)
+        time.sleep(0.2)
+        return outcome
+
+    answer = InlinePort.run
+    monkeypatch.setattr(InlinePort, "run", slowly)
+    tables = {"clock": FOLD | {"deadline_s": 3.0}, "server": {"deadline_s": deadline_s, "patience": 99}}
+    late = run(tmp_path, training={"rounds": 3, "epochs": 1, "batch_size": 8}, **tables)
+    if deadline_s == 600.0:
+        assert any(len(each) > 1 for each in left.values())
+        for each in left.values():
+            assert all(after < before - 0.2 for before, after in zip([600.3, *each], each, strict=False))
+        assert stages(late) == set()
+    else:
+        assert {len(each) for each in left.values()} == {1}
+        assert stages(late) == {"deadline"}
 
 
 def test_late_updates_alone_are_a_round_too() -> None:

@@ -25,8 +25,9 @@ from fedcil.messages import content_hash
 from fedcil.methods import mfcl
 from fedcil.methods.base import Batch, Method, Samples
 from fedcil.methods.mfcl import MFCL, Replay, draw_pool, new_class_loss
-from fedcil.models.network import Network, grow_head, set_norm_momentum, snapshot, state_of
-from fedcil.scenario import TrainingSection
+from fedcil.models import Architecture
+from fedcil.models.network import Backbone, Network, grow_head, set_norm_momentum, snapshot, state_of
+from fedcil.scenario import ModelSection, TrainingSection
 from fedcil.scenario_file import load_scenario
 from fedcil.stream import Task
 
@@ -614,14 +615,37 @@ def test_synthetic_images_are_given_as_a_number_or_a_ratio(given: dict[str, floa
         load_scenario({"method": {"name": "mfcl", **given}})
 
 
-def test_a_generator_that_cannot_make_the_images_is_refused_before_any_training() -> None:
-    """8 pixels cannot be halved four times; the boundary where it is built comes after a whole task."""
+class NoNorm(Backbone):
+    """Somebody's own backbone."""
+
+    def __init__(self, channels: int, _: ModelSection) -> None:
+        super().__init__(channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "word"),
+    [({"upsamplings": 4}, "cnn", "4 up-samplings"), ({}, f"{__name__}:NoNorm", "no batch norm")],
+)
+def test_a_generator_that_cannot_be_trained_is_refused_before_any_training(
+    options: dict[str, int], model: str, word: str
+) -> None:
+    """8 pixels cannot be halved four times; without batch norm there is nothing to hold on to. The boundary where that
+    would be met comes after a whole task.
+    """
     scenario = {
         "device": "cpu",
         "data": {"name": "synthetic", "classes": 4, "samples_per_class": 12},
         "stream": {"tasks": 2},
         "clients": {"count": 3, "per_round": 2},
-        "method": {"name": "mfcl", "synthetic": 4, "upsamplings": 4},
+        "model": {"name": model},
+        "method": {"name": "mfcl", "synthetic": 4, **options},
     }
-    with pytest.raises(ScenarioError, match="upsamplings"):
+    with pytest.raises(ScenarioError, match=word):
         open_experiment(load_scenario(scenario))
+
+
+def test_without_its_norm_term_a_model_needs_no_batch_norm() -> None:
+    MFCL(synthetic=4, w_bn=0.0).check_model(Architecture(lambda: NoNorm(3, ModelSection()), (3, 8, 8)))

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 from fedcil import api
+from fedcil.engines import ray as engine
+from fedcil.engines.workers import Share
+from fedcil.errors import ScenarioError
 from fedcil.record.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.engines]
@@ -126,6 +129,17 @@ RUN = """
 run(sys.argv[1], *sys.argv[2:])
 """
 
+# Somebody holds one of the two CPUs that fedcil would take.
+HALF = (
+    """
+cluster.add_node(**node)
+cluster.wait_for_nodes()
+engine.MORE_S = 2.0
+engine.warnings.warn = lambda message, **_: print(message)
+"""
+    + RUN
+)
+
 
 def on_a_cluster(script: str, *words: str | Path) -> str:
     """What the script prints."""
@@ -167,6 +181,42 @@ def test_a_cluster_without_room_is_not_waited_for_in_silence(tmp_path: Path) -> 
     assert "no Ray worker has started in 3 s: 0 of 1 CPUs are free" in said
 
 
+def test_one_worker_is_enough_to_begin_with(tmp_path: Path) -> None:
+    started = time.monotonic()
+    said = on_a_cluster(FULL + HALF, tmp_path / "ray", *SHORT)
+    assert time.monotonic() - started < 100  # START_S is longer
+    assert said == (
+        "1 of 2 Ray workers are there (0 of 2 CPUs are free): the run begins, and others join when there is room\n"
+    )
+    (folder,) = (tmp_path / "ray").iterdir()
+    assert api.load(folder).finished
+
+
+@pytest.mark.parametrize(
+    ("node", "share", "workers"),
+    [
+        ({"CPU": 5.0}, Share(2, 0.0), 2),
+        ({"CPU": 8.0, "GPU": 2.0}, Share(1, 0.4), 4),  # two on each
+        ({"CPU": 8.0, "GPU": 2.0}, Share(1, 0.5), 4),
+        ({"CPU": 3.0, "GPU": 2.0}, Share(1, 0.1), 3),
+        ({"CPU": 8.0, "GPU": 4.0}, Share(1, 2.0), 2),
+        ({"CPU": 8.0}, Share(1, 0.5), 0),
+        ({"memory": 1e9}, Share(1, 0.0), 0),
+    ],
+)
+def test_a_worker_is_on_one_node_and_on_one_gpu(node: dict[str, float], share: Share, workers: int) -> None:
+    assert engine.room_on(node, share) == workers
+
+
+def test_what_two_nodes_have_left_over_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three CPUs each, workers with two threads: two workers, not three."""
+    there = [{"Alive": True, "Resources": {"CPU": 3.0}}] * 2 + [{"Alive": False, "Resources": {"CPU": 9.0}}]
+    monkeypatch.setattr(engine.ray, "nodes", lambda: there)
+    assert engine.room(Share(2, 0.0)) == 2
+    with pytest.raises(ScenarioError, match=r"3 workers with 2 CPUs .* do not fit into 3 \+ 3 CPUs and 0 \+ 0 GPUs"):
+        engine.refuse_too_little(3, Share(2, 0.0))
+
+
 def test_a_run_whose_last_node_goes_says_so_and_goes_on_with_the_next(tmp_path: Path) -> None:
     longer = [*SHORT, "training.rounds=6"]
     expected = api.run("digits_fedavg", overrides=longer, output=tmp_path / "inline", figures=False)
@@ -180,8 +230,6 @@ def test_a_run_whose_last_node_goes_says_so_and_goes_on_with_the_next(tmp_path: 
 
 def test_a_long_lull_is_said_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python shows a warning in the same words once."""
-    from fedcil.engines import ray as engine
-
     monkeypatch.setattr(engine, "START_S", 0.01)
     monkeypatch.setattr(engine, "free_cpus", lambda: "0 of 1 CPUs are free")
     lull = engine.Lull()

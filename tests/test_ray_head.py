@@ -62,6 +62,25 @@ def test_the_head_and_what_it_started_are_its_family(monkeypatch: pytest.MonkeyP
                 process.kill()
 
 
+def test_a_worker_is_no_heir(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may end hours before its head, and its id be somebody else's."""
+    monkeypatch.setattr(ray_head, "HEAD", ("bash",))
+    script = "bash -c 'exec -a ray::IDLE sleep 60' & bash -c 'exec -a agent sleep 60' & wait"
+    with subprocess.Popen(["bash", "-c", script]) as head:
+        process = psutil.Process(head.pid)
+        try:
+            end = time.monotonic() + 5
+            while time.monotonic() < end:
+                names = {" ".join(child.cmdline()): child.pid for child in process.children()}
+                if names.keys() == {"ray::IDLE 60", "agent 60"}:
+                    break
+                time.sleep(0.02)
+            assert set(ray_head.family()) == {head.pid, names["agent 60"]}
+        finally:
+            for each in (*process.children(), process):
+                each.kill()
+
+
 def test_the_death_of_the_head_is_a_problem_that_engines_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_head, "HEAD", ("sleep",))
     monkeypatch.setattr(ray_head, "LOOK_S", 0.05)

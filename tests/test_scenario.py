@@ -14,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedcil.cli.reference import reference
 from fedcil.errors import ScenarioError
 from fedcil.methods import METHODS
 from fedcil.scenario import Scenario, method_settings, scenario_schema
 from fedcil.scenario_file import SHIPPED, load_scenario, parse_scenario, shipped_scenarios, to_toml
 from fedcil.section import Section
+
+ROOT = Path(__file__).resolve().parent.parent
 
 TEXTS = {name: (SHIPPED / f"{name}.toml").read_text() for name in shipped_scenarios()}
 TRIPLES = ["digits", "fashion", "cifar100_small", "paper/cifar100"]
@@ -392,6 +395,19 @@ def test_the_schema_names_every_method_with_its_presets() -> None:
         assert part["properties"]["preset"]["enum"] == [*method_settings(name).presets, None]
         assert "name" in part["required"]
         assert part["additionalProperties"] is False
+
+
+def test_the_reference_is_as_the_schema_is() -> None:
+    """Every key with what it is: one without a description cannot be written."""
+    written = (ROOT / "docs" / "scenario.md").read_text()
+    assert written == reference() + "\n", "run `fedcil schema --tables > docs/scenario.md`"
+
+
+def test_a_run_folder_from_before_clients_were_only_trained_one_by_one_is_read() -> None:
+    older = {"method": {"name": "fedavg"}, "engine": {"workers": 2, "stack": 1}}
+    assert load_scenario(older) == load_scenario({"method": {"name": "fedavg"}, "engine": {"workers": 2}})
+    with pytest.raises(ScenarioError, match="stack"):
+        load_scenario({"method": {"name": "fedavg"}, "engine": {"stack": 5}})
 
 
 @pytest.mark.parametrize(

@@ -139,10 +139,11 @@ def list_things(*, what: str | None, output: Path, json: bool) -> None:
             print(f"  {name}")
 
 
-def schema() -> None:
+def schema(*, tables: bool) -> None:
+    from fedcil.cli.reference import reference
     from fedcil.scenario import scenario_schema
 
-    print(jsonlib.dumps(scenario_schema(), indent=1))
+    print(reference() if tables else jsonlib.dumps(scenario_schema(), indent=1))
 
 
 def _list_kind(kind: str, output: Path) -> list[str]:

@@ -127,6 +127,10 @@ def list_(
 
 @app.command()
 @guarded
-def schema() -> None:
-    """The JSON schema of scenario files, for editors."""
-    actions.schema()
+def schema(
+    tables: Annotated[
+        bool, typer.Option("--tables", help="As Markdown tables, for people (docs/scenario.md).")
+    ] = False,
+) -> None:
+    """Every key of a scenario file: a JSON schema, for editors."""
+    actions.schema(tables=tables)

@@ -10,6 +10,7 @@ import torch
 
 from fedcil.availability import Availability, make_availability
 from fedcil.clock import asked_clients
+from fedcil.engines.gpu import COPIES
 from fedcil.engines.workers import in_processes, worker_count
 from fedcil.experiment import Experiment
 from fedcil.keys import Key
@@ -19,7 +20,6 @@ from fedcil.models.network import count_parameters, grow_head
 from fedcil.stream import Task
 
 TORCH_MB = 570  # resident after the first step of a small network
-COPIES = 5
 PROCESSES_MB = 460  # worker processes of a long run: a second torch, which all of them share
 PROCESS_MB = 20  # and what each of them has of its own, beside a pool
 KEPT = 3  # freed memory is kept: clients, boundary and evaluation each leave some that the others do not use

@@ -5,10 +5,11 @@ For interoperability: the same ServerApp loop and the same ClientApp as in a rea
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import flwr.simulation
@@ -39,15 +40,12 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
         except BaseException as problem:
             problems.append(problem)
 
-    os.environ[client_app.HOME] = str(setting.states.parent.absolute())
-    if setting.data_root is not None:
-        os.environ[client_app.DATA_ROOT] = str(setting.data_root.absolute())
     logging.getLogger("flwr").setLevel(logging.ERROR)
     workers = worker_count(setting.experiment)
     share = share_of_worker(setting.experiment, workers)
     resources = {"num_cpus": share.cpus, "num_gpus": share.gpus}
     least = workers if scenario.engine.workers else 1
-    with cluster(setting.stop, scenario.engine.address, workers, least, share):
+    with told(setting), cluster(setting.stop, scenario.engine.address, workers, least, share):
         try:
             flwr.simulation.run_simulation(
                 server_app(inside),
@@ -62,3 +60,21 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     if problems:
         raise problems[0]
     return results[0]
+
+
+@contextlib.contextmanager
+def told(setting: Setting) -> Iterator[None]:
+    """Nodes learn from the environment where to keep things and where the data are; afterwards it is as before."""
+    words = {client_app.HOME: setting.states.parent}
+    if setting.data_root is not None:
+        words[client_app.DATA_ROOT] = setting.data_root
+    before = {name: os.environ.get(name) for name in words}
+    os.environ.update({name: str(path.absolute()) for name, path in words.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -187,8 +187,9 @@ class InlinePort:
             try:
                 reply = fork.answer(work.check)
             except (EOFError, OSError):
-                warnings.warn("a worker process has died: a thread trains its clients from here on", stacklevel=1)
                 self._ready.remove(fork)
+                left = f"{len(self._ready)} are left"  # a warning in the same words would be shown once
+                warnings.warn(f"a worker process has died ({left}): a thread trains its clients instead", stacklevel=1)
                 work.give_back(run)
                 return self._train_here(work)
             run = work.next()

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,8 @@ T = TypeVar("T")
 ATTEMPTS = 3  # how often a client is tried when workers die under it
 LOOK_S = 0.2  # how long to wait before looking at the stop signal again
 LOOK_FOR_NODES_S = 1.0
-START_S = 120.0  # how long to wait for the first workers: a full cluster may have no room for them
+START_S = 120.0  # how long to wait for the first worker: a full cluster may have no room for one
+MORE_S = 10.0  # and then for the others that were asked for
 LEAST_PIECE_S = 0.05  # seconds of work that are worth a request of their own
 LEAST_SHARED_S = 0.01  # seconds of a round's work that are worth a second worker
 DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
@@ -133,21 +134,32 @@ def cluster(
 def refuse_too_little(workers: int, share: Share) -> None:
     """Ray would wait for ever for a CPU or GPU that it does not have."""
     if workers > room(share):
-        here = ray.cluster_resources()
+        cpus, gpus = (" + ".join(f"{node.get(kind, 0.0):g}" for node in nodes()) for kind in ("CPU", "GPU"))
         raise ScenarioError(
             f"{workers} workers with {share.cpus} CPUs and {share.gpus:g} GPUs each do not fit into "
-            f"{here.get('CPU', 0.0):g} CPUs and {here.get('GPU', 0.0):g} GPUs",
+            f"{cpus} CPUs and {gpus} GPUs",
             where="engine.workers, engine.gpus_per_worker, training.threads",
-            allowed="a CPU for each thread of a worker, and no more GPUs than Ray has",
+            allowed="a CPU for each thread of a worker, and no more GPUs than Ray has, of one node for each worker",
             next="lower engine.workers or engine.gpus_per_worker",
         )
 
 
 def room(share: Share) -> int:
     """How many workers the cluster has room for when nobody else is there."""
-    here = ray.cluster_resources()
-    by_cpu = int(here.get("CPU", 0.0)) // share.cpus
-    return min(by_cpu, int(here.get("GPU", 0.0) / share.gpus)) if share.gpus else by_cpu
+    return sum(room_on(node, share) for node in nodes())
+
+
+def nodes() -> list[dict[str, float]]:
+    """What each node has, by kind of resource."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def room_on(node: Mapping[str, float], share: Share) -> int:
+    """A worker's CPUs are of one node, and a part of a GPU is of one GPU."""
+    by_cpu, gpus = int(node.get("CPU", 0.0)) // share.cpus, node.get("GPU", 0.0)
+    if not share.gpus:
+        return by_cpu
+    return min(by_cpu, int(gpus) * int(1 / share.gpus) if share.gpus < 1 else int(gpus / share.gpus))
 
 
 class ClientWorker:
@@ -345,11 +357,15 @@ class RayPort:
         self._asleep += late
 
     def _wait_for(self, workers: list[Any]) -> None:
-        """Until each of the first workers has said who it is; after START_S seconds those that came are enough."""
+        """Until each of the first workers has said who it is. One is enough to begin; where others hold the CPUs of the
+        rest, these join when there is room.
+        """
         waiting, end = {worker.identity.remote(): worker for worker in workers}, time.monotonic() + START_S
-        while waiting:
+        while waiting and time.monotonic() < end:
             self._stop.check()
             came, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=LOOK_S)
+            if came and len(waiting) == len(workers):
+                end = time.monotonic() + MORE_S
             for answer in came:
                 del waiting[answer]
                 try:
@@ -357,10 +373,11 @@ class RayPort:
                 except RayError as error:
                     raise could_not_start(error) from None
                 self._crew.refuse_stranger(there)
-            if time.monotonic() > end:
-                break
         if waiting and len(waiting) == len(workers):
             raise nobody_started()
+        if waiting:
+            there = f"{len(workers) - len(waiting)} of {len(workers)} Ray workers are there ({free_cpus()})"
+            warnings.warn(f"{there}: the run begins, and others join when there is room", stacklevel=1)
         self._asleep += waiting.values()
 
 

@@ -17,6 +17,7 @@ from fedcil.errors import RunFailed
 from fedcil.port import StopSignal
 
 HEAD = ("raylet", "gcs_server")
+WORKERS = ("ray::", "default_worker.py")  # in the command line of what a head starts to do work
 LOOK_S = 0.5
 PATIENCE_S = 15.0
 LAST = """this process was ended from outside: killed, or by Ray, whose head died
@@ -31,9 +32,20 @@ def watched(stop: StopSignal) -> Iterator[None]:
 
 
 def family() -> list[int]:
-    """Ray's head and what it started: its agents outlive it by many seconds."""
+    """Ray's head and its agents, which outlive it by many seconds. Not its workers: they end with it, and one that ends
+    earlier leaves its id to somebody else.
+    """
     heads = [child for child in psutil.Process().children(recursive=True) if child.name() in HEAD]
-    return [process.pid for head in heads for process in (head, *head.children(recursive=True))]
+    return [head.pid for head in heads] + [
+        child.pid for head in heads for child in head.children(recursive=True) if not is_worker(child)
+    ]
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return any(word in " ".join(process.cmdline()) for word in WORKERS)
+    except psutil.Error:  # it has ended
+        return True
 
 
 @contextlib.contextmanager

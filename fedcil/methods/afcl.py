@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,9 +29,13 @@ BATCH = 512
 
 class AFCL(MethodSettings):
     name: Literal["afcl"] = "afcl"
-    backbone: Literal["random", "task1"] = "random"  # task1: trained by FedAvg on the first task, then frozen
-    expansion: Count = 1024  # width of the fixed random layer relu(f P) on top of the features; 0: none
-    gamma: Above0 = 1.0  # ridge strength, added once on the server
+    backbone: Literal["random", "task1"] = Field(
+        "random", description="task1: trained by FedAvg on the first task, then frozen"
+    )
+    expansion: Count = Field(
+        1024, description="width of the fixed random layer relu(f P) on top of the features; 0: none"
+    )
+    gamma: Above0 = Field(1.0, description="ridge strength, added once on the server")
 
     def build(self) -> Method:
         return Method(

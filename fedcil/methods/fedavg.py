@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from fedcil.losses import cross_entropy_new
@@ -14,7 +15,9 @@ from fedcil.section import MethodSettings
 
 class FedAvg(MethodSettings):
     name: Literal["fedavg"] = "fedavg"
-    loss_slice: Literal["all", "new"] = "all"  # cross-entropy over all classes seen, or the new ones alone
+    loss_slice: Literal["all", "new"] = Field(
+        "all", description="cross-entropy over all classes seen, or new ones alone"
+    )
 
     def build(self) -> Method:
         if self.loss_slice == "all":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,9 +27,9 @@ from fedcil.stream import Task
 
 class FedER(MethodSettings):
     name: Literal["feder"] = "feder"
-    memory: Positive = 200  # images a client may keep, over all classes
-    kd_weight: NonNegative = 1.0  # factor of the distillation term, no unit
-    temperature: Above0 = 2.0
+    memory: Positive = Field(200, description="images that a client may keep, over all classes")
+    kd_weight: NonNegative = Field(1.0, description="factor of the distillation term")
+    temperature: Above0 = Field(2.0, description="divides both sets of logits")
 
     def payload_bytes(self, model: Tensors, compute: Compute) -> int:
         return count_bytes(model)

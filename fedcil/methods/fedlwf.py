@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedcil.compute import Compute
@@ -22,8 +23,8 @@ from fedcil.section import Above0, MethodSettings, NonNegative
 
 class FedLwF(MethodSettings):
     name: Literal["fedlwf"] = "fedlwf"
-    kd_weight: NonNegative = 1.0  # factor of the distillation term, no unit
-    temperature: Above0 = 2.0  # divides both sets of logits, no unit
+    kd_weight: NonNegative = Field(1.0, description="factor of the distillation term")
+    temperature: Above0 = Field(2.0, description="divides both sets of logits")
 
     def payload_bytes(self, model: Tensors, compute: Compute) -> int:
         return count_bytes(model)

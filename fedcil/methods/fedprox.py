@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from fedcil.losses import proximal
@@ -17,7 +18,7 @@ from fedcil.section import MethodSettings, NonNegative
 
 class FedProx(MethodSettings):
     name: Literal["fedprox"] = "fedprox"
-    mu: NonNegative = 0.01  # strength of the pull, no unit; 0 is FedAvg
+    mu: NonNegative = Field(0.01, description="strength of the pull to the global model; 0 is FedAvg")
 
     def build(self) -> Method:
         def loss(model: Network, prepared: Prepared, batch: Batch, draws: Draws) -> Tensor:

@@ -32,8 +32,9 @@ from fedcil.messages import Payload, Tensors, count_bytes
 from fedcil.methods.adam import Adam
 from fedcil.methods.base import Batch, Boundary, Draws, Method, Notice, Prepared, Progress, part, prefixed
 from fedcil.methods.inversion import Weights, generator_loss, to_floats
+from fedcil.models import Architecture
 from fedcil.models.generator import Generator, default_upsamplings
-from fedcil.models.network import Network, allocate, freeze, initialise, load_state, snapshot, state_of
+from fedcil.models.network import NORMS, Network, allocate, freeze, initialise, load_state, snapshot, state_of
 from fedcil.section import Above0, Count, MethodSettings, NonNegative, Positive
 from fedcil.state import ServerState
 from fedcil.stream import Task
@@ -45,28 +46,37 @@ BATCH = 256  # images at once when many are generated
 class MFCL(MethodSettings):
     name: Literal["mfcl"] = "mfcl"
     # Client.
-    synthetic: Positive | None = None  # synthetic images of a step, whatever the real batch
-    synthetic_ratio: Above0 | None = None  # ... or this many per old class for each real one per new class
-    pool: Count = 0  # images drawn once per task; 0: fresh latents at every step
-    bn_updates: Literal[1, 2] = 1  # running statistics per step; the authors' second pass makes it 2
-    w_ce: NonNegative = 1.0
-    w_ft: NonNegative = 1.0
-    w_kd: NonNegative = 0.1
+    synthetic: Positive | None = Field(None, description="synthetic images of a step, whatever the real batch")
+    synthetic_ratio: Above0 | None = Field(
+        None, description="instead of synthetic: images per old class for each real one per new class"
+    )
+    pool: Count = Field(0, description="images drawn once a task; 0: fresh latents at every step")
+    bn_updates: Literal[1, 2] = Field(
+        1, description="updates of the running statistics in a step; the authors' second pass makes it 2"
+    )
+    w_ce: NonNegative = Field(1.0, description="weight of the cross-entropy over new classes, for the backbone")
+    w_ft: NonNegative = Field(1.0, description="weight of the cross-entropy over all classes, for the head")
+    w_kd: NonNegative = Field(0.1, description="weight of the distillation through the old head")
     # Generator.
-    latent: Positive = 1000
-    generator_width: Annotated[int, Field(ge=2)] = 128  # the last block has half of it
-    upsamplings: Count | None = None
-    steps: Count = 100
-    generator_batch: Positive = 128
-    generator_lr: Above0 = 1e-3
-    continue_generator: bool = True  # go on with the last boundary's generator instead of a new one
-    temperature: Above0 = 1000.0
-    entropy: Literal["normalised", "plain"] = "normalised"
-    w_label: NonNegative = 1.0
-    w_ie: NonNegative = 1.0
-    w_bn: NonNegative = 50.0
-    w_prior: NonNegative = 1e-3
-    w_act: NonNegative = 0.0
+    latent: Positive = Field(1000, description="numbers of a latent vector")
+    generator_width: Annotated[int, Field(ge=2)] = Field(128, description="channels; the last block has half of them")
+    upsamplings: Count | None = Field(
+        None,
+        description="doublings from the first map to the image; default: 2, or as many as begin with 8 pixels at most",
+    )
+    steps: Count = Field(100, description="generator steps at a boundary")
+    generator_batch: Positive = Field(128, description="latents of a step")
+    generator_lr: Above0 = Field(1e-3, description="Adam's learning rate")
+    continue_generator: bool = Field(True, description="go on with the last boundary's generator, not with a new one")
+    temperature: Above0 = Field(1000.0, description="tau, which divides the logits of the label term")
+    entropy: Literal["normalised", "plain"] = Field(
+        "normalised", description="over ln K and from 0, as released; or plain, the paper's formula"
+    )
+    w_label: NonNegative = Field(1.0, description="weight of the label term")
+    w_ie: NonNegative = Field(1.0, description="weight of the information entropy")
+    w_bn: NonNegative = Field(50.0, description="weight of the divergence from batch norm's running statistics")
+    w_prior: NonNegative = Field(1e-3, description="weight of the smoothness of images")
+    w_act: NonNegative = Field(0.0, description="weight of the activation term")
 
     either_or: ClassVar = (frozenset({"synthetic", "synthetic_ratio"}),)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -111,9 +121,11 @@ class MFCL(MethodSettings):
             raise ValueError("all weights of the generator's loss are 0: it would learn nothing")
         return self
 
-    def check_image(self, image: tuple[int, int, int]) -> None:
-        """The generator makes square images whose side it can reach by doubling."""
-        _, height, width = image
+    def check_model(self, architecture: Architecture) -> None:
+        """The generator makes square images whose side it can reach by doubling, and its norm term looks at the
+        classifier's batch norms.
+        """
+        _, height, width = architecture.image
         ups = default_upsamplings(height) if self.upsamplings is None else self.upsamplings
         if height != width or height % (1 << ups):
             raise ScenarioError(
@@ -121,6 +133,13 @@ class MFCL(MethodSettings):
                 where="method.upsamplings",
                 allowed=f"square images whose side is a multiple of 2^{ups}",
                 next="set data.image_size, or method.upsamplings",
+            )
+        if self.w_bn and not any(isinstance(part, NORMS) for part in architecture.build(1).modules()):
+            raise ScenarioError(
+                "the model has no batch norm, so the generator's norm term has nothing to hold on to",
+                where="method.w_bn",
+                allowed="0 with this model",
+                next="set method.w_bn = 0, or choose a model with batch norm",
             )
 
     def payload_bytes(self, model: Tensors, compute: Compute) -> int:

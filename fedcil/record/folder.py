@@ -94,7 +94,7 @@ class RunFolder:
     @classmethod
     def enter(cls, path: Path, experiment: Experiment) -> tuple[Self, RunState]:
         """Continue what is in the folder, or begin there if nothing was saved yet."""
-        if any((path / "checkpoints").glob("state-*.json")):
+        if has_checkpoint(path):
             return cls.reopen(path, experiment)
         return cls.begin(path, experiment), experiment.first_state()
 
@@ -153,11 +153,14 @@ def on_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        then = "continue the run with `fedcil resume RUN`" if has_checkpoint(path) else "start the run again"
         raise RunFailed(
-            f"cannot write: {error.strerror or error}",
-            where=str(path),
-            next="make room, then continue the run with `fedcil resume RUN`",
+            f"cannot write: {error.strerror or error}", where=str(path), next=f"make room, then {then}"
         ) from None
+
+
+def has_checkpoint(path: Path) -> bool:
+    return any((path / "checkpoints").glob("state-*.json"))
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:

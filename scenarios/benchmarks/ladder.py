@@ -274,6 +274,10 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-seconds", type=float, default=540.0)
     options = parser.parse_args()
+    if strange := [name for name in (options.rungs or "").split(",") if name and name not in RUNGS]:
+        parser.error(f"--rungs: no rung {', '.join(strange)}; allowed: {', '.join(RUNGS)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     ladder = Ladder(options)

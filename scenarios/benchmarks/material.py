@@ -18,7 +18,7 @@ from fedcil.data.augment import PAD, make_batch
 from fedcil.fold import Fold
 from fedcil.keys import Key
 from fedcil.messages import Contribution, Payload, Tensors
-from fedcil.methods.base import Samples
+from fedcil.methods.base import Samples, part
 from fedcil.methods.mfcl import MFCL
 from fedcil.models import make_architecture
 from fedcil.models.network import Network, initialise, snapshot
@@ -154,11 +154,7 @@ def plain_networks(material: Material) -> tuple[Network, Network, nn.Module]:
     """Student, teacher and generator as a plain program has them: NCHW, nothing folded."""
     compute, payload = material.compute, material.payload
     student, teacher = (compute.architecture.build(count).to(material.device) for count in (TASK.seen, TASK.old))
-    teacher.load_state_dict(_part("teacher", payload), strict=False)
+    teacher.load_state_dict(part("teacher", payload.tensors), strict=False)
     generator = material.settings.make_generator(compute).to(material.device)
-    generator.load_state_dict(_part("generator", payload), strict=False)
+    generator.load_state_dict(part("generator", payload.tensors), strict=False)
     return student.train(), teacher.eval(), generator.eval()
-
-
-def _part(name: str, payload: Payload) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}."): t for key, t in payload.tensors.items() if key.startswith(f"{name}.")}

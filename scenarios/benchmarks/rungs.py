@@ -19,7 +19,7 @@ from fedcil.capture import repeatable
 from fedcil.compute import Precision
 from fedcil.messages import Tensors
 from fedcil.methods.adam import Adam
-from fedcil.methods.base import Batch
+from fedcil.methods.base import Batch, part
 from fedcil.methods.inversion import generator_loss
 from fedcil.methods.mfcl import Replay
 from fedcil.models.network import Network, initialise, load_state, set_norm_momentum, snapshot, state_of
@@ -187,8 +187,7 @@ class Boundary:
 
     def __init__(self, m: Material) -> None:
         self.m, settings = m, m.settings
-        teacher = {k.removeprefix("teacher."): t for k, t in m.payload.tensors.items() if k.startswith("teacher.")}
-        self.classifier, self.weights = m.compute.frozen(teacher), settings.loss_weights()
+        self.classifier, self.weights = m.compute.frozen(part("teacher", m.payload.tensors)), settings.loss_weights()
         generator = settings.make_generator(m.compute)
         initialise(generator, KEY.at("generator").torch())
         self.generator = settings.place(generator, m.compute).train()

@@ -17,16 +17,16 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 import fedcil
-from client.app import app, packet_record, read_packet
+from client.app import app
 from fedcil.experiment import Experiment
 from fedcil.fold import Fold
 from fedcil.messages import Contribution, content_hash
+from fedcil.packets import packet_of, packet_record
 from fedcil.port import StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.record.summary import finish
 from fedcil.wire import unpack, unpack_broadcast
 from server.grid import GridPort
-from server.nodes import packet_of
 from server.rounds import open_session, run_tasks
 
 LIMIT = 1 << 30
@@ -130,7 +130,7 @@ class LoopbackGrid:
         self._waiting.append((self._pulls + 1 + delay, answer))
 
     def _through(self, message: Message, answer: Message) -> Message:
-        header, tensors = unpack_broadcast(read_packet(message, "broadcast"), limit=LIMIT)
+        header, tensors = unpack_broadcast(packet_of(message.content["broadcast"]), limit=LIMIT)
         task, phase, round_ = header["place"]
         place = (task, phase, round_)
         self.ledger.broadcasts[place] = dict(tensors)
