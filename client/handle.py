@@ -289,7 +289,7 @@ def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answer]:
     """``_work`` and ``_train`` for several clients at once."""
     started = time.perf_counter()
     worker, shared, task = round_.worker, round_.shared, round_.task
-    worker.load(task.seen, round_.broadcast.tensors)
+    worker.load(task.seen, round_.broadcast.tensors)  # the recipe asks it for the names of parameters
     lanes = worker.lanes_for(task.seen)  # lets go of the last task's before this one's teacher is made
     ready, broken = _samples_of(jobs, task, shared)
     samples = [joined for _, _, joined in ready]

@@ -57,6 +57,7 @@ Tier = Annotated[tuple[Above0, Above0, Above0, Above0], Strict(False)]
 Tiers = Annotated[tuple[Tier, ...], Strict(False), Field(min_length=1)]
 
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 DOTTED = {"type": "string", "pattern": ":"}  # package.module:function
 
 
@@ -326,7 +327,7 @@ class EngineSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _forget_stack(cls, value: object) -> object:
-        """Folders of older runs say ``stack = 1``: one client after the other, as now."""
+        """Folders of older runs say ``stack = 1``, which meant none."""
         if isinstance(value, Mapping) and value.get("stack") == 1:
             return {name: item for name, item in value.items() if name != "stack"}
         return value
@@ -371,7 +372,7 @@ def method_settings(name: str) -> type[MethodSettings]:
 class Scenario(Section):
     """A whole run as a value. Two equal scenarios on the same data give the same ``metrics.jsonl``."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+    name: Annotated[str, Field(pattern=NAME)] = Field(
         "run", description="of the run folder, and what seeds are grouped by"
     )
     seed: Count = Field(0, description="of everything that is drawn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,12 +11,14 @@ from fedcil.clock import Devices, Schedule, close_round
 from fedcil.experiment import Experiment
 from fedcil.messages import Broadcast, Failure, Job, Outcome, Request, Total, count_bytes
 from fedcil.methods.base import Phase
+from fedcil.port import remaining
 from fedcil.rule import PLAIN, Rule
 from fedcil.scenario import ClockSection
 from fedcil.state import Pending, RunState
 from fedcil.stream import Task
 
-Ask = Callable[[Request], Outcome]
+Ask = Callable[[Request, float | None], Outcome]
+"""(request, seconds that it may take; None: any) -> outcome."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +89,31 @@ def work_seconds(
 def hold_round(
     experiment: Experiment, schedule: Schedule, state: RunState, phase: Phase, cohort: tuple[int, ...], ask: Ask
 ) -> Answered:
-    """Ask who is on time, fold in what arrives late, and make the late updates that will arrive later."""
+    """Ask who is on time, fold in what arrives late, and make the late updates that will arrive later, as long as
+    ``server.deadline_s`` leaves time for them.
+    """
     clock, number = experiment.scenario.clock, number_of(experiment, state)
+    deadline_s, started = experiment.scenario.server.deadline_s, time.monotonic()
     folds = clock.late == "fold" and phase.work == "train" and phase.fold == "mean"
     rule = rule_of(experiment, phase)
-    outcome = ask(make_request(state, schedule.on_time, rule))
-    made = [ask(make_request(state, (client,), rule)) for client in schedule.late] if folds else []
+    outcome = ask(make_request(state, schedule.on_time, rule), deadline_s)
+    made: list[Outcome] = []
+    for client in schedule.late if folds else ():
+        left = remaining(deadline_s, started)
+        if left == 0.0:
+            break
+        made.append(ask(make_request(state, (client,), rule), left))
     seconds = schedule.seconds or 0.0
     arrived = tuple(late for late in state.pending if late.left_s <= seconds)
     pending = [replace(late, left_s=late.left_s - seconds) for late in state.pending if late.left_s > seconds]
     pending += [as_pending(each, number, schedule.late, seconds) for each in made if each.total]
     failed = [failure for each in (outcome, *made) for failure in each.failures]
     failed += [Failure(client, "dropout", "vanished in mid-round") for client in schedule.dropped]
-    failed += [] if folds else [too_late(client, seconds, schedule) for client, seconds in schedule.late.items()]
+    if folds:
+        never = list(schedule.late)[len(made) :]
+        failed += [Failure(client, "deadline", "not asked: the round's time was up") for client in never]
+    else:
+        failed += [too_late(client, seconds, schedule) for client, seconds in schedule.late.items()]
     outcome = replace(
         outcome,
         total=with_late(outcome.total, arrived, number, clock.staleness),

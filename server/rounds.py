@@ -16,7 +16,6 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,10 +25,9 @@ from fedcil.availability import Availability, make_availability
 from fedcil.clock import Devices, asked_clients, make_devices
 from fedcil.errors import RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment
-from fedcil.gather import Gathered
 from fedcil.messages import BORDER, UNEXPECTED, Outcome, Payload, Request, count_bytes
 from fedcil.methods.base import Phase
-from fedcil.port import Port, StopSignal, remaining
+from fedcil.port import Port, StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.state import Cursor, RunState
 from fedcil.stream import Task
@@ -85,12 +83,8 @@ class Session:
     availability: Availability
     devices: Devices | None
 
-    def ask(self, started: float, request: Request) -> Outcome:
-        """Until ``server.deadline_s`` seconds after the round has started; nobody is asked when they are over."""
-        left = remaining(self.experiment.scenario.server.deadline_s, started)
-        if left == 0.0:
-            return Gathered(request, self.watcher.client_done).outcome()
-        return self.port.run(request, left, self.watcher.client_done)
+    def ask(self, request: Request, deadline_s: float | None) -> Outcome:
+        return self.port.run(request, deadline_s, self.watcher.client_done)
 
     def save(self, state: RunState) -> None:
         self.folder.checkpoint(state, self.experiment)
@@ -230,7 +224,7 @@ def ask_cohort(session: Session, state: RunState, task: Task, phase: Phase) -> A
     experiment = session.experiment
     cohort = choose_cohort(session, state, task, phase)
     schedule = make_schedule(experiment, session.devices, state, task, phase, cohort)
-    return hold_round(experiment, schedule, state, phase, cohort, partial(session.ask, time.monotonic()))
+    return hold_round(experiment, schedule, state, phase, cohort, session.ask)
 
 
 def choose_cohort(session: Session, state: RunState, task: Task, phase: Phase) -> tuple[int, ...]:

@@ -156,6 +156,10 @@ def test_list_and_schema_are_for_programs_too(tmp_path: Path) -> None:
     assert "mfcl" in listed["methods"]
     assert "digits_mfcl" in listed["scenarios"]
     assert "properties" in json.loads(call("schema", cwd=tmp_path).stdout)
+    assert (
+        call("schema", "--tables", cwd=tmp_path).stdout
+        == (Path(__file__).parent.parent / "docs" / "scenario.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,8 @@ def test_a_rounds_real_deadline_is_one_for_all_that_it_asks(
     else:
         assert {len(each) for each in left.values()} == {1}
         assert stages(late) == {"deadline"}
+        reasons = {failure["reason"] for line in late.kind("round") for failure in line["failures"]}
+        assert reasons == {"not asked: the round's time was up"}
 
 
 def test_late_updates_alone_are_a_round_too() -> None:

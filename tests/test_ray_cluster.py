@@ -5,16 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedcil import api
-from fedcil.engines import ray as engine
-from fedcil.engines.workers import Share
-from fedcil.errors import ScenarioError
 from fedcil.record.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.engines]
@@ -186,35 +182,10 @@ def test_one_worker_is_enough_to_begin_with(tmp_path: Path) -> None:
     said = on_a_cluster(FULL + HALF, tmp_path / "ray", *SHORT)
     assert time.monotonic() - started < 100  # START_S is longer
     assert said == (
-        "1 of 2 Ray workers are there (0 of 2 CPUs are free): the run begins, and others join when there is room\n"
+        "1 of 2 Ray workers are there (0 of 2 CPUs are free): the run begins, and others join when they are ready\n"
     )
     (folder,) = (tmp_path / "ray").iterdir()
     assert api.load(folder).finished
-
-
-@pytest.mark.parametrize(
-    ("node", "share", "workers"),
-    [
-        ({"CPU": 5.0}, Share(2, 0.0), 2),
-        ({"CPU": 8.0, "GPU": 2.0}, Share(1, 0.4), 4),  # two on each
-        ({"CPU": 8.0, "GPU": 2.0}, Share(1, 0.5), 4),
-        ({"CPU": 3.0, "GPU": 2.0}, Share(1, 0.1), 3),
-        ({"CPU": 8.0, "GPU": 4.0}, Share(1, 2.0), 2),
-        ({"CPU": 8.0}, Share(1, 0.5), 0),
-        ({"memory": 1e9}, Share(1, 0.0), 0),
-    ],
-)
-def test_a_worker_is_on_one_node_and_on_one_gpu(node: dict[str, float], share: Share, workers: int) -> None:
-    assert engine.room_on(node, share) == workers
-
-
-def test_what_two_nodes_have_left_over_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three CPUs each, workers with two threads: two workers, not three."""
-    there = [{"Alive": True, "Resources": {"CPU": 3.0}}] * 2 + [{"Alive": False, "Resources": {"CPU": 9.0}}]
-    monkeypatch.setattr(engine.ray, "nodes", lambda: there)
-    assert engine.room(Share(2, 0.0)) == 2
-    with pytest.raises(ScenarioError, match=r"3 workers with 2 CPUs .* do not fit into 3 \+ 3 CPUs and 0 \+ 0 GPUs"):
-        engine.refuse_too_little(3, Share(2, 0.0))
 
 
 def test_a_run_whose_last_node_goes_says_so_and_goes_on_with_the_next(tmp_path: Path) -> None:
@@ -226,20 +197,3 @@ def test_a_run_whose_last_node_goes_says_so_and_goes_on_with_the_next(tmp_path: 
     )
     (folder,) = (tmp_path / "ray").iterdir()
     assert without_cost(api.load(folder)) == without_cost(expected)
-
-
-def test_a_long_lull_is_said_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python shows a warning in the same words once."""
-    monkeypatch.setattr(engine, "START_S", 0.01)
-    monkeypatch.setattr(engine, "free_cpus", lambda: "0 of 1 CPUs are free")
-    lull = engine.Lull()
-    with warnings.catch_warnings(record=True) as shown:
-        warnings.simplefilter("default")
-        for _ in range(3):
-            time.sleep(0.02)
-            lull.look(working=False)
-        lull.look(working=True)
-        lull.look(working=False)
-    assert [str(warning.message).split(" s (")[0] for warning in shown] == [
-        f"no Ray worker has been there for {seconds}" for seconds in ("0.01", "0.02", "0.03")
-    ]

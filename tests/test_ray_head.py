@@ -65,17 +65,17 @@ def test_the_head_and_what_it_started_are_its_family(monkeypatch: pytest.MonkeyP
 def test_a_worker_is_no_heir(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may end hours before its head, and its id be somebody else's."""
     monkeypatch.setattr(ray_head, "HEAD", ("bash",))
-    script = "bash -c 'exec -a ray::IDLE sleep 60' & bash -c 'exec -a agent sleep 60' & wait"
+    script = "bash -c 'exec -a ray::IDLE sleep 60' & bash -c 'exec -a ray::RuntimeEnvAgent sleep 60' & wait"
     with subprocess.Popen(["bash", "-c", script]) as head:
         process = psutil.Process(head.pid)
         try:
             end = time.monotonic() + 5
             while time.monotonic() < end:
                 names = {" ".join(child.cmdline()): child.pid for child in process.children()}
-                if names.keys() == {"ray::IDLE 60", "agent 60"}:
+                if names.keys() == {"ray::IDLE 60", "ray::RuntimeEnvAgent 60"}:
                     break
                 time.sleep(0.02)
-            assert set(ray_head.family()) == {head.pid, names["agent 60"]}
+            assert set(ray_head.family()) == {head.pid, names["ray::RuntimeEnvAgent 60"]}
         finally:
             for each in (*process.children(), process):
                 each.kill()

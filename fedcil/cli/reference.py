@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedcil.methods import METHODS
-from fedcil.scenario import method_settings, scenario_schema
+from fedcil.scenario import NAME, method_settings, scenario_schema
 
 HEAD = """# Every key of a scenario file
 
@@ -17,11 +17,18 @@ Written by `fedcil schema --tables`. A key that is left out has its default, one
 COLUMNS = "| key | default | allowed | what it is |\n|---|---|---|---|"
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
+WORDS = {":": "package.module:name", NAME: "letters, digits, dot, dash, underscore"}
+METHOD = """## `[method]`
+
+`name`, which must be given: one of the methods below, with its options, or your own as `package.module:Class`.
+`preset`: a name for values of options that are not given; presets stand below their method.
+"""
+
 Schema = Mapping[str, Any]
 
 
 def reference() -> str:
-    return "\n".join([HEAD, *_tables(scenario_schema())])
+    return "\n".join([HEAD, *_tables(scenario_schema())]).rstrip("\n")
 
 
 def _tables(schema: Schema) -> Iterator[str]:
@@ -30,6 +37,7 @@ def _tables(schema: Schema) -> Iterator[str]:
     yield from _table("The run", {name: key for name, key in keys.items() if name not in {*sections, "method"}})
     for name, part in sections.items():
         yield from _table(f"`[{name}]`", part["properties"], part["description"].partition(": ")[2])
+    yield METHOD
     for name, part in zip(METHODS, keys["method"]["oneOf"], strict=False):  # the last one is a person's own
         options = {key: value for key, value in part["properties"].items() if key not in ("name", "preset")}
         yield from _table(f'`[method]` with `name = "{name}"`', options, "" if options else "No options.")
@@ -62,7 +70,7 @@ def _allowed(key: Schema) -> str:
     if key["type"] == "array":
         return "a list"
     if key["type"] == "string":
-        return "package.module:name" if key.get("pattern") == ":" else "text"
+        return WORDS.get(key.get("pattern", ""), "text")
     if key["type"] == "boolean":
         return "true, false"
     bounds = [f"{word} {key[bound]}" for bound, word in BOUNDS.items() if bound in key]

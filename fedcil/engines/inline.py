@@ -188,7 +188,7 @@ class InlinePort:
                 reply = fork.answer(work.check)
             except (EOFError, OSError):
                 self._ready.remove(fork)
-                left = f"{len(self._ready)} are left"  # a warning in the same words would be shown once
+                left = f"{len(self._ready)} left"  # a warning in the same words would be shown once
                 warnings.warn(f"a worker process has died ({left}): a thread trains its clients instead", stacklevel=1)
                 work.give_back(run)
                 return self._train_here(work)

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ ATTEMPTS = 3  # how often a client is tried when workers die under it
 LOOK_S = 0.2  # how long to wait before looking at the stop signal again
 LOOK_FOR_NODES_S = 1.0
 START_S = 120.0  # how long to wait for the first worker: a full cluster may have no room for one
-MORE_S = 10.0  # and then for the others that were asked for
+MORE_S = 20.0  # and then for the others that were asked for
 LEAST_PIECE_S = 0.05  # seconds of work that are worth a request of their own
 LEAST_SHARED_S = 0.01  # seconds of a round's work that are worth a second worker
 DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
@@ -139,8 +139,8 @@ def refuse_too_little(workers: int, share: Share) -> None:
             f"{workers} workers with {share.cpus} CPUs and {share.gpus:g} GPUs each do not fit into "
             f"{cpus} CPUs and {gpus} GPUs",
             where="engine.workers, engine.gpus_per_worker, training.threads",
-            allowed="a CPU for each thread of a worker, and no more GPUs than Ray has, of one node for each worker",
-            next="lower engine.workers or engine.gpus_per_worker",
+            allowed="for each worker, on one node, a CPU for each of its threads and its share of a GPU",
+            next="lower engine.workers, training.threads or engine.gpus_per_worker",
         )
 
 
@@ -262,7 +262,8 @@ class RayPort:
         self._crew = crew
         self._costs = Costs()
         self._payload: tuple[str, list[Any]] | None = None
-        self._asleep: list[Any] = []  # workers that have not said yet who they are, or are being restarted
+        # Workers that have not said yet who they are, or are being restarted, by the answer that they owe.
+        self._asleep: dict[Any, Any] = {}
         self._wait_for(crew.newcomers())
 
     def reachable(self) -> frozenset[int]:
@@ -275,13 +276,14 @@ class RayPort:
         payload = self._put_payload(request.broadcast.payload)
         todo = [Piece(part.jobs) for part in self._cut(request)]
         todo.sort(key=lambda piece: self._costs.of(piece.jobs), reverse=True)
-        idle = [worker for worker in self._crew.workers if worker not in self._asleep]
+        asleep = list(self._asleep.values())
+        idle = [worker for worker in self._crew.workers if worker not in asleep]
         busy: dict[Any, tuple[Any, Piece | None]] = {}
         while (todo or any(piece for _, piece in busy.values())) and remaining(deadline_s, started) != 0.0:
             self._stop.check()
             lull.look(any(piece for _, piece in busy.values()))
-            self._asleep += self._crew.newcomers()
-            busy |= {worker.identity.remote(): (worker, None) for worker in self._asleep}
+            self._greet(self._crew.newcomers())
+            busy |= {answer: (worker, None) for answer, worker in self._asleep.items()}
             self._asleep.clear()
             while todo and idle:
                 piece, worker = todo.pop(0), idle.pop(0)
@@ -293,7 +295,7 @@ class RayPort:
                 worker, given = busy.pop(reference)
                 todo += self._collect(reference, worker, given, gathered, idle)
         self._restart([worker for worker, piece in busy.values() if piece])
-        self._asleep += [worker for worker, piece in busy.values() if not piece]
+        self._asleep |= {answer: worker for answer, (worker, piece) in busy.items() if not piece}
         return gathered.outcome()
 
     def close(self) -> None:
@@ -318,8 +320,8 @@ class RayPort:
         except (RayActorError, ObjectLostError) as error:
             if getattr(error, "actor_init_failed", False):
                 raise could_not_start(error) from None
-            self._asleep.append(worker)
             time.sleep(LOOK_S)  # it is being restarted; asking it without a pause would spin
+            self._greet([worker])
             return self._again(piece, gathered) if piece else []
         except RayError as error:
             idle.append(worker)
@@ -354,31 +356,35 @@ class RayPort:
         """A worker that missed the deadline is restarted rather than waited for."""
         for worker in late:
             ray.kill(worker, no_restart=False)
-        self._asleep += late
+        self._greet(late)
+
+    def _greet(self, workers: Iterable[Any]) -> None:
+        """Ask for a sign of life."""
+        self._asleep |= {worker.identity.remote(): worker for worker in workers}
 
     def _wait_for(self, workers: list[Any]) -> None:
-        """Until each of the first workers has said who it is. One is enough to begin; where others hold the CPUs of the
-        rest, these join when there is room.
+        """Until each of the first workers has said who it is. One is enough to begin; others join when they are ready:
+        their CPUs may not be free.
         """
-        waiting, end = {worker.identity.remote(): worker for worker in workers}, time.monotonic() + START_S
-        while waiting and time.monotonic() < end:
+        self._greet(workers)
+        end = time.monotonic() + START_S
+        while self._asleep and time.monotonic() < end:
             self._stop.check()
-            came, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=LOOK_S)
-            if came and len(waiting) == len(workers):
+            came, _ = ray.wait(list(self._asleep), num_returns=len(self._asleep), timeout=LOOK_S)
+            if came and len(self._asleep) == len(workers):
                 end = time.monotonic() + MORE_S
             for answer in came:
-                del waiting[answer]
+                del self._asleep[answer]
                 try:
                     there = ray.get(answer)
                 except RayError as error:
                     raise could_not_start(error) from None
                 self._crew.refuse_stranger(there)
-        if waiting and len(waiting) == len(workers):
+        if self._asleep and len(self._asleep) == len(workers):
             raise nobody_started()
-        if waiting:
-            there = f"{len(workers) - len(waiting)} of {len(workers)} Ray workers are there ({free_cpus()})"
-            warnings.warn(f"{there}: the run begins, and others join when there is room", stacklevel=1)
-        self._asleep += waiting.values()
+        if self._asleep:
+            there = f"{len(workers) - len(self._asleep)} of {len(workers)} Ray workers are there ({free_cpus()})"
+            warnings.warn(f"{there}: the run begins, and others join when they are ready", stacklevel=1)
 
 
 def could_not_start(error: RayError) -> RunFailed:

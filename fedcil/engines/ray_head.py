@@ -17,7 +17,6 @@ from fedcil.errors import RunFailed
 from fedcil.port import StopSignal
 
 HEAD = ("raylet", "gcs_server")
-WORKERS = ("ray::", "default_worker.py")  # in the command line of what a head starts to do work
 LOOK_S = 0.5
 PATIENCE_S = 15.0
 LAST = """this process was ended from outside: killed, or by Ray, whose head died
@@ -42,10 +41,14 @@ def family() -> list[int]:
 
 
 def is_worker(process: psutil.Process) -> bool:
+    """By its title, ``ray::IDLE`` or ``ray::ClientWorker.run``, or the program that has none yet; agents have one, too:
+    ``ray::RuntimeEnvAgent``.
+    """
     try:
-        return any(word in " ".join(process.cmdline()) for word in WORKERS)
+        command = " ".join(process.cmdline())
     except psutil.Error:  # it has ended
         return True
+    return "default_worker.py" in command or (command.startswith("ray::") and "Agent" not in command)
 
 
 @contextlib.contextmanager

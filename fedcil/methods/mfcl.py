@@ -134,7 +134,7 @@ class MFCL(MethodSettings):
                 allowed=f"square images whose side is a multiple of 2^{ups}",
                 next="set data.image_size, or method.upsamplings",
             )
-        if self.w_bn and not any(isinstance(part, NORMS) for part in architecture.build(1).modules()):
+        if self.steps and self.w_bn and not any(isinstance(part, NORMS) for part in architecture.build(1).modules()):
             raise ScenarioError(
                 "the model has no batch norm, so the generator's norm term has nothing to hold on to",
                 where="method.w_bn",

@@ -50,7 +50,7 @@ class Generator(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         with torch.autocast(latents.device.type, self.precision, enabled=self.precision is not None):
             x = self.project(latents).view(-1, self.width, self.start, self.start)
-            # Channels last, in words that torch.func.vmap knows.
+            # Channels last, in words that torch.func.vmap knows (several clients as one model in scenarios/benchmarks).
             x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
             x = self.tail(self.blocks(self.norm(x)))
         return cast(Tensor, self.whiten(torch.tanh(x.to(latents.dtype))))

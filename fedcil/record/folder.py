@@ -160,7 +160,9 @@ def on_disk(path: Path) -> Iterator[None]:
 
 
 def has_checkpoint(path: Path) -> bool:
-    return any((path / "checkpoints").glob("state-*.json"))
+    with contextlib.suppress(OSError):  # a disk that cannot be read has none to offer
+        return any((path / "checkpoints").glob("state-*.json"))
+    return False
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
