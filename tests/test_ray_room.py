@@ -8,6 +8,7 @@ import warnings
 import pytest
 
 from fedcil.engines import ray as engine
+from fedcil.engines import ray_room
 from fedcil.engines.workers import Share
 from fedcil.errors import ScenarioError
 
@@ -25,16 +26,16 @@ from fedcil.errors import ScenarioError
     ],
 )
 def test_a_worker_is_on_one_node_and_on_one_gpu(node: dict[str, float], share: Share, workers: int) -> None:
-    assert engine.room_on(node, share) == workers
+    assert ray_room.room_on(node, share) == workers
 
 
 def test_what_two_nodes_have_left_over_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three CPUs each, workers with two threads: two workers, not three."""
     there = [{"Alive": True, "Resources": {"CPU": 3.0}}] * 2 + [{"Alive": False, "Resources": {"CPU": 9.0}}]
-    monkeypatch.setattr(engine.ray, "nodes", lambda: there)
-    assert engine.room(Share(2, 0.0)) == 2
+    monkeypatch.setattr(ray_room.ray, "nodes", lambda: there)
+    assert ray_room.room(Share(2, 0.0)) == 2
     with pytest.raises(ScenarioError, match=r"3 workers with 2 CPUs .* do not fit into 3 \+ 3 CPUs and 0 \+ 0 GPUs"):
-        engine.refuse_too_little(3, Share(2, 0.0))
+        ray_room.refuse_too_little(3, Share(2, 0.0))
 
 
 def test_a_long_lull_is_said_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:

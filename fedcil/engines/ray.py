@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,9 @@ from fedcil.engines.alike import Identity, differences, identity_of
 from fedcil.engines.costs import Costs
 from fedcil.engines.flat import Flat, FlatReply, Row, flatten_tensors, row_of_job
 from fedcil.engines.gpu import gpus_per_worker
+from fedcil.engines.ray_room import free_cpus, refuse_too_little, room
 from fedcil.engines.workers import CpuSeconds, Share, worker_count
-from fedcil.errors import RunFailed, ScenarioError
+from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gather import Gathered, cut
 from fedcil.messages import Broadcast, Job, Outcome, Payload, Request, count_bytes
@@ -129,37 +130,6 @@ def cluster(
             yield
     finally:
         ray.shutdown()
-
-
-def refuse_too_little(workers: int, share: Share) -> None:
-    """Ray would wait for ever for a CPU or GPU that it does not have."""
-    if workers > room(share):
-        cpus, gpus = (" + ".join(f"{node.get(kind, 0.0):g}" for node in nodes()) for kind in ("CPU", "GPU"))
-        raise ScenarioError(
-            f"{workers} workers with {share.cpus} CPUs and {share.gpus:g} GPUs each do not fit into "
-            f"{cpus} CPUs and {gpus} GPUs",
-            where="engine.workers, engine.gpus_per_worker, training.threads",
-            allowed="for each worker, on one node, a CPU for each of its threads and its share of a GPU",
-            next="lower engine.workers, training.threads or engine.gpus_per_worker",
-        )
-
-
-def room(share: Share) -> int:
-    """How many workers the cluster has room for when nobody else is there."""
-    return sum(room_on(node, share) for node in nodes())
-
-
-def nodes() -> list[dict[str, float]]:
-    """What each node has, by kind of resource."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def room_on(node: Mapping[str, float], share: Share) -> int:
-    """A worker's CPUs are of one node, and a part of a GPU is of one GPU."""
-    by_cpu, gpus = int(node.get("CPU", 0.0)) // share.cpus, node.get("GPU", 0.0)
-    if not share.gpus:
-        return by_cpu
-    return min(by_cpu, int(gpus) * int(1 / share.gpus) if share.gpus < 1 else int(gpus / share.gpus))
 
 
 class ClientWorker:
@@ -403,8 +373,3 @@ def nobody_started() -> RunFailed:
         where="engine",
         next="wait until others have given back what they hold, then `fedcil resume RUN`",
     )
-
-
-def free_cpus() -> str:
-    free, there = (found.get("CPU", 0.0) for found in (ray.available_resources(), ray.cluster_resources()))
-    return f"{free:g} of {there:g} CPUs are free"
