@@ -6,18 +6,20 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from scenarios.benchmarks import __main__ as benchmarks
 from scenarios.benchmarks import boundary, floor, overhead, report, rounds, step, timing, workers
 from scenarios.benchmarks.__main__ import Bench, main
 from scenarios.benchmarks.bars import FULL
 from scenarios.benchmarks.nets import NETS, build
-from scenarios.benchmarks.peers.session import Session
+from scenarios.benchmarks.peers.session import Session, sessions
 from scenarios.benchmarks.rounds import AGREE, measure, weights_differ, write_data
 from scenarios.benchmarks.step import compute_in
 from scenarios.benchmarks.timing import Case, Cost, Figure, against, for_a_while, in_turn
@@ -32,14 +34,14 @@ def test_a_round_of_ours_is_a_round_of_the_plain_loop(tmp_path: Path) -> None:
 
 def test_a_peer_is_driven_line_by_line_and_ends_with_its_session(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data.npz")
-    session = Session(Path(sys.executable), "plain", data, "lenet", "exact", tmp_path / "log")
-    try:
-        assert weights_differ(data, session) == 0.0
-        cpu, wall = session.round()
-        assert cpu > 0
-        assert wall > 0
-    finally:
-        session.close()
+    with sessions(tmp_path / "log", {"plain": (sys.executable, "plain", data)}) as sides:
+        for _ in range(2):  # what was begun before leaves nothing behind
+            assert weights_differ(data, sides["plain"]) == 0.0
+            cpu, wall = sides["plain"].round()
+            assert cpu > 0
+            assert wall > 0
+    with pytest.raises(ValueError, match="closed"):
+        sides["plain"].round()
 
 
 def test_every_side_starts_from_the_same_weights() -> None:
@@ -97,31 +99,34 @@ def test_what_is_short_is_done_as_often_as_takes_a_second(round_s: float, turns:
     assert done == 2
 
 
-def test_a_session_says_what_one_of_several_rounds_cost() -> None:
-    """Of ten rounds of 0.02 s each."""
+def test_a_session_says_what_one_of_the_rounds_of_a_second_cost() -> None:
+    """Two of 0.2 s each before, to know how many a second has, then at most five."""
     program = """if True:
         import time, types
         from scenarios.benchmarks.peers.session import answer
 
         def one():
             print("a round")
-            time.sleep(0.02)
+            time.sleep(0.2)
 
-        answer(types.SimpleNamespace(round=one), 10)
+        answer(lambda word: types.SimpleNamespace(round=one), for_a_second=True)
     """
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, input="round\n", capture_output=True, text=True, check=True, timeout=60)
-    assert done.stderr.count("a round") == 10
-    cost = json.loads(done.stdout.splitlines()[-1])
-    assert 0.02 <= cost["wall"] < 0.1
+    command, told = [sys.executable, "-c", program], '["begin", "it"]\n["round"]\n'
+    done = subprocess.run(command, cwd=ROOT, input=told, capture_output=True, text=True, check=True, timeout=60)
+    assert 3 <= done.stderr.count("a round") <= 7
+    begun, cost = map(json.loads, done.stdout.splitlines())
+    assert begun == {"begun": ["it"]}
+    assert 0.2 <= cost["wall"] < 1.0
 
 
-def test_an_engine_costs_what_its_own_processes_do(tmp_path: Path) -> None:
-    figures = overhead.measure(("inline",), 10, 1, 2, tmp_path / "log", flower=False)
-    (figure,) = figures.values()
-    assert figures.keys() == {"engine_inline_1mb_10_vs_flower"}
-    assert 0 < figure.median_s < 0.1
-    assert figure.ratio is None
+def test_an_engine_costs_what_its_own_processes_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "FLOWER_MB", 0)
+    figures = overhead.measure((10, 20), 1, 2, tmp_path / "log", engines=("inline",))
+    assert figures.keys() == {"engine_inline_1mb_10_vs_flower", "engine_inline_1mb_20_vs_flower"}
+    for figure in figures.values():
+        assert figure.median_s is not None
+        assert 0 < figure.median_s < 0.1
+        assert figure.ratio is None
 
 
 def test_a_ratio_is_the_median_of_pairs() -> None:
@@ -167,7 +172,8 @@ def test_wall_seconds_and_facts_have_bars_too(name: str, row: dict[str, Any], sa
 @pytest.mark.slow
 def test_a_peer_that_could_not_be_had_is_a_row_all_the_same(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data.npz", clients=1)
-    figures = measure("lenet", data, {"pfl": None}, 1, tmp_path / "log", precisions=("fp32",))
+    with sessions(tmp_path / "log", {"plain": (sys.executable, "plain", data)}) as sides:
+        figures = measure("lenet", {**sides, "pfl": None}, 1, precisions=("fp32",), clients=1)
     assert figures["round_lenet_fp32_vs_pfl"].ratio is None
     ratio = figures["round_lenet_fp32_vs_plain"].ratio
     assert ratio is not None
@@ -188,18 +194,18 @@ def test_a_peer_that_cannot_start_or_does_other_work_is_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And takes no other part along."""
-    measured: list[dict[str, Path | None]] = []
+    measured: list[dict[str, Session | None]] = []
 
-    def note(net: str, data: Path, peers: dict[str, Path | None], *_: object) -> dict[str, Figure]:
-        measured.append(dict(peers))
+    def note(net: str, sides: dict[str, Session | None], *_: object) -> dict[str, Figure]:
+        measured.append(dict(sides))
         return {}
 
     bench = Bench(True, 1, tmp_path)
     monkeypatch.setattr(bench, "peers", lambda: {"blazefl": Path(sys.executable), "plain": Path(sys.executable)})
     monkeypatch.setattr(rounds, "measure", note)
     rows = bench.rows("rounds")
-    assert [peers["blazefl"] for peers in measured] == [None, None]
-    assert all(peers["plain"] for peers in measured)
+    assert [sides["blazefl"] for sides in measured] == [None, None]
+    assert all(sides["plain"] for sides in measured)
     assert rows.keys() == {"weights_fedcil", "weights_plain"}
     assert rows["weights_plain"]["differ_by"] == 0.0
     assert "blazefl is not measured: the peer ended without an answer" in capsys.readouterr().out
@@ -224,14 +230,17 @@ def test_a_boundary_of_ours_is_the_authors(monkeypatch: pytest.MonkeyPatch) -> N
 class Idle:
     """A session with nobody behind it."""
 
-    def __init__(self, *_: object) -> None:
+    def begin(self, *_: object) -> None:
         pass
 
     def case(self, units: int = 1) -> Case:
         return lambda: Cost(1.0, 1.0)
 
-    def close(self) -> None:
-        pass
+
+@contextmanager
+def idle(_: Path, programs: Mapping[str, object]) -> Iterator[dict[str, Idle]]:
+    """In place of ``sessions``."""
+    yield {name: Idle() for name in programs}
 
 
 def each_once(cases: Mapping[str, Case], *_: object, **__: object) -> dict[str, list[Cost]]:
@@ -241,11 +250,12 @@ def each_once(cases: Mapping[str, Case], *_: object, **__: object) -> dict[str, 
 
 def test_every_row_that_the_json_is_read_for_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names are read by programs: the parts run as they are, only nothing is timed."""
-    for module in (step, boundary, rounds, overhead):
-        monkeypatch.setattr(module, "Session", Idle)
+    for module in (step, boundary, overhead, benchmarks):
+        monkeypatch.setattr(module, "sessions", idle)
+    for module in (step, boundary, overhead, rounds):
         monkeypatch.setattr(module, "in_turn", each_once)
     monkeypatch.setattr(rounds, "for_a_while", lambda case: case)
-    monkeypatch.setattr(rounds, "peer_differs", lambda *_: 0.0)
+    monkeypatch.setattr(rounds, "weights_differ", lambda *_: 0.0)
     monkeypatch.setattr(step, "our_step", lambda *_: None)
     monkeypatch.setattr(step, "pool_cost", lambda _: 0.0)
     monkeypatch.setattr(boundary, "our_boundary", lambda *_: None)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from fedcil.allocator import keep_freed_memory
 from fedcil.compute import Precision, has_bf16
 from scenarios.benchmarks import bars, boundary, floor, machine, memory, overhead, report, rounds, step, whole, workers
 from scenarios.benchmarks.peers.environments import REQUIREMENTS, environment
+from scenarios.benchmarks.peers.session import Session, sessions
 from scenarios.benchmarks.timing import NOT_MEASURED, Figure
 
 Rows = dict[str, Any]
-QUICK_S = 60.0  # no repeat of a step is begun later in a quick run
 
 
 class Bench:
@@ -60,8 +60,8 @@ class Bench:
 
     def step(self) -> Rows:
         rows: Rows = {}
-        for sizes in (step.SMALL,) if self.quick else (step.SMALL, step.FULL):
-            rows |= step.measure(sizes, self.repeats, self.log, self.precisions, QUICK_S if self.quick else math.inf)
+        for sizes in (step.QUICK,) if self.quick else (step.SMALL, step.FULL):
+            rows |= step.measure(sizes, self.repeats, self.log, self.precisions)
         return rows
 
     def floor(self) -> Rows:
@@ -80,34 +80,41 @@ class Bench:
     def rounds(self) -> Rows:
         data = rounds.write_data(self.output / "round.npz")
         peers, rows = self.peers(), {"weights_fedcil": rounds.agreement(rounds.weights_differ(data))}
-        for name, python in peers.items():
-            if python is None:
-                continue
-            try:
-                rows[f"weights_{name}"] = rounds.agreement(rounds.peer_differs(data, name, python, self.log))
-            except (RuntimeError, AssertionError) as error:
-                print(f"{name} is not measured: {error}")
-                peers[name] = None
-        for net in ("lenet", "cnn4"):
-            rows |= rounds.measure(net, data, peers, self.repeats, self.log, self.precisions)
+        with self.sides(peers, data) as sides:
+            for name in peers:
+                try:
+                    if side := sides[name]:
+                        rows[f"weights_{name}"] = rounds.agreement(rounds.weights_differ(data, side))
+                except (RuntimeError, AssertionError) as error:
+                    print(f"{name} is not measured: {error}")
+                    peers[name] = sides[name] = None
+            for net in ("lenet", "cnn4"):
+                rows |= rounds.measure(net, sides, self.repeats, self.precisions)
         return rows if self.quick else rows | self.resnet(peers)
 
     def resnet(self, peers: dict[str, Path | None]) -> Rows:
         """Two clients and a limit: a round of one side takes seconds."""
         data = rounds.write_data(self.output / "round2.npz", clients=2)
-        return rounds.measure("resnet18", data, peers, self.repeats, self.log, self.precisions, limit_s=60)
+        with self.sides(peers, data) as sides:
+            return rounds.measure("resnet18", sides, self.repeats, self.precisions, clients=2, limit_s=60)
 
     def peers(self) -> dict[str, Path | None]:
         """Flower runs in this environment; the others have their own, or None."""
         others = () if self.quick else REQUIREMENTS
         return {"flower": Path(sys.executable)} | {name: environment(name, self.output / "peers") for name in others}
 
+    @contextmanager
+    def sides(self, peers: Mapping[str, Path | None], data: Path) -> Iterator[dict[str, Session | None]]:
+        """The plain loop and those peers that could be had; None for the others."""
+        programs = {name: (python, name, data) for name, python in peers.items() if python}
+        with sessions(self.log, {"plain": (sys.executable, "plain", data), **programs}) as running:
+            yield {name: running.get(name) for name in ("plain", *peers)}
+
     def overhead(self) -> Rows:
+        sizes = (((10, 100), 1),) if self.quick else (((10, 100, 1000), 1), ((10,), 45), ((100, 1000), 45))
         rows: Rows = {}
-        sizes = [(10, 1), (100, 1), (1000, 1), (10, 45), (100, 45), (1000, 45)]
-        for clients, megabytes in sizes[:2] if self.quick else sizes:
-            flower = clients * megabytes <= 1000  # it holds all replies, more than once
-            rows |= overhead.measure(("inline", "ray"), clients, megabytes, self.repeats, self.log, flower=flower)
+        for clients, megabytes in sizes:
+            rows |= overhead.measure(clients, megabytes, self.repeats, self.log)
         return rows
 
     def workers(self) -> Rows:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from fedcil.methods.adam import Adam
 from fedcil.methods.inversion import blur, generator_loss
 from fedcil.methods.mfcl import MFCL
 from fedcil.models.network import snapshot
-from scenarios.benchmarks.peers.session import Session
+from scenarios.benchmarks.peers.session import sessions
 from scenarios.benchmarks.step import RELEASED, TASK, compute_in, drawn
 from scenarios.benchmarks.timing import Case, Figure, against, in_turn, timed
 
@@ -86,9 +85,10 @@ def authors_boundary(batch: int) -> Callable[[], Tensor]:
 
 
 def measure(batch: int, repeats: int, log: Path, precisions: tuple[Precision, ...]) -> dict[str, Figure]:
-    with closing(Session(Path(sys.executable), "authors", "boundary", str(batch), "_", log)) as authors:
-        cases: dict[str, Case] = {"authors": authors.case()}
+    with sessions(log, {"authors": (sys.executable, "authors")}) as sides:
+        cases: dict[str, Case] = {"authors": sides["authors"].case()}
         cases |= {f"boundary_{precision}": timed(our_boundary(precision, batch)) for precision in precisions}
+        sides["authors"].begin("boundary", batch)
         costs = in_turn(cases, repeats)
     theirs = costs.pop("authors")
     return {name: against(ours, theirs) for name, ours in costs.items()}

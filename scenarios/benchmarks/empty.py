@@ -20,15 +20,16 @@ from fedcil.scenario_file import load_scenario
 
 CLASSES = 10
 WORKERS = {"inline": 1, "ray": 2}
+MOST = 1000  # clients of the experiment; a round asks some of them
 
 
-def experiment(clients: int, megabytes: int, engine: str) -> Experiment:
+def experiment(megabytes: int, engine: str) -> Experiment:
     """Two images each, and no epoch."""
     scenario = {
-        "data": {"name": "synthetic", "classes": CLASSES, "samples_per_class": max(1, 2 * clients // CLASSES)},
+        "data": {"name": "synthetic", "classes": CLASSES, "samples_per_class": 2 * MOST // CLASSES},
         "stream": {"tasks": 1},
         "partition": {"name": "iid"},
-        "clients": {"count": clients, "per_round": clients},
+        "clients": {"count": MOST, "per_round": MOST},
         "model": {"name": "scenarios.benchmarks.nets:blank", "width": megabytes},
         "method": {"name": "fedavg"},
         "training": {"epochs": 0},
@@ -53,13 +54,8 @@ def port(engine: str, opened: Experiment) -> Iterator[Port]:
                 over_ray.close()
 
 
-def whole_round(opened: Experiment) -> Request:
-    model = opened.first_state().server.model
-    jobs = tuple(Job(client, client) for client in range(opened.scenario.clients.count))
-    return Request(Broadcast(task=0, phase=0, round=0, tensors=model), jobs, len(jobs))
-
-
-def one_round(request: Request, over: Port) -> None:
+def one_round(broadcast: Broadcast, over: Port, clients: int) -> None:
+    request = Request(broadcast, tuple(Job(client, client) for client in range(clients)), clients)
     outcome = over.run(request, None, lambda _: None)
     assert outcome.total is not None
     assert not outcome.failures
@@ -67,9 +63,12 @@ def one_round(request: Request, over: Port) -> None:
 
 
 @contextmanager
-def rounds_of(engine: str, clients: int, megabytes: int) -> Iterator[Callable[[], None]]:
-    """One round at each call, in a process that keeps freed memory from now on, as that of ``fedcil run`` does."""
+def rounds_of(engine: str, megabytes: int) -> Iterator[Callable[[int], None]]:
+    """One round of so many clients at each call, in a process that keeps freed memory from now on, as that of
+    ``fedcil run`` does.
+    """
     keep_freed_memory()
-    opened = experiment(clients, megabytes, engine)
+    opened = experiment(megabytes, engine)
+    broadcast = Broadcast(task=0, phase=0, round=0, tensors=opened.first_state().server.model)
     with port(engine, opened) as over:
-        yield partial(one_round, whole_round(opened), over)
+        yield partial(one_round, broadcast, over)

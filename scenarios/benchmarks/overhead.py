@@ -8,30 +8,38 @@ arrays of its message (``peers/flower_empty.py``).
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from scenarios.benchmarks.peers.session import Session
-from scenarios.benchmarks.timing import Case, Figure, against, in_turn
+from scenarios.benchmarks.peers.session import Session, sessions
+from scenarios.benchmarks.timing import Figure, against, in_turn
 
+ENGINES = ("inline", "ray")
 LIMIT_S = 20.0  # for the repeats of one row; the last one begun is finished
-PYTHON = Path(sys.executable)
+FLOWER_MB = 1000  # it holds all replies, more than once
 
 
 def measure(
-    engines: Sequence[str], clients: int, megabytes: int, repeats: int, log: Path, *, flower: bool
+    clients: Sequence[int], megabytes: int, repeats: int, log: Path, engines: Sequence[str] = ENGINES
 ) -> dict[str, Figure]:
-    """``engine_<engine>_<megabytes>mb_<clients>_vs_flower`` for each engine, all in turn; without Flower only what ours
-    cost.
+    """``engine_<engine>_<megabytes>mb_<clients>_vs_flower`` for each engine and number of clients; where these are too
+    much for Flower only what ours cost.
     """
-    with ExitStack() as stack:
-        cases: dict[str, Case] = {}
-        for name in (*engines, *(["flower"] if flower else [])):
-            program = "flower_empty" if name == "flower" else "engine"
-            session = Session(PYTHON, program, str(clients), str(megabytes), name, log)
-            stack.callback(session.close)
-            cases[name] = session.case(clients)
-        costs = in_turn(cases, repeats, limit_s=LIMIT_S)
-    theirs = costs.get("flower")
-    return {f"engine_{name}_{megabytes}mb_{clients}_vs_flower": against(costs[name], theirs) for name in engines}
+    programs = {name: (sys.executable, "engine", str(megabytes), name) for name in engines}
+    if max(clients) * megabytes <= FLOWER_MB:
+        programs["flower"] = (sys.executable, "flower_empty", str(megabytes))
+    figures: dict[str, Figure] = {}
+    with sessions(log, programs) as sides:
+        for count in clients:
+            figures |= _row(sides, count, megabytes, repeats)
+    return figures
+
+
+def _row(sides: Mapping[str, Session], clients: int, megabytes: int, repeats: int) -> dict[str, Figure]:
+    """All in turn."""
+    for side in sides.values():
+        side.begin(clients)
+    cases = {name: side.case(clients) for name, side in sides.items()}
+    costs = in_turn(cases, repeats, warm_up=0, limit_s=LIMIT_S)  # warm by its beginning
+    theirs = costs.pop("flower", None)
+    return {f"engine_{name}_{megabytes}mb_{clients}_vs_flower": against(ours, theirs) for name, ours in costs.items()}

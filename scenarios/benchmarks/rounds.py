@@ -9,9 +9,8 @@ the same images. A repeat is as many rounds as take half a second.
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from scenarios.benchmarks.timing import Case, Figure, against, for_a_while, in_t
 CLIENTS, SAMPLES = 10, 50
 AGREE = 1e-10  # largest difference of a weight in float64
 PICTURES = ("plain", "flower")  # who crops and flips with PIL
+AUGMENT = {"pictures": "crop_flip", "tensors": "none"}  # what ours does against them
 SMALL_NET = "lenet"  # float64 comparisons of a ResNet prove nothing
 
 
@@ -131,17 +131,10 @@ def weights_differ(data: Path, peer: Session | None = None) -> float:
     if peer is None:
         theirs = _our_exact_weights()
     else:
+        peer.begin(SMALL_NET, "exact")
         peer.round()
         theirs = peer.weights(data.with_name("weights.npz"))
     return max(float(np.abs(theirs[name] - weight).max()) for name, weight in exact.weights().items())
-
-
-def peer_differs(data: Path, name: str, python: Path, log: Path) -> float:
-    session = Session(python, name, data, SMALL_NET, "exact", log)
-    try:
-        return weights_differ(data, session)
-    finally:
-        session.close()
 
 
 def _our_exact_weights() -> dict[str, np.ndarray[Any, Any]]:
@@ -166,35 +159,30 @@ def agreement(difference: float) -> dict[str, float]:
 
 def measure(
     net: str,
-    data: Path,
-    peers: dict[str, Path | None],
+    sides: Mapping[str, Session | None],
     repeats: int,
-    log: Path,
     precisions: tuple[Precision, ...],
+    clients: int = CLIENTS,
     limit_s: float = float("inf"),
 ) -> dict[str, Figure]:
-    """``round_<net>_<precision>_vs_<plain or peer>``; ``peers``: name -> python of its environment, None if there is
-    none: such rows say what ours cost.
+    """``round_<net>_<precision>_vs_<side>``; ``sides``: the plain loop and peers by name, None where a peer could not
+    be had: such rows say what ours cost.
     """
-    clients = len(np.load(data)["labels"])
-    sides = {"plain": Path(sys.executable), **peers}
     modes = {name: "pictures" if name in PICTURES else "tensors" for name in sides}
+    cases: dict[str, Case] = {}
+    for name, side in sides.items():
+        if side is not None:
+            side.begin(net, modes[name])
+            cases[name] = side.case()
     with ExitStack() as stack:
-        cases: dict[str, Case] = {}
-        for name, python in sides.items():
-            if python is None:
-                continue
-            session = Session(python, name, data, net, modes[name], log)
-            stack.callback(session.close)
-            cases[name] = session.case()
-        for augment in {"crop_flip", *(["none"] if "tensors" in modes.values() else [])}:
+        for mode in dict.fromkeys(modes.values()):
             for precision in precisions:
-                ours = stack.enter_context(our_loop(net, precision=precision, augment=augment, clients=clients))
-                cases[f"{precision}_{augment}"] = timed(ours.round)
-        costs = in_turn({name: for_a_while(case) for name, case in cases.items()}, repeats, limit_s=limit_s)
-    figures = {}
-    for name, mode in modes.items():
-        for precision in precisions:
-            ours_cost = costs[f"{precision}_{'crop_flip' if mode == 'pictures' else 'none'}"]
-            figures[f"round_{net}_{precision}_vs_{name}"] = against(ours_cost, costs.get(name))
-    return figures
+                ours = stack.enter_context(our_loop(net, precision=precision, augment=AUGMENT[mode], clients=clients))
+                cases[f"{precision}_{mode}"] = timed(ours.round)
+        whiles = {name: for_a_while(case) for name, case in cases.items()}  # warm by that
+        costs = in_turn(whiles, repeats, warm_up=0, limit_s=limit_s)
+    return {
+        f"round_{net}_{precision}_vs_{name}": against(costs[f"{precision}_{mode}"], costs.get(name))
+        for name, mode in modes.items()
+        for precision in precisions
+    }

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -32,7 +31,7 @@ from fedcil.models.network import initialise, load_state, snapshot
 from fedcil.scenario import ModelSection, TrainingSection
 from fedcil.stream import Task
 from scenarios.benchmarks import authors_order
-from scenarios.benchmarks.peers.session import Session
+from scenarios.benchmarks.peers.session import sessions
 from scenarios.benchmarks.plain import MEAN, STD, Pictures
 from scenarios.benchmarks.timing import Case, Cost, Figure, against, in_turn, median_cpu, timed
 
@@ -60,6 +59,7 @@ class Sizes:
 
 FULL = Sizes(32, 128, 1)
 SMALL = Sizes(8, 32, 4)
+QUICK = replace(SMALL, steps=1)
 
 
 def compute_in(precision: Precision, width: int = 64) -> Compute:
@@ -141,7 +141,7 @@ def plain_step(sizes: Sizes) -> Callable[[], object]:
     return train
 
 
-def pool_cost(precision: Precision, images: int = 256) -> float:
+def pool_cost(precision: Precision, images: int = 64) -> float:
     """CPU seconds for one image of a pool: the generator and the teacher's logits."""
     compute = compute_in(precision)
     settings = MFCL(**RELEASED | {"pool": images})
@@ -157,16 +157,15 @@ def measure_ours(sizes: Sizes, precision: Precision, repeats: int) -> float:
     return median_cpu(costs["ours"])
 
 
-def measure(
-    sizes: Sizes, repeats: int, log: Path, precisions: tuple[Precision, ...], limit_s: float
-) -> dict[str, Figure]:
+def measure(sizes: Sizes, repeats: int, log: Path, precisions: tuple[Precision, ...]) -> dict[str, Figure]:
     """``step_<sizes>_<precision>_<fresh or pooled>``; pooled rows carry the pool's cost over a task's steps."""
-    with closing(Session(Path(sys.executable), "authors", "step", sizes.name, "_", log)) as twin:
-        cases: dict[str, Case] = {"plain": twin.case(sizes.steps)}
+    with sessions(log, {"authors": (sys.executable, "authors")}) as sides:
+        cases: dict[str, Case] = {"plain": sides["authors"].case(sizes.steps)}
         for precision in precisions:
             for kind, pool in (("fresh", 0), ("pooled", 2 * sizes.synthetic)):
                 cases[f"{precision}_{kind}"] = timed(our_step(sizes, precision, pool), sizes.steps)
-        costs = in_turn(cases, repeats, limit_s=limit_s)
+        sides["authors"].begin("step", sizes.real, sizes.synthetic, sizes.steps)
+        costs = in_turn(cases, repeats)
     plain: list[Cost] = costs.pop("plain")
     figures = {f"step_{sizes.name}_{name}": against(ours, plain) for name, ours in costs.items()}
     for precision in precisions:

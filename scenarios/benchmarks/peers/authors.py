@@ -1,10 +1,8 @@
 """The authors' program as a peer: a client's steps (``../step.py``) or a step at a boundary (``../boundary.py``).
 
-python -m scenarios.benchmarks.peers.authors step 8_32|32_128 _
-python -m scenarios.benchmarks.peers.authors boundary BATCH _
+python -m scenarios.benchmarks.peers.authors, then begin step REAL SYNTHETIC STEPS, or begin boundary BATCH
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 
 from scenarios.benchmarks.boundary import authors_boundary
 from scenarios.benchmarks.peers.session import answer
-from scenarios.benchmarks.step import FULL, SMALL, plain_step
+from scenarios.benchmarks.step import Sizes, plain_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +26,11 @@ class Authors:
         return {}
 
 
-def work_of(part: str, size: str) -> Callable[[], object]:
-    if part == "boundary":
-        return authors_boundary(int(size))
-    return plain_step({sizes.name: sizes for sizes in (SMALL, FULL)}[size])
+def begin(part: str, *numbers: str) -> Authors:
+    sizes = map(int, numbers)
+    return Authors(authors_boundary(*sizes) if part == "boundary" else plain_step(Sizes(*sizes)))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    answer(Authors(work_of(sys.argv[1], sys.argv[2])))
+    answer(begin)

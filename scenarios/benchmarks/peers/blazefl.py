@@ -1,9 +1,10 @@
 """BlazeFL: its FedAvg server and its trainer of one client after the other.
 
-python -m scenarios.benchmarks.peers.blazefl DATA.npz lenet|cnn4|resnet18 pictures|tensors|exact
+python -m scenarios.benchmarks.peers.blazefl DATA.npz, then begin lenet|cnn4|resnet18 pictures|tensors|exact
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,4 +60,4 @@ class BlazeFL:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    answer(BlazeFL(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    answer(partial(BlazeFL, Path(sys.argv[1])))

@@ -1,6 +1,6 @@
 """fedcil's own engines with clients that do nothing (``empty.py``), as a process of its own.
 
-python -m scenarios.benchmarks.peers.engine CLIENTS MEGABYTES inline|ray
+python -m scenarios.benchmarks.peers.engine MEGABYTES inline|ray, then begin CLIENTS
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 
 from scenarios.benchmarks.empty import rounds_of
 from scenarios.benchmarks.peers.session import answer
-from scenarios.benchmarks.timing import times_in_a_second
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Empty:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with rounds_of(sys.argv[3], int(sys.argv[1]), int(sys.argv[2])) as one_round:
-        answer(Empty(one_round), times_in_a_second(one_round))
+    with rounds_of(sys.argv[2], int(sys.argv[1])) as one_round:
+        answer(lambda clients: Empty(partial(one_round, int(clients))), for_a_second=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """FedLab: its standalone pipeline of a synchronous server and a serial SGD trainer.
 
-python -m scenarios.benchmarks.peers.fedlab DATA.npz lenet|cnn4|resnet18 pictures|tensors|exact
+python -m scenarios.benchmarks.peers.fedlab DATA.npz, then begin lenet|cnn4|resnet18 pictures|tensors|exact
 
 The statistics of batch normalisation are no part of what FedLab averages.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ class Clients(FedDataset):
 class Pipeline(StandalonePipeline):
     def __init__(self, data: Path, net: str, mode: Mode) -> None:
         model, clients = model_of(net, mode), Clients(data, mode)
-        if mode == "exact":
-            torch.set_default_dtype(torch.float64)  # FedLab's mean has weights of the default type
+        # FedLab's mean has weights of the default type.
+        torch.set_default_dtype(torch.float64 if mode == "exact" else torch.float32)
         trainer = SGDSerialClientTrainer(model, len(clients.sets))
         trainer.setup_dataset(clients)
         trainer.setup_optim(epochs=1, batch_size=BATCH, lr=RATE)
@@ -52,4 +53,4 @@ class Pipeline(StandalonePipeline):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    answer(Pipeline(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    answer(partial(Pipeline, Path(sys.argv[1])))

@@ -1,6 +1,6 @@
 """Flower's stock simulation: its Ray backend with one CPU per client, its strategy FedAvg, the plain loop's training.
 
-python -m scenarios.benchmarks.peers.flower DATA.npz lenet|cnn4|resnet18 pictures|tensors|exact
+python -m scenarios.benchmarks.peers.flower DATA.npz, then begin lenet|cnn4|resnet18 pictures|tensors|exact
 """
 
 import sys
@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
 from scenarios.benchmarks.peers.session import answer
-from scenarios.benchmarks.plain import client_sets, model_of, train
+from scenarios.benchmarks.plain import Mode, client_sets, model_of, train
 
 CPUS = 2
 
@@ -42,14 +42,17 @@ def reply(message: Message, arrays: ArrayRecord, examples: int) -> Message:
 
 
 class Federation:
-    """Rounds of Flower's FedAvg over all nodes, each of which is asked ``turns`` times per round."""
+    """Rounds of Flower's FedAvg over ``asked`` of all ``nodes``, each of which is asked ``turns`` times per round."""
 
     parameters: tuple[str, ...] = ()
     """Names of those arrays that are no buffers."""
 
-    def __init__(self, grid: Grid, nodes: int, arrays: ArrayRecord, config: ConfigRecord, turns: int = 1) -> None:
+    def __init__(
+        self, grid: Grid, nodes: int, asked: int, arrays: ArrayRecord, config: ConfigRecord, turns: int = 1
+    ) -> None:
         self.grid, self.arrays, self.config, self.turns = grid, arrays, config, turns
-        self.strategy = FedAvg(min_train_nodes=nodes, min_available_nodes=nodes)  # waits for them
+        share = asked / nodes
+        self.strategy = FedAvg(fraction_train=share, min_train_nodes=asked, min_available_nodes=nodes)  # waits for all
         self.rounds = 0
 
     def round(self) -> None:
@@ -76,15 +79,18 @@ def simulate(server: ServerApp, client: ClientApp, nodes: int) -> None:
 
 
 def main() -> None:
-    data, net, mode = sys.argv[1:]
+    data = sys.argv[1]
     server, clients = ServerApp(), len(np.load(data)["labels"])
 
     @server.main()
     def obey(grid: Grid, _: Context) -> None:
-        model, config = model_of(net, mode), ConfigRecord({"data": data, "net": net, "mode": mode})
-        federation = Federation(grid, clients, ArrayRecord(model.state_dict()), config)
-        federation.parameters = tuple(name for name, _ in model.named_parameters())
-        answer(federation)
+        def begin(net: str, mode: Mode) -> Federation:
+            model, config = model_of(net, mode), ConfigRecord({"data": data, "net": net, "mode": mode})
+            federation = Federation(grid, clients, clients, ArrayRecord(model.state_dict()), config)
+            federation.parameters = tuple(name for name, _ in model.named_parameters())
+            return federation
+
+        answer(begin)
 
     simulate(server, app, clients)
 

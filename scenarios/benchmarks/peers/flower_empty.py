@@ -1,8 +1,8 @@
 """What Flower's simulation costs beside training: each client returns the arrays that it was sent.
 
-python -m scenarios.benchmarks.peers.flower_empty CLIENTS MEGABYTES _
+python -m scenarios.benchmarks.peers.flower_empty MEGABYTES, then begin CLIENTS
 
-One node per client; beyond 100 clients each of 100 nodes is asked several times per round.
+One node per client, of 100; beyond 100 clients each is asked several times per round.
 """
 
 import sys
@@ -14,7 +14,6 @@ from flwr.serverapp import Grid, ServerApp
 
 from scenarios.benchmarks.peers.flower import Federation, reply, simulate
 from scenarios.benchmarks.peers.session import answer
-from scenarios.benchmarks.timing import times_in_a_second
 
 NODES, TENSORS = 100, 20
 
@@ -27,21 +26,21 @@ def echo(message: Message, _: Context) -> Message:
 
 
 def main() -> None:
-    clients, megabytes = int(sys.argv[1]), float(sys.argv[2])
-    nodes = min(clients, NODES)
-    turns, rest = divmod(clients, nodes)
-    if rest:
-        raise SystemExit(f"more than {NODES} clients: a multiple of {NODES}")
-    server = ServerApp()
+    server, length = ServerApp(), round(float(sys.argv[1]) * 1e6 / TENSORS / 4)
 
     @server.main()
     def obey(grid: Grid, _: Context) -> None:
-        length = round(megabytes * 1e6 / TENSORS / 4)
-        arrays = ArrayRecord([np.ones(length, np.float32) for _ in range(TENSORS)])
-        federation = Federation(grid, nodes, arrays, ConfigRecord(), turns)
-        answer(federation, times_in_a_second(federation.round))
+        def begin(clients: str) -> Federation:
+            asked = min(int(clients), NODES)
+            turns, rest = divmod(int(clients), asked)
+            if rest:
+                raise SystemExit(f"more than {NODES} clients: a multiple of {NODES}")
+            arrays = ArrayRecord([np.ones(length, np.float32) for _ in range(TENSORS)])
+            return Federation(grid, NODES, asked, arrays, ConfigRecord(), turns)
 
-    simulate(server, app, nodes)
+        answer(begin, for_a_second=True)
+
+    simulate(server, app, NODES)
 
 
 if __name__ == "__main__":

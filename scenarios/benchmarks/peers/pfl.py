@@ -1,6 +1,6 @@
 """pfl-research: its simulated backend without privacy and its FederatedAveraging.
 
-python -m scenarios.benchmarks.peers.pfl DATA.npz lenet|cnn4|resnet18 pictures|tensors|exact
+python -m scenarios.benchmarks.peers.pfl DATA.npz, then begin lenet|cnn4|resnet18 pictures|tensors|exact
 
 Tensors are pfl's own data set in memory, which does not shuffle. The statistics of batch normalisation are no part of
 what pfl averages.
@@ -8,6 +8,7 @@ what pfl averages.
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,4 +63,4 @@ class Pfl:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    answer(Pfl(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    answer(partial(Pfl, Path(sys.argv[1])))

@@ -1,6 +1,7 @@
-"""A side as a process that does what it is told: ``round`` -> one round and its cost, ``weights PATH`` -> a file.
+"""A side as a process that does what it is told: ``["begin", ...]`` -> something new to measure, ``["round"]`` -> one
+round and its cost, ``["weights", PATH]`` -> a file.
 
-The peer's side is ``answer``: it prints one JSON line per command on stdout and ends with its standard input. The
+Commands and replies are lines of JSON. The peer's side is ``answer``: it obeys its standard input and ends with it. The
 benchmark's side is ``Session``: commands of several peers can so be given in turn.
 """
 
@@ -12,12 +13,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from scenarios.benchmarks.timing import Case, Cost
+from scenarios.benchmarks.timing import Case, Cost, times_in_a_second
 
 
 class Peer(Protocol):
@@ -45,42 +48,52 @@ def children_cpu() -> float:
     return total
 
 
-def answer(peer: Peer, rounds: int = 1) -> None:
-    """Obey standard input; a command ``round`` is so many of the peer's, and the cost that of one. The library's own
-    prints must not reach stdout: they are sent to stderr.
+def answer(begin: Callable[..., Peer], *, for_a_second: bool = False) -> None:
+    """Obey standard input. ``begin`` gets the words of its command; a command ``round`` is one of the peer's, or as
+    many as take a second, and the cost that of one. The library's own prints must not reach stdout: they are sent to
+    stderr.
     """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    replies.write(json.dumps({"ready": True}) + "\n")
+    peer, rounds = None, 1
     for line in sys.stdin:
-        command, _, argument = line.strip().partition(" ")
-        if command == "round":
-            gc.collect()
-            others, own, wall = children_cpu(), time.process_time(), time.perf_counter()
-            for _ in range(rounds):
-                peer.round()
-            wall, own = time.perf_counter() - wall, time.process_time() - own
-            cpu = own + children_cpu() - others
-            replies.write(json.dumps({"cpu": cpu / rounds, "wall": wall / rounds}) + "\n")
+        command, *words = json.loads(line)
+        if command == "begin":
+            peer = begin(*words)
+            rounds = times_in_a_second(peer.round) if for_a_second else 1
+            reply: dict[str, Any] = {"begun": words}
+        elif peer is None:
+            raise SystemExit(f"{command!r} before any 'begin'")
+        elif command == "round":
+            reply = _cost_of(peer, rounds)
         else:
-            np.savez(argument, **peer.weights())
-            replies.write(json.dumps({"saved": argument}) + "\n")
+            np.savez(words[0], **peer.weights())
+            reply = {"saved": words[0]}
+        replies.write(json.dumps(reply) + "\n")
+
+
+def _cost_of(peer: Peer, rounds: int) -> dict[str, float]:
+    gc.collect()
+    others, own, wall = children_cpu(), time.process_time(), time.perf_counter()
+    for _ in range(rounds):
+        peer.round()
+    wall, own = time.perf_counter() - wall, time.process_time() - own
+    return {"cpu": (own + children_cpu() - others) / rounds, "wall": wall / rounds}
 
 
 class Session:
-    """A running peer. Whoever opens it closes it."""
+    """A peer's program, which may still be starting. Whoever opens it closes it."""
 
-    def __init__(self, python: Path, peer: str, data: Path | str, net: str, mode: str, log: Path) -> None:
-        command = [str(python), "-m", f"scenarios.benchmarks.peers.{peer}", str(data), net, mode]
+    def __init__(self, log: Path, python: str | Path, peer: str | Path, *arguments: str | Path) -> None:
+        command = [str(python), "-m", f"scenarios.benchmarks.peers.{peer}", *map(str, arguments)]
         self._log = log.open("a")
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, bufsize=1
         )
-        try:
-            self._read()
-        except RuntimeError:
-            self.close()
-            raise
+
+    def begin(self, *words: object) -> None:
+        """Have the peer make what it then does rounds of; it has started when this returns."""
+        self._ask("begin", *words)
 
     def round(self) -> tuple[float, float]:
         """(CPU seconds of the peer's processes, wall seconds)."""
@@ -92,13 +105,19 @@ class Session:
         return lambda: Cost(*(seconds / units for seconds in self.round()))
 
     def weights(self, path: Path) -> dict[str, np.ndarray[Any, Any]]:
-        self._ask(f"weights {path}")
+        self._ask("weights", path)
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
 
-    def close(self) -> None:
+    def hang_up(self) -> None:
+        """Ask it to end."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended by itself
+            self._process.stdin.close()
+
+    def close(self) -> None:
+        """And wait until it has."""
+        self.hang_up()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
@@ -108,16 +127,30 @@ class Session:
         self._process.stdout.close()
         self._log.close()
 
-    def _ask(self, command: str) -> dict[str, Any]:
+    def _ask(self, *words: object) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write(command + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        try:
+            self._process.stdin.write(json.dumps([str(word) for word in words]) + "\n")
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
             raise RuntimeError(f"the peer ended without an answer; see {self._log.name}")
         reply: dict[str, Any] = json.loads(line)
         return reply
+
+
+@contextmanager
+def sessions(log: Path, programs: Mapping[str, Sequence[str | Path]]) -> Iterator[dict[str, Session]]:
+    """By name; ``programs``: python, peer and arguments of each. They start together and end together: each takes
+    seconds for that.
+    """
+    with ExitStack() as stack:
+        opened: dict[str, Session] = {}
+        for name, (python, peer, *arguments) in programs.items():
+            opened[name] = Session(log, python, peer, *arguments)
+            stack.callback(opened[name].close)
+        for session in opened.values():
+            stack.callback(session.hang_up)
+        yield opened
