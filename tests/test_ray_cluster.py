@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ SHORT = ["data.classes=4", "stream.tasks=1", "training.rounds=2", "training.epoc
 
 # ``node``, ``cluster`` with one of them, and ``run(folder, *overrides)``; a refusal is printed.
 CLUSTER = """
-import os, sys, time
+import json, os, sys, time
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from pathlib import Path
 import ray
@@ -136,6 +137,24 @@ engine.warnings.warn = lambda message, **_: print(message)
     + RUN
 )
 
+# One node more, with a GPU: Ray counts those that it is told of, and torch falls back to the CPU where there is none.
+SHARES = """
+cluster.add_node(**node | {"num_cpus": 3, "num_gpus": 1})
+cluster.wait_for_nodes()
+told = Path(sys.argv[2])
+
+class Telling(engine.ClientWorker):
+    def __init__(self, *words):
+        super().__init__(*words)
+        here = ray.get_runtime_context()
+        where = {"node": here.get_node_id(), "gpus": [str(gpu) for gpu in ray.get_gpu_ids()]}
+        (told / str(os.getpid())).write_text(json.dumps(where | here.get_assigned_resources()))
+
+engine.ClientWorker = Telling
+engine.warnings.warn = lambda message, **_: print(message)
+run(sys.argv[1], *sys.argv[3:])
+"""
+
 
 def on_a_cluster(script: str, *words: str | Path) -> str:
     """What the script prints."""
@@ -195,5 +214,19 @@ def test_a_run_whose_last_node_goes_says_so_and_goes_on_with_the_next(tmp_path: 
     assert said == (
         "no Ray worker has been there for 3 s (0 of 1 CPUs are free): the run waits for one; Ctrl-C saves it\n"
     )
+    (folder,) = (tmp_path / "ray").iterdir()
+    assert without_cost(api.load(folder)) == without_cost(expected)
+
+
+def test_workers_share_a_gpu_and_stay_where_there_is_one(tmp_path: Path) -> None:
+    """Two halves on the one node with a GPU, although there are CPUs for four workers."""
+    told = tmp_path / "told"
+    told.mkdir()
+    expected = api.run("digits_fedavg", overrides=SHORT, output=tmp_path / "inline", figures=False)
+    assert not on_a_cluster(SHARES, tmp_path / "ray", told, "engine.gpus_per_worker=0.5", *SHORT)
+    workers = [json.loads(path.read_text()) for path in told.iterdir()]
+    assert len(workers) == 2
+    assert len({worker.pop("node") for worker in workers}) == 1
+    assert workers == [{"gpus": ["0"], "CPU": 1.0, "GPU": 0.5}] * 2
     (folder,) = (tmp_path / "ray").iterdir()
     assert without_cost(api.load(folder)) == without_cost(expected)
