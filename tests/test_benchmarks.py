@@ -201,13 +201,13 @@ def test_a_peer_that_cannot_start_or_does_other_work_is_not_measured(
         return {}
 
     bench = Bench(True, 1, tmp_path)
-    monkeypatch.setattr(bench, "peers", lambda: {"blazefl": Path(sys.executable), "plain": Path(sys.executable)})
+    monkeypatch.setattr(bench, "peers", lambda: {"blazefl": Path(sys.executable)})
     monkeypatch.setattr(rounds, "measure", note)
     rows = bench.rows("rounds")
     assert [sides["blazefl"] for sides in measured] == [None, None]
     assert all(sides["plain"] for sides in measured)
-    assert rows.keys() == {"weights_fedcil", "weights_plain"}
-    assert rows["weights_plain"]["differ_by"] == 0.0
+    assert rows.keys() == {"weights_fedcil"}
+    assert rows["weights_fedcil"]["differ_by"] <= AGREE
     assert "blazefl is not measured: the peer ended without an answer" in capsys.readouterr().out
 
 

@@ -78,25 +78,31 @@ class Bench:
         return boundary.measure(128, self.repeats, self.log, self.precisions)
 
     def rounds(self) -> Rows:
-        data = rounds.write_data(self.output / "round.npz")
-        peers, rows = self.peers(), {"weights_fedcil": rounds.agreement(rounds.weights_differ(data))}
+        """Every net has processes of its own: one that has trained another before may be a tenth cheaper."""
+        data, peers = rounds.write_data(self.output / "round.npz"), self.peers()
         with self.sides(peers, data) as sides:
-            for name in peers:
-                try:
-                    if side := sides[name]:
-                        rows[f"weights_{name}"] = rounds.agreement(rounds.weights_differ(data, side))
-                except (RuntimeError, AssertionError) as error:
-                    print(f"{name} is not measured: {error}")
-                    peers[name] = sides[name] = None
-            for net in ("lenet", "cnn4"):
-                rows |= rounds.measure(net, sides, self.repeats, self.precisions)
-        return rows if self.quick else rows | self.resnet(peers)
-
-    def resnet(self, peers: dict[str, Path | None]) -> Rows:
-        """Two clients and a limit: a round of one side takes seconds."""
+            rows = self.weights(data, sides) | rounds.measure("lenet", sides, self.repeats, self.precisions)
+        peers = {name: python if sides[name] else None for name, python in peers.items()}
+        with self.sides(peers, data) as sides:
+            rows |= rounds.measure("cnn4", sides, self.repeats, self.precisions)
+        if self.quick:
+            return rows
         data = rounds.write_data(self.output / "round2.npz", clients=2)
-        with self.sides(peers, data) as sides:
-            return rounds.measure("resnet18", sides, self.repeats, self.precisions, clients=2, limit_s=60)
+        with self.sides(peers, data) as sides:  # two clients and a limit: a round of one side takes seconds
+            return rows | rounds.measure("resnet18", sides, self.repeats, self.precisions, clients=2, limit_s=60)
+
+    def weights(self, data: Path, sides: dict[str, Session | None]) -> Rows:
+        """Of all but the plain loop against it; a side whose weights are others, or that cannot start, becomes None."""
+        rows: Rows = {"weights_fedcil": rounds.agreement(rounds.weights_differ(data))}
+        for name, side in sides.items():
+            if side is None or name == "plain":
+                continue
+            try:
+                rows[f"weights_{name}"] = rounds.agreement(rounds.weights_differ(data, side))
+            except (RuntimeError, AssertionError) as error:
+                print(f"{name} is not measured: {error}")
+                sides[name] = None
+        return rows
 
     def peers(self) -> dict[str, Path | None]:
         """Flower runs in this environment; the others have their own, or None."""
