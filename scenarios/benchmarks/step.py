@@ -141,7 +141,7 @@ def plain_step(sizes: Sizes) -> Callable[[], object]:
     return train
 
 
-def pool_cost(precision: Precision, images: int = 64) -> float:
+def pool_cost(precision: Precision, images: int = 32) -> float:
     """CPU seconds for one image of a pool: the generator and the teacher's logits."""
     compute = compute_in(precision)
     settings = MFCL(**RELEASED | {"pool": images})

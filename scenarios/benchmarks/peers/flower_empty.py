@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from scenarios.benchmarks.peers.flower import Federation, reply, simulate
+from scenarios.benchmarks.peers.federation import Federation, reply, simulate
 from scenarios.benchmarks.peers.session import answer
 
 NODES, TENSORS = 100, 20
