@@ -17,6 +17,7 @@ EXPERIMENT = (
     *VALUES,
     "fedcil.capture",
     "fedcil.compute",
+    "fedcil.cpu",
     "fedcil.data",
     "fedcil.experiment",
     "fedcil.files",
@@ -77,7 +78,8 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.data.download": ((*BOTTOM, "fedcil.data"), ("filelock", "torchvision")),
     "fedcil.data.super_imagenet": ((*BOTTOM, "fedcil.data", "fedcil.files"), ("torch", "numpy", "PIL", "yaml")),
     "fedcil.models": (("fedcil.dotted", "fedcil.messages", "fedcil.models"), ("torch",)),
-    "fedcil.compute": (("fedcil.errors", "fedcil.messages", "fedcil.models"), ("torch",)),
+    "fedcil.cpu": ((), ("torch",)),
+    "fedcil.compute": (("fedcil.cpu", "fedcil.errors", "fedcil.messages", "fedcil.models"), ("torch",)),
     "fedcil.methods": (
         (*VALUES, "fedcil.capture", "fedcil.compute", "fedcil.gradients", "fedcil.models", "fedcil.methods"),
         ("torch", "pydantic"),

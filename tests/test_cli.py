@@ -48,7 +48,7 @@ def call(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedPro
 
 
 def test_a_warning_is_told_without_lines_of_the_program(tmp_path: Path) -> None:
-    code = "from fedcil import compute; compute.has_bf16 = lambda device: False\nfrom fedcil.cli import main; main()"
+    code = "from fedcil import cpu; cpu.bf16_instructions = tuple\nfrom fedcil.cli import main; main()"
     command = [sys.executable, "-c", code, "run", "digits_fedavg", *SMALL, "--set=training.precision=bf16"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from fedcil import cpu
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.scenario_file import load_scenario
 
@@ -26,12 +29,51 @@ def test_products_in_fp32_are_part_of_the_numeric_configuration(monkeypatch: pyt
     assert (found["small_maps"], str(found["device_model"]).endswith(" AVX2")) == ("products", True)
 
 
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch, *, avx512_bf16: bool, amx: bool, intel: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(cpu, "made_by_intel", lambda: intel)
+
+
 def test_where_bf16_is_emulated_the_person_is_told_and_auto_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    on_a_cpu(monkeypatch, avx512_bf16=False, amx=False, intel=False)
     asked, auto = experiment("training.precision=bf16"), experiment("training.precision=auto", "device=cpu")
     assert ["no instructions for it" in note for note in asked.compute.notes] == [True]
     assert (asked.numeric()["precision"], auto.numeric()["precision"]) == ("bf16", "fp32")
     assert "small_maps" not in asked.numeric()
     assert asked.numeric()["bf16_instructions"] == "none"
     assert not auto.compute.notes
+
+
+def test_where_bf16_is_slower_the_person_is_told_and_auto_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intel's AVX512-bf16 has half the rate of fp32, and AMX, where theirs is fast, is not there."""
+    on_a_cpu(monkeypatch, avx512_bf16=True, amx=False, intel=True)
+    asked, auto = experiment("training.precision=bf16"), experiment("training.precision=auto", "device=cpu")
+    assert ["half as fast" in note for note in asked.compute.notes] == [True]
+    assert (asked.numeric()["precision"], auto.numeric()["precision"]) == ("bf16", "fp32")
+    assert "small_maps" not in asked.numeric()
+    assert asked.numeric()["bf16_instructions"] == "AVX512_BF16"
+    assert not auto.compute.notes
+
+
+@pytest.mark.parametrize(("amx", "intel"), [(False, False), (True, True)])
+def test_auto_is_bf16_where_that_is_fast(amx: bool, intel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_cpu(monkeypatch, avx512_bf16=True, amx=amx, intel=intel)
+    auto = experiment("training.precision=auto", "device=cpu")
+    assert (auto.numeric()["precision"], auto.compute.notes) == ("bf16", ())
+
+
+@pytest.mark.parametrize(
+    ("text", "intel"),
+    [
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: QEMU Virtual CPU\n", True),
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: no GenuineIntel\n", False),
+        ("processor\t: 0\nBogoMIPS\t: 243.75\n", False),  # Arm
+    ],
+)
+def test_linux_tells_who_made_the_cpu(text: str, intel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+    cpu.made_by_intel.cache_clear()
+    assert cpu.made_by_intel() == intel
+    cpu.made_by_intel.cache_clear()

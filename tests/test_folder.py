@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedcil import compute
+from fedcil import cpu
 from fedcil.errors import FolderBusy, InputError, NotResumable, RunFailed
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.messages import content_hash
@@ -306,7 +306,8 @@ def test_what_was_made_differently_is_refused_with_the_differences(
     folder: RunFolder, overrides: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(compute, "has_bf16", lambda _: True)
+    monkeypatch.setattr(cpu, "bf16_instructions", lambda: ("AVX512_BF16",))
+    monkeypatch.setattr(cpu, "made_by_intel", lambda: False)
     two_rounds(folder)
     with pytest.raises(NotResumable, match="made differently") as caught:
         RunFolder.reopen(folder.path, experiment(*overrides))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
-from fedcil import compute
+from fedcil import cpu
 from fedcil.compute import Compute
 from fedcil.keys import Key
 from fedcil.models import Architecture, small_maps
@@ -114,10 +114,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def on_a_cpu_with(monkeypatch: pytest.MonkeyPatch, capability: str, *, bf16: bool) -> None:
+def on_a_cpu_with(monkeypatch: pytest.MonkeyPatch, capability: str, *, bf16: bool, intel: bool = False) -> None:
     """Which convolutions are products is asked of the machine; torch computes them on all."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(compute, "has_bf16", lambda _: bf16)
+    monkeypatch.setattr(cpu, "bf16_instructions", lambda: ("AVX512_BF16",) if bf16 else ())
+    monkeypatch.setattr(cpu, "made_by_intel", lambda: intel)
 
 
 @pytest.fixture(autouse=True)
@@ -130,13 +131,20 @@ def resnet(precision: Any) -> Compute:
 
 
 @pytest.mark.parametrize(
-    ("capability", "bf16", "products"),
-    [("AVX512", True, {"bf16"}), ("AVX512", False, set()), ("AVX2", False, {"fp32"}), ("DEFAULT", False, set())],
+    ("capability", "bf16", "intel", "products"),
+    [
+        ("AVX512", True, False, {"bf16"}),
+        ("AVX512", True, True, {"fp32"}),
+        ("AVX512", False, False, set()),
+        ("AVX512", False, True, {"fp32"}),
+        ("AVX2", False, False, {"fp32"}),
+        ("DEFAULT", False, True, set()),
+    ],
 )
 def test_products_are_for_what_the_machine_does_faster_by_them(
-    capability: str, bf16: bool, products: set[str], monkeypatch: pytest.MonkeyPatch
+    capability: str, bf16: bool, intel: bool, products: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_a_cpu_with(monkeypatch, capability, bf16=bf16)
+    on_a_cpu_with(monkeypatch, capability, bf16=bf16, intel=intel)
     assert {precision for precision in ("fp32", "bf16") if resnet(precision).by_products} == products
     assert not Compute(resnet("fp32").architecture, torch.device("cuda"), "fp32").by_products
 
