@@ -265,7 +265,7 @@ class TrainingSection(Section):
         0.0, description="of SGD, from 0 for each client and round"
     )
     precision: Literal["fp32", "tf32", "bf16", "auto"] = Field(
-        "fp32", description="of clients, boundary and evaluation; auto: bf16 where the machine has instructions for it"
+        "fp32", description="of clients, boundary and evaluation; auto: bf16 where the machine is faster by it"
     )
     threads: Threads = Field(1, description="intra-operator threads of one client")
 
