@@ -92,6 +92,7 @@ TABLES = {
 }
 BY_NAME_ONLY = ("paper",)
 STOPPED = 5  # exit code of a run whose time was up
+INTERRUPTED = 130  # ... of one that somebody stopped
 
 
 def run_one(row: Row, seed: str, output: Path, more: Sequence[str], until: float) -> int:
@@ -107,8 +108,8 @@ def run_one(row: Row, seed: str, output: Path, more: Sequence[str], until: float
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (output / f"{row.name}-{seed}.log").open("w") as log:
         code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
-    said = {0: "done", STOPPED: "time is up, a checkpoint is saved"}.get(code, f"exit code {code}, see {log.name}")
-    print(f"{row.name} seed {seed}: {said}", flush=True)
+    known = {0: "done", STOPPED: "time is up, a checkpoint is saved", INTERRUPTED: "stopped"}
+    print(f"{row.name} seed {seed}: {known.get(code, f'exit code {code}, see {log.name}')}", flush=True)
     return code
 
 
@@ -148,8 +149,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + options.max_seconds
     work = [(row, seed) for group in options.groups for seed in options.seeds.split(",") for row in TABLES[group]]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        codes = set(pool.map(lambda pair: run_one(*pair, options.output, options.more, until), work))
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            codes = set(pool.map(lambda pair: run_one(*pair, options.output, options.more, until), work))
+    except KeyboardInterrupt:  # a terminal tells the runs, too
+        print("stopped: the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
     for group in options.groups:
         print_table(group, options.output)
     broken = codes - {0, STOPPED}

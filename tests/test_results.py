@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +16,7 @@ import fedcil
 from fedcil.scenario_file import load_scenario
 from scenarios import results
 
+ROOT = Path(results.__file__).parent.parent
 TINY = (
     "data={name='synthetic', classes=20, samples_per_class=6}",
     "stream.tasks=2",
@@ -64,3 +70,21 @@ def test_the_paper_in_small_over_several_commands(
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| paper")]
     assert [line.split(" | ")[0] for line in table] == [f"| {row.name}" for row in rows]
     assert fedcil.load(stopped).finished  # the same folder, continued
+
+
+@pytest.mark.slow
+def test_a_key_press_stops_it_between_runs_without_a_traceback(tmp_path: Path) -> None:
+    words = ["digits", "--seeds", "0", "--jobs", "1", "--output", str(tmp_path), "--set", "training.rounds=1000"]
+    command = [sys.executable, str(ROOT / "scenarios" / "results.py"), *words]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as running:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob("digits_fedavg-0-*/metrics.jsonl")):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        os.killpg(running.pid, signal.SIGINT)  # what a terminal does
+        said, complaint = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert said == "digits_fedavg seed 0: stopped\n"
+    assert complaint == "stopped: the same command goes on from there\n"
