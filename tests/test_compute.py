@@ -35,24 +35,22 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch, *, avx512_bf16: bool, amx: bool, i
     monkeypatch.setattr(cpu, "made_by_intel", lambda: intel)
 
 
-def test_where_bf16_is_emulated_the_person_is_told_and_auto_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_a_cpu(monkeypatch, avx512_bf16=False, amx=False, intel=False)
+@pytest.mark.parametrize(
+    ("avx512_bf16", "intel", "told", "instructions"),
+    [
+        (False, False, "no instructions for it", "none"),
+        (True, True, "half as fast", "AVX512_BF16"),  # Intel's are fast in AMX, which is not there
+    ],
+)
+def test_where_bf16_is_slow_the_person_is_told_and_auto_is_fp32(
+    avx512_bf16: bool, intel: bool, told: str, instructions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_cpu(monkeypatch, avx512_bf16=avx512_bf16, amx=False, intel=intel)
     asked, auto = experiment("training.precision=bf16"), experiment("training.precision=auto", "device=cpu")
-    assert ["no instructions for it" in note for note in asked.compute.notes] == [True]
+    assert [told in note for note in asked.compute.notes] == [True]
     assert (asked.numeric()["precision"], auto.numeric()["precision"]) == ("bf16", "fp32")
     assert "small_maps" not in asked.numeric()
-    assert asked.numeric()["bf16_instructions"] == "none"
-    assert not auto.compute.notes
-
-
-def test_where_bf16_is_slower_the_person_is_told_and_auto_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Intel's AVX512-bf16 has half the rate of fp32, and AMX, where theirs is fast, is not there."""
-    on_a_cpu(monkeypatch, avx512_bf16=True, amx=False, intel=True)
-    asked, auto = experiment("training.precision=bf16"), experiment("training.precision=auto", "device=cpu")
-    assert ["half as fast" in note for note in asked.compute.notes] == [True]
-    assert (asked.numeric()["precision"], auto.numeric()["precision"]) == ("bf16", "fp32")
-    assert "small_maps" not in asked.numeric()
-    assert asked.numeric()["bf16_instructions"] == "AVX512_BF16"
+    assert asked.numeric()["bf16_instructions"] == instructions
     assert not auto.compute.notes
 
 
