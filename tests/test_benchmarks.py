@@ -306,3 +306,18 @@ def test_what_cannot_be_measured_is_said_before_anything_is(
         main()
     assert says in f"{end.value}{capsys.readouterr().err}"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_key_press_ends_it_with_where_the_rows_so_far_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(_: Bench, name: str) -> dict[str, Any]:
+        if name == "memory":
+            raise KeyboardInterrupt
+        return {"floor_fraction_fp32": {"ratio": 0.9}}
+
+    monkeypatch.setattr(Bench, "rows", rows)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "floor,memory", "--output", str(tmp_path)])
+    assert main() == 130
+    assert json.loads((tmp_path / "bench.json").read_text())["floor_fraction_fp32"] == {"ratio": 0.9}
+    assert f"stopped: what was measured so far is in {tmp_path}" in capsys.readouterr().err

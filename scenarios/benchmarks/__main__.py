@@ -149,11 +149,15 @@ def main() -> int:
     held_against = bars.QUICK if options.quick else bars.FULL
     rows: Rows = {}
     used: dict[str, float] = {}
-    for name in wanted:
-        used[name] = machine.used_by_others()
-        print(f"measuring {name}, others use {used[name]:.0%} of the cores", file=sys.stderr, flush=True)
-        rows |= bench.rows(name)
-        path.write_text(json.dumps({"machine": machine.describe() | {"used_by_others": used}, **rows}, indent=1))
+    try:
+        for name in wanted:
+            used[name] = machine.used_by_others()
+            print(f"measuring {name}, others use {used[name]:.0%} of the cores", file=sys.stderr, flush=True)
+            rows |= bench.rows(name)
+            path.write_text(json.dumps({"machine": machine.describe() | {"used_by_others": used}, **rows}, indent=1))
+    except KeyboardInterrupt:
+        print(f"stopped: what was measured so far is in {options.output}", file=sys.stderr)
+        return 130
     report.print_table(rows, held_against)
     if "bf16" not in bench.precisions:
         print("bf16 was not measured: this CPU has no instructions for it (avx512_bf16 or amx)")
