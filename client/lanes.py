@@ -23,7 +23,7 @@ from fedcil.gradients import as_stored
 from fedcil.keys import Key
 from fedcil.messages import Tensors
 from fedcil.methods.base import Draws, Samples
-from fedcil.models.network import Network, copy_into, set_norm_momentum, state_of
+from fedcil.models.network import Network, copy_into, set_norm_momentum, state_of, trained_parameters
 from fedcil.scenario import TrainingSection
 
 
@@ -36,8 +36,8 @@ class Lane:
         on_gpu = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        parameters = list(network.parameters())
-        self.anchor = tuple(torch.empty_like(parameter) for parameter in parameters)
+        parameters = trained_parameters(network)
+        self.anchor = tuple(torch.empty_like(parameter) for parameter in network.parameters())
         self.momenta = [torch.zeros_like(as_stored(each)) for each in parameters] if training.momentum else []
         # A captured step reads the learning rate anew; fused SGD takes one on the device in float32 only.
         self.lr = torch.zeros((), dtype=torch.float32, device=self.device)

@@ -13,7 +13,7 @@ from torch.optim.sgd import sgd
 from fedcil.gradients import as_stored, gradients
 from fedcil.keys import Key
 from fedcil.methods.base import Batch, Draws, Method, Prepared, Samples
-from fedcil.models.network import Network, set_norm_momentum
+from fedcil.models.network import Network, set_norm_momentum, trained_parameters
 from fedcil.scenario import TrainingSection
 from fedcil.stream import Task
 
@@ -168,7 +168,7 @@ def local_sgd(model: Network, recipe: Recipe, samples: Samples, key: Key) -> Tra
     sizes = cut_epoch(len(samples.labels), training.batch_size, training.batches)
     if not sizes or not training.epochs:
         return Trained(0, float("nan"))
-    optimizer = LocalSGD(list(model.parameters()), recipe.lr, training)
+    optimizer = LocalSGD(trained_parameters(model), recipe.lr, training)
     model.train()
     set_norm_momentum(model, recipe.norm_momentum)
     losses: list[Tensor] = []

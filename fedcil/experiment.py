@@ -26,7 +26,7 @@ from fedcil.keys import Key
 from fedcil.messages import Tensors
 from fedcil.methods.base import Method, Samples
 from fedcil.models import make_architecture
-from fedcil.models.network import initialise, snapshot
+from fedcil.models.network import snapshot
 from fedcil.partition import TaskPartition, make_partition
 from fedcil.population import Population, make_population
 from fedcil.rule import PLAIN
@@ -105,8 +105,7 @@ class Experiment:
 
     def first_state(self) -> RunState:
         """Before round 0: a model with a head for the first task, drawn on the CPU whatever the device."""
-        network = self.compute.architecture.build(self.stream.tasks[0].seen)
-        initialise(network, self.key.at("model").torch())
+        network = self.compute.architecture.start(self.stream.tasks[0].seen, self.key.at("model").torch())
         model = {name: tensor.to(self.compute.device) for name, tensor in snapshot(network).items()}
         return RunState(server=ServerState(model=model))
 
@@ -127,7 +126,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     refuse_untested_tasks(stream, data)
     labels = stream.relabel(data.train.labels)
     height, width, channels = data.train.images.shape[1:]
-    architecture = make_architecture(scenario.model, (channels, height, width))
+    architecture = make_architecture(scenario.model, (channels, height, width), key.at("backbone"))
     scenario.method.check_model(architecture)
     method = scenario.method.build()
     refuse_idle_rule(scenario, method, stream)

@@ -1,11 +1,15 @@
 """Randomness by place: a draw depends on what it is for, never on what was drawn before.
 
 ``Key(seed).at("task", 3, "round", 7, "client", 12)`` names a place in the run. Two equal places give
-equal numbers in every engine, in every process and after every resume; no global generator is touched.
+equal numbers in every engine, in every process and after every resume. No global generator is touched, but where
+somebody else's constructor draws from torch's (``global_draws``).
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -34,6 +38,19 @@ class Key:
         """A fresh torch generator for this place, on ``device``."""
         digest = blake2b(repr((self.seed, self.path)).encode(), digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+
+
+_GLOBAL_GENERATOR = threading.Lock()
+
+
+@contextmanager
+def global_draws(key: Key) -> Iterator[None]:
+    """Code in here draws from torch's global CPU generator what belongs to this place. One thread at a time; the
+    generator is left as it was.
+    """
+    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key.torch().initial_seed())
+        yield
 
 
 def _hash64(element: Element) -> int:

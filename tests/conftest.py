@@ -41,7 +41,7 @@ class Small:
     second: ClassVar[Task] = Task(1, 3, 5)
 
     def compute(self, name: str = "cnn", precision: Precision = "fp32") -> Compute:
-        architecture = make_architecture(ModelSection(name=name, width=4), self.image)
+        architecture = make_architecture(ModelSection(name=name, width=4), self.image, Key(0))
         return Compute(architecture, torch.device("cpu"), precision)
 
     def network(self, classes: int, name: str = "cnn", seed: int = 0) -> Network:

@@ -92,7 +92,7 @@ def torchvision_twin(network: Network, stem: Stem) -> nn.Module:
 @pytest.mark.usefixtures("float64")
 def test_resnet18_computes_what_torchvisions_does(stem: Stem, size: int) -> None:
     """The same features in train and eval mode, and the same running statistics after a batch."""
-    network = make_architecture(ModelSection(name="resnet18", stem=stem), (3, size, size)).build(2)
+    network = make_architecture(ModelSection(name="resnet18", stem=stem), (3, size, size), Key(0)).build(2)
     initialise(network, Key(0).torch())
     twin = torchvision_twin(network, stem)
     images = torch.randn(2, 3, size, size, generator=Key(1).torch())
@@ -151,7 +151,7 @@ def test_initialisation_draws_from_its_generator_and_nothing_else(small: Any, na
 def pytorch_default(kind: str) -> nn.Module:
     if kind == "generator":
         return Generator(channels=3, size=8, latent=5, width=4)
-    return Network(make_architecture(ModelSection(width=4), (3, 8, 8)).backbone(), 4)
+    return Network(make_architecture(ModelSection(width=4), (3, 8, 8), Key(0)).backbone(), 4)
 
 
 @pytest.mark.parametrize("kind", ["cnn", "generator"])
@@ -169,7 +169,7 @@ def test_resnet_convolutions_are_normal_with_the_fan_out(small: Any) -> None:
     """N(0, sqrt(2 / (k k out))). Of n draws the deviation is off by sqrt(1 / 2n) of itself, the mean by
     1 / sqrt(n) deviations; five of either are allowed.
     """
-    network = make_architecture(ModelSection(name="resnet18", width=16), (3, 32, 32)).build(10)
+    network = make_architecture(ModelSection(name="resnet18", width=16), (3, 32, 32), Key(0)).build(10)
     initialise(network, Key(0).torch())
     for part in network.modules():
         if isinstance(part, nn.Conv2d):
@@ -331,7 +331,7 @@ def test_a_teachers_weights_are_narrowed_once_to_the_same_bits(small: Any, name:
 
 
 def test_an_architecture_is_a_value_that_builds_new_networks() -> None:
-    architecture = make_architecture(ModelSection(width=4), (1, 8, 8))
+    architecture = make_architecture(ModelSection(width=4), (1, 8, 8), Key(0))
     assert isinstance(architecture, Architecture)
     one, two = architecture.build(3), architecture.build(5)
     assert (one.head.out_features, two.head.out_features) == (3, 5)

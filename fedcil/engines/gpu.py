@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from client.training import LocalSGD
 from fedcil.experiment import Experiment
 from fedcil.messages import count_bytes
+from fedcil.models.network import trained_parameters
 
 CONTEXT_BYTES = 600 << 20  # of a process, for CUDA itself and the code of its kernels
 MARGIN = 1.25  # what an allocator reserves over what is used
@@ -80,6 +81,6 @@ def largest_step(experiment: Experiment) -> int:
             parameter.zero_()
     images = torch.zeros(count, *compute.architecture.image, device=compute.device)
     labels = torch.zeros(count, dtype=torch.int64, device=compute.device)
-    optimizer = LocalSGD(list(network.parameters()), 0.0, scenario.training)
+    optimizer = LocalSGD(trained_parameters(network), 0.0, scenario.training)
     optimizer.step(F.cross_entropy(network(images), labels))
     return count

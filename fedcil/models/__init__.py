@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedcil.dotted import load_dotted
+from fedcil.keys import Key, global_draws
 from fedcil.models.cnn import CNN
-from fedcil.models.network import Backbone, Network, allocate
+from fedcil.models.network import Backbone, Network, allocate, initialise
 from fedcil.models.resnet import resnet8, resnet18
 
 if TYPE_CHECKING:
@@ -22,19 +23,36 @@ Image = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A classifier as a value: ``build(classes)`` gives a network with uninitialised memory."""
+    """A classifier as a value.
+
+    ``own``: set for a backbone from outside fedcil, which starts as its constructor fills it (pretrained weights, say);
+    the key of what that draws. A shipped one is drawn by fedcil.
+    """
 
     backbone: Callable[[], Backbone]
     image: Image
+    own: Key | None = None
 
     def build(self, classes: int, precision: torch.dtype | None = None) -> Network:
+        """A network to load tensors into. What is in a shipped one's memory is not defined."""
+        if self.own:
+            with global_draws(self.own):
+                return Network(self.backbone(), classes, precision)
         with torch.device("meta"):
             network = Network(self.backbone(), classes, precision)
         return allocate(network)
 
+    def start(self, classes: int, generator: torch.Generator) -> Network:
+        """The network that a run begins with; ``generator`` draws the head, and a shipped backbone."""
+        network = self.build(classes)
+        initialise(network.head if self.own else network, generator)
+        return network
 
-def make_architecture(section: ModelSection, image: Image) -> Architecture:
-    """The classifier that ``[model]`` names; a dotted path is called as ``function(channels, section)``."""
+
+def make_architecture(section: ModelSection, image: Image, key: Key) -> Architecture:
+    """The classifier that ``[model]`` names; a dotted path is called as ``function(channels, section)``, and what it
+    draws is drawn from ``key``.
+    """
     channels = image[0]
     match section.name:
         case "cnn":
@@ -44,4 +62,4 @@ def make_architecture(section: ModelSection, image: Image) -> Architecture:
         case "resnet18":
             return Architecture(lambda: resnet18(channels, section.width or 64, section.stem), image)
     build = load_dotted(section.name, "model.name")
-    return Architecture(lambda: build(channels, section), image)
+    return Architecture(lambda: build(channels, section), image, key)

@@ -58,12 +58,14 @@ def drop_counters(module: nn.Module) -> None:
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and floating-point buffers by name: the module's own memory, not copies.
+    """Parameters and persistent floating-point buffers by name: the module's own memory, not copies.
 
-    Integer buffers are no state: averaging them has no meaning.
+    Integer buffers are no state: averaging them has no meaning. They, and buffers that torch would not save, are what
+    the constructor makes them.
     """
+    saved = module.state_dict().keys()
     named: Iterable[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
+    return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point() and name in saved}
 
 
 def allocate(module: Module) -> Module:
@@ -88,6 +90,11 @@ def copy_into(own: Tensors, tensors: Tensors) -> None:
         if tensor.shape != tensors[name].shape:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
     torch._foreach_copy_(list(own.values()), [tensors[name] for name in own])
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """All but those that somebody has frozen."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

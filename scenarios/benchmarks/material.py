@@ -66,7 +66,7 @@ class Material:
 
     def __init__(self, work: Work, precision: Precision, device: torch.device, pool: int = 0) -> None:
         self.work, self.device = work, device
-        architecture = make_architecture(ModelSection(name=work.model, width=work.width), SHAPE)
+        architecture = make_architecture(ModelSection(name=work.model, width=work.width), SHAPE, Key(0))
         self.compute = Compute(architecture, device, precision)
         sizes = {"synthetic": work.synthetic, "latent": work.latent, "generator_width": work.generator_width}
         self.settings = MFCL(**RELEASED | sizes | {"pool": pool})

@@ -63,7 +63,7 @@ QUICK = replace(SMALL, steps=1)
 
 
 def compute_in(precision: Precision, width: int = 64) -> Compute:
-    architecture = make_architecture(ModelSection(name="resnet18", width=width), SHAPE)
+    architecture = make_architecture(ModelSection(name="resnet18", width=width), SHAPE, KEY)
     return Compute(architecture, torch.device("cpu"), precision)
 
 

@@ -1,0 +1,148 @@
+"""A person's own backbone starts as its constructor fills it, whatever layers it has."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fedcil
+from fedcil.compute import Compute
+from fedcil.keys import Key
+from fedcil.messages import Tensors, content_hash
+from fedcil.models import Architecture, make_architecture
+from fedcil.models.network import Backbone, initialise, snapshot, state_of
+from fedcil.record.checkpoints import CheckpointFolder
+from fedcil.scenario import ModelSection
+
+SOURCE = '''
+import torch
+from torch import nn
+from fedcil.models.network import Backbone
+
+
+class Tokens(Backbone):
+    """Patches that look at each other: layers and tensors that fedcil's own networks have none of."""
+
+    def __init__(self, channels, section):
+        super().__init__(section.width)
+        width = section.width
+        self.patches = nn.Conv2d(channels, width, 4, 4)
+        nn.init.constant_(self.patches.weight, 0.25)  # as a pretrained file would be read in
+        self.patches.requires_grad_(False)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.place = nn.Parameter(torch.randn(1, 5, width) * 0.02)
+        self.norm = nn.LayerNorm(width)
+        self.mix = nn.GroupNorm(1, 5)
+        self.register_buffer("order", torch.randperm(5))
+        self.register_buffer("mask", torch.full((5, 5), float("-inf")).triu(1), persistent=False)
+
+    def forward(self, images):
+        patches = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(images), 1, -1), patches], 1) + self.place
+        tokens = self.mix(self.norm(tokens[:, self.order]))
+        looks = (tokens @ tokens.transpose(1, 2) / 4 + self.mask).softmax(-1)
+        return (looks @ tokens).mean(1)
+
+
+def build(channels, section):
+    return Tokens(channels, section)
+'''
+
+
+@pytest.fixture
+def architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """By seed of the run."""
+    (tmp_path / "tokens.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    section = ModelSection(name="tokens:build", width=8)
+    yield lambda seed=0: make_architecture(section, (1, 8, 8), Key(seed))
+    sys.modules.pop("tokens", None)
+
+
+def litter() -> None:
+    """Freed memory that says so where nobody fills it."""
+    for size in (8, 40, 64, 128, 512):
+        _ = [torch.full((size,), float("nan")) for _ in range(50)]
+
+
+def test_it_starts_with_what_its_constructor_made(architecture: Any) -> None:
+    litter()
+    network = architecture().start(3, Key(0).torch())
+    backbone = network.backbone
+    assert (backbone.patches.weight == 0.25).all()
+    assert not backbone.token.any()
+    assert 0 < backbone.place.std() < 0.1
+    assert (backbone.norm.weight == 1).all()
+    assert (backbone.mix.weight == 1).all()
+    assert sorted(backbone.order.tolist()) == list(range(5))
+    assert network(torch.zeros(2, 1, 8, 8)).isfinite().all()
+
+
+def test_the_seed_of_the_run_decides_and_no_other_generator(architecture: Any) -> None:
+    before = torch.get_rng_state()
+    hashes = [content_hash(snapshot(architecture(seed).start(3, Key(seed).torch()))) for seed in (0, 0, 1)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_no_state_is_the_same_in_every_network(architecture: Any) -> None:
+    """Orders and masks are not sent: each worker makes them itself."""
+    compute = Compute(architecture(), torch.device("cpu"), "fp32")
+    one, two = compute.network(3), Compute(architecture(), torch.device("cpu"), "fp32").network(4)
+    assert torch.equal(one.backbone.order, two.backbone.order)
+    assert torch.equal(one.backbone.mask, two.backbone.mask)
+    assert not {"backbone.order", "backbone.mask"} & state_of(one).keys()
+
+
+def test_the_head_is_drawn_as_that_of_a_shipped_network(architecture: Any) -> None:
+    head = nn.Linear(8, 3)
+    initialise(head, Key(4).torch())
+    assert torch.equal(architecture().start(3, Key(4).torch()).head.weight, head.weight)
+
+
+class Plain(Backbone):
+    """Nothing but what every shipped network has."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.layer = nn.Conv2d(1, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.layer(images).mean((2, 3))
+        return features
+
+
+def test_a_shipped_one_is_drawn_by_fedcil() -> None:
+    one = Architecture(Plain, (1, 8, 8)).start(3, Key(1).torch())
+    two = Architecture(Plain, (1, 8, 8)).build(3)
+    initialise(two, Key(1).torch())
+    assert content_hash(snapshot(one)) == content_hash(snapshot(two))
+
+
+def run(folder: Path, *more: str) -> fedcil.Run:
+    (folder / "tokens.py").write_text(SOURCE)
+    sets = ["model.name=tokens:build", "model.width=8", "stream.tasks=2", "training.rounds=2", "clients.count=6"]
+    words = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", "--no-figures", "--json"]
+    words += [part for text in (*sets, *more) for part in ("--set", text)]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return fedcil.load(folder / json.loads(done.stdout)["run_dir"])
+
+
+def model_of(finished: fedcil.Run) -> Tensors:
+    return CheckpointFolder(finished.path / "checkpoints").load().state.server.model
+
+
+def test_it_runs_with_the_same_bits_on_one_worker_and_two(tmp_path: Path) -> None:
+    """From the command line: what the constructor froze stays, the rest is trained."""
+    models = [model_of(run(tmp_path, f"engine.workers={workers}")) for workers in (1, 2)]
+    assert content_hash(models[0]) == content_hash(models[1])
+    assert (models[0]["backbone.patches.weight"] == 0.25).all()
+    assert models[0]["backbone.token"].any()
