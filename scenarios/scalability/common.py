@@ -198,8 +198,8 @@ def fill(axis: Axes, panel: Panel) -> None:
         axis.set_xscale("log")
     if panel.log[1]:
         axis.set_yscale("log")
-    if panel.zero:
-        axis.set_ylim(0, 1.25 * max(max(ys) for _, ys in [*panel.points.values(), *panel.ideal.values()]))
+    if panel.zero:  # and room for the legend above what is flat
+        axis.set_ylim(0, 1.4 * max(max(ys) for _, ys in [*panel.points.values(), *panel.ideal.values()]))
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
 
