@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from fedcil.gradients import as_stored, gradients
-from fedcil.keys import Key
+from fedcil.keys import Key, global_draws
 from fedcil.methods.base import Batch, Draws, Method, Prepared, Samples
 from fedcil.models.network import Network, set_norm_momentum, trained_parameters
 from fedcil.scenario import TrainingSection
@@ -159,6 +160,17 @@ class LocalSGD:
                 self.momenta[place] = momentum
 
 
+@contextmanager
+def layers_draw(model: Network, place: Key) -> Iterator[None]:
+    """A pass whose layers draw from torch's global generator, if they draw, what belongs to this place. Where they do
+    not, the network's later passes need not come here.
+    """
+    with global_draws(place):
+        before = torch.get_rng_state()
+        yield
+        model.random = not torch.equal(before, torch.get_rng_state())
+
+
 def local_sgd(model: Network, recipe: Recipe, samples: Samples, key: Key) -> Trained:
     """Train ``model`` in place.
 
@@ -173,9 +185,11 @@ def local_sgd(model: Network, recipe: Recipe, samples: Samples, key: Key) -> Tra
     set_norm_momentum(model, recipe.norm_momentum)
     losses: list[Tensor] = []
     for epoch in range(training.epochs):
-        for images, labels, draws in inputs(recipe, samples, sizes, key.at("epoch", epoch)):
+        place = key.at("epoch", epoch)
+        for step, (images, labels, draws) in enumerate(inputs(recipe, samples, sizes, place)):
             recipe.check()
-            loss = recipe.loss(model, images, labels, draws)
+            with layers_draw(model, place.at("layers", step)) if model.random else nullcontext():
+                loss = recipe.loss(model, images, labels, draws)
             optimizer.step(loss)
             losses.append(loss.detach())
     return Trained(len(losses), torch.stack(losses).double().mean().item())

@@ -1,4 +1,4 @@
-"""A person's own backbone starts as its constructor fills it, whatever layers it has."""
+"""A person's own backbone: it starts as its constructor fills it, and its bits are the run's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fedcil
+from client.training import layers_draw
 from fedcil.compute import Compute
 from fedcil.keys import Key
 from fedcil.messages import Tensors, content_hash
@@ -40,13 +41,14 @@ class Tokens(Backbone):
         self.place = nn.Parameter(torch.randn(1, 5, width) * 0.02)
         self.norm = nn.LayerNorm(width)
         self.mix = nn.GroupNorm(1, 5)
+        self.drop = nn.Dropout(0.2)
         self.register_buffer("order", torch.randperm(5))
         self.register_buffer("mask", torch.full((5, 5), float("-inf")).triu(1), persistent=False)
 
     def forward(self, images):
         patches = self.patches(images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.token.expand(len(images), 1, -1), patches], 1) + self.place
-        tokens = self.mix(self.norm(tokens[:, self.order]))
+        tokens = self.drop(self.mix(self.norm(tokens[:, self.order])))
         looks = (tokens @ tokens.transpose(1, 2) / 4 + self.mask).softmax(-1)
         return (looks @ tokens).mean(1)
 
@@ -74,7 +76,7 @@ def litter() -> None:
 
 def test_it_starts_with_what_its_constructor_made(architecture: Any) -> None:
     litter()
-    network = architecture().start(3, Key(0).torch())
+    network = architecture().start(3, Key(0).torch()).eval()
     backbone = network.backbone
     assert (backbone.patches.weight == 0.25).all()
     assert not backbone.token.any()
@@ -105,6 +107,14 @@ def test_the_head_is_drawn_as_that_of_a_shipped_network(architecture: Any) -> No
     head = nn.Linear(8, 3)
     initialise(head, Key(4).torch())
     assert torch.equal(architecture().start(3, Key(4).torch()).head.weight, head.weight)
+
+
+def test_only_networks_whose_layers_draw_pay_for_it(small: Any, architecture: Any) -> None:
+    plain, tokens = small.network(3), architecture().build(3)
+    for network, channels in ((plain, 3), (tokens, 1)):
+        with layers_draw(network, Key(0)):
+            network(torch.rand(2, channels, 8, 8, generator=Key(1).torch()))
+    assert (plain.random, tokens.random) == (False, True)
 
 
 class Plain(Backbone):
@@ -141,7 +151,7 @@ def model_of(finished: fedcil.Run) -> Tensors:
 
 
 def test_it_runs_with_the_same_bits_on_one_worker_and_two(tmp_path: Path) -> None:
-    """From the command line: what the constructor froze stays, the rest is trained."""
+    """From the command line: what the constructor froze stays, the rest is trained, and dropout draws by place."""
     models = [model_of(run(tmp_path, f"engine.workers={workers}")) for workers in (1, 2)]
     assert content_hash(models[0]) == content_hash(models[1])
     assert (models[0]["backbone.patches.weight"] == 0.25).all()

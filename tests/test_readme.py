@@ -42,10 +42,12 @@ def test_files_that_the_readme_points_to_exist() -> None:
         assert f"fedcil {command}" in README
 
 
-def test_own_data_of_the_docs_runs(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), flags=re.DOTALL)
-    (tmp_path / "mine.py").write_text(code)
-    sets = ["data.name=mine:load", "stream.tasks=2", "training.rounds=1", "clients.count=4", "clients.per_round=2"]
+def test_own_data_and_model_of_the_docs_run(tmp_path: Path) -> None:
+    codes = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), flags=re.DOTALL)
+    assert len(codes) == 2
+    (tmp_path / "mine.py").write_text("\n\n".join(codes))
+    sets = ["data.name=mine:load", "model.name=mine:build", "stream.tasks=2", "training.rounds=1"]
+    sets += ["clients.count=4", "clients.per_round=2"]
     words = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", "--no-figures"]
     words += [part for text in sets for part in ("--set", text)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)

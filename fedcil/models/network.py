@@ -30,7 +30,11 @@ class Backbone(nn.Module):
 class Network(nn.Module):
     """Backbone and head. Under ``precision`` (say bfloat16) the backbone runs in autocast; features, head
     and losses are always in the parameters' own type.
+
+    ``random``: whether a pass in train mode may draw from torch's global generator (dropout); local training finds out.
     """
+
+    random = True
 
     def __init__(self, backbone: Backbone, classes: int, precision: torch.dtype | None = None) -> None:
         super().__init__()
