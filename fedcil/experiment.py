@@ -27,6 +27,7 @@ from fedcil.messages import Tensors
 from fedcil.methods.base import Method, Samples
 from fedcil.models import make_architecture
 from fedcil.models.network import snapshot
+from fedcil.models.own import refuse_unfit
 from fedcil.partition import TaskPartition, make_partition
 from fedcil.population import Population, make_population
 from fedcil.rule import PLAIN
@@ -127,6 +128,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     labels = stream.relabel(data.train.labels)
     height, width, channels = data.train.images.shape[1:]
     architecture = make_architecture(scenario.model, (channels, height, width), key.at("backbone"))
+    refuse_unfit(architecture, scenario.model.name)
     scenario.method.check_model(architecture)
     method = scenario.method.build()
     refuse_idle_rule(scenario, method, stream)

@@ -77,7 +77,10 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "fedcil.data.download": ((*BOTTOM, "fedcil.data"), ("filelock", "torchvision")),
     "fedcil.data.super_imagenet": ((*BOTTOM, "fedcil.data", "fedcil.files"), ("torch", "numpy", "PIL", "yaml")),
-    "fedcil.models": (("fedcil.dotted", "fedcil.keys", "fedcil.messages", "fedcil.models"), ("torch",)),
+    "fedcil.models": (
+        ("fedcil.dotted", "fedcil.errors", "fedcil.keys", "fedcil.messages", "fedcil.models"),
+        ("torch",),
+    ),
     "fedcil.cpu": ((), ("torch",)),
     "fedcil.compute": (("fedcil.cpu", "fedcil.errors", "fedcil.messages", "fedcil.models"), ("torch",)),
     "fedcil.methods": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 import fedcil
 from client.training import layers_draw
 from fedcil.compute import Compute
+from fedcil.errors import ScenarioError
 from fedcil.keys import Key
 from fedcil.messages import Tensors, content_hash
 from fedcil.models import Architecture, make_architecture
 from fedcil.models.network import Backbone, initialise, snapshot, state_of
+from fedcil.models.own import refuse_unfit
 from fedcil.record.checkpoints import CheckpointFolder
 from fedcil.scenario import ModelSection
 
@@ -134,6 +137,116 @@ def test_a_shipped_one_is_drawn_by_fedcil() -> None:
     two = Architecture(Plain, (1, 8, 8)).build(3)
     initialise(two, Key(1).torch())
     assert content_hash(snapshot(one)) == content_hash(snapshot(two))
+
+
+UNFIT = """
+import torch
+from torch import nn
+from fedcil.models.network import Backbone
+
+
+class Unfit(Backbone):
+    def __init__(self, width, layer):
+        super().__init__(width)
+        self.layer = layer
+
+    def forward(self, images):
+        return self.layer(images)
+
+
+def width(channels, section):
+    return Unfit(3, nn.Flatten())
+
+
+def maps(channels, section):
+    return Unfit(4, nn.Conv2d(channels, 4, 3))
+
+
+def pair(channels, section):
+    return Unfit(4, nn.AdaptiveMaxPool2d(1, return_indices=True))
+
+
+def lazy(channels, section):
+    return Unfit(4, nn.Sequential(nn.Flatten(), nn.LazyLinear(4)))
+
+
+def colours(channels, section):
+    return Unfit(4, nn.Conv2d(3, 4, 3))
+
+
+def nothing(channels, section):
+    return None
+
+
+def few(channels):
+    return Unfit(4, nn.Flatten())
+
+
+def broken(channels, section):
+    raise KeyError("stem")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("width", "for two images it gives (2, 64) and not (2, 3); its width is 3"),
+        ("maps", "gives (2, 4, 6, 6) and not (2, 4)"),
+        ("pair", "gives tuple and not (2, 4)"),
+        ("lazy", "Lazy"),
+        ("colours", "expected input[2, 1, 8, 8] to have 3 channels"),
+        ("nothing", "'NoneType' object has no attribute 'width'"),
+        ("few", "takes 1 positional argument but 2 were given"),
+        ("broken", "KeyError: 'stem' (unfit.py:45)"),
+    ],
+)
+def test_what_is_no_backbone_is_one_error_before_anything_runs(
+    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unfit.py").write_text(UNFIT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    section = ModelSection(name=f"unfit:{name}", width=8)
+    try:
+        with pytest.raises(ScenarioError, match=f"unfit:{name}") as caught:
+            refuse_unfit(make_architecture(section, (1, 8, 8), Key(0)), section.name)
+    finally:
+        sys.modules.pop("unfit", None)
+    assert says in str(caught.value)
+    assert caught.value.where == "model.name"
+
+
+class Old(Backbone):
+    """With a weight that is computed before each pass: it cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.layer = nn.utils.weight_norm(nn.Conv2d(3, 4, 3))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.norm(self.layer(images)).mean((2, 3))
+        return features
+
+
+def test_a_teacher_that_cannot_be_copied_keeps_its_norms() -> None:
+    compute = Compute(Architecture(Old, (3, 8, 8), Key(0)), torch.device("cpu"), "fp32")
+    network = compute.network(2)
+    images = torch.rand(3, 3, 8, 8, generator=Key(1).torch())
+    torch.testing.assert_close(compute.teacher(snapshot(network))(images), network.eval()(images))
+
+
+def test_a_plan_counts_layers_that_put_out_several_tensors(tmp_path: Path) -> None:
+    source = SOURCE.replace("nn.Dropout(0.2)", "nn.LSTM(width, width)").replace(
+        "self.drop(", "(lambda x: self.drop(x)[0])("
+    )
+    (tmp_path / "tokens.py").write_text(source)
+    words = [sys.executable, "-m", "fedcil", "plan", "digits_fedavg", "--json"]
+    words += ["--set", "model.name=tokens:build", "--set", "model.width=8"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["predicted_memory_mb"] > 0
 
 
 def run(folder: Path, *more: str) -> fedcil.Run:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fedcil.availability import Availability, make_availability
 from fedcil.clock import asked_clients
@@ -138,9 +140,13 @@ def activation_bytes(experiment: Experiment) -> int:
     """What the layers of the classifier put out for one image."""
     network = experiment.compute.architecture.build(1)
     sizes: list[int] = []
+
+    def note(_: nn.Module, __: object, output: object) -> None:
+        sizes.extend(leaf.numel() * leaf.element_size() for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
     for layer in network.modules():
         if not list(layer.children()):
-            layer.register_forward_hook(lambda _, __, output: sizes.append(output.numel() * output.element_size()))
+            layer.register_forward_hook(note)
     network.eval()(torch.zeros(1, *experiment.compute.architecture.image))
     return sum(sizes)
 

@@ -114,12 +114,12 @@ def freeze(module: nn.Module) -> None:
 def fold_norms(network: Network) -> None:
     """Fold batch norms of a frozen network into the convolutions before them; equal up to rounding.
 
-    A person's own backbone that torch.fx cannot trace (say, with a branch on its input) stays as it is.
+    A person's own backbone that torch.fx cannot trace (say, with a branch on its input) or copy stays as it is.
     """
     backbone = network.backbone
     try:
         folded: Any = fuse(backbone)
-    except (torch.fx.proxy.TraceError, TypeError, NotImplementedError):
+    except (torch.fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError):
         return
     folded.width = backbone.width
     network.backbone = folded
