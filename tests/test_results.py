@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,19 +73,32 @@ def test_the_paper_in_small_over_several_commands(
     assert fedcil.load(stopped).finished  # the same folder, continued
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """A shell ignores Ctrl-C for what it starts in the background, tests for instance, and all that these start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("heeded")
 def test_a_key_press_stops_it_between_runs_without_a_traceback(tmp_path: Path) -> None:
     words = ["digits", "--seeds", "0", "--jobs", "1", "--output", str(tmp_path), "--set", "training.rounds=1000"]
     command = [sys.executable, str(ROOT / "scenarios" / "results.py"), *words]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as running:
-        until = time.monotonic() + 60
-        while not list(tmp_path.glob("digits_fedavg-0-*/metrics.jsonl")):
-            assert time.monotonic() < until
-            time.sleep(0.1)
-        os.killpg(running.pid, signal.SIGINT)  # what a terminal does
-        said, complaint = running.communicate(timeout=60)
+        try:
+            until = time.monotonic() + 60
+            while not list(tmp_path.glob("digits_fedavg-0-*/metrics.jsonl")):
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            os.killpg(running.pid, signal.SIGINT)  # what a terminal does
+            said, complaint = running.communicate(timeout=60)
+        except BaseException:
+            os.killpg(running.pid, signal.SIGKILL)
+            raise
     assert running.returncode == 130
     assert said == "digits_fedavg seed 0: stopped\n"
     assert complaint == "stopped: the same command goes on from there\n"
