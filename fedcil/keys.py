@@ -2,7 +2,7 @@
 
 ``Key(seed).at("task", 3, "round", 7, "client", 12)`` names a place in the run. Two equal places give
 equal numbers in every engine, in every process and after every resume. No global generator is touched, but where
-somebody else's constructor draws from torch's (``global_draws``).
+somebody else's constructor or layers draw from torch's (``global_draws``).
 """
 
 from __future__ import annotations
