@@ -18,6 +18,7 @@ from fedcil.errors import ScenarioError
 from fedcil.messages import Tensors
 from fedcil.models import Architecture
 from fedcil.models.network import Network, fold_norms, freeze, load_state, narrow
+from fedcil.models.pooling import pool_before_relu
 from fedcil.models.small_maps import convolve_small_maps_by_products
 
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -96,6 +97,7 @@ class Compute:
 
     def _plain(self, classes: int) -> Network:
         network = self.architecture.build(classes, self.autocast).to(self.device)
+        pool_before_relu(network.backbone)
         return network.to(memory_format=torch.channels_last)
 
     def _hasten(self, backbone: nn.Module) -> None:

@@ -72,7 +72,8 @@ class Watch:
             time.sleep(LOOK_S)
 
     def stop(self) -> None:
-        """As a person would: the run saves a checkpoint and ends with 143."""
+        """As a person would: the run saves a checkpoint, says so, and ends with 143."""
+        print("enough rounds: the run is stopped", flush=True)
         self.process.terminate()
         code = self.process.wait(timeout=60)
         if code != STOPPED:
