@@ -139,7 +139,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch", "numpy", "flwr", "psutil"),
     ),
     "scenarios.benchmarks.peers": (
-        ("scenarios.benchmarks",),
+        ("scenarios.benchmarks", "fedcil.allocator"),
         ("torch", "numpy", "psutil", "flwr", "pfl", "fedlab", "blazefl"),
     ),
     "fedcil": (

@@ -44,6 +44,45 @@ def test_a_peer_is_driven_line_by_line_and_ends_with_its_session(tmp_path: Path)
         sides["plain"].round()
 
 
+@pytest.mark.parametrize(
+    ("words", "cases"),
+    [
+        (("step", "2", "2", "1", "fp32"), ("fp32_fresh", "fp32_pooled", "fp32_pool")),
+        (("floor", "2", "2", "1", "fp32"), ("fp32_step", "fp32_floor")),
+        (("boundary", "2", "fp32"), ("fp32",)),
+        (("round", "lenet", "1", "fp32"), ("fp32_pictures", "fp32_tensors")),
+    ],
+    ids=lambda words: words[0],
+)
+def test_our_side_does_each_of_its_cases(words: tuple[str, ...], cases: tuple[str, ...], tmp_path: Path) -> None:
+    with sessions(tmp_path / "log", {"ours": (sys.executable, "ours")}) as sides:
+        sides["ours"].begin(*words)
+        for case in cases:
+            assert sides["ours"].case(1, case)().cpu > 0
+        with pytest.raises(RuntimeError, match="ended without an answer"):
+            sides["ours"].round("another")
+
+
+def test_the_floor_is_the_convolutions_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many forward and backward passes as a step of a narrow ResNet-18 has: 20 of the student and as many of the
+    teacher, one of them over images, and the generator's three.
+    """
+    monkeypatch.setattr(floor, "compute_in", lambda precision: compute_in(precision, width=8))
+    ahead, back = [], []
+    passes = floor.passes
+
+    def counted(layer: floor.Layer, precision: Any) -> tuple[floor.Work, floor.Work]:
+        assert all(callable(work) for work in passes(layer, precision))
+        return lambda: ahead.append(layer), lambda: back.append(layer)
+
+    monkeypatch.setattr(floor, "passes", counted)
+    floor.step_floor(step.Sizes(2, 3, 1), "fp32")()
+    assert len(ahead) == 2 * 20 + 3
+    assert len(back) == 20
+    assert [layer.first for layer in back].count(True) == 1
+    assert {layer.inputs[0] for layer in back} == {5}
+
+
 def test_every_side_starts_from_the_same_weights() -> None:
     for net in NETS:
         one, other = build(net), build(net)
@@ -134,9 +173,10 @@ def test_a_ratio_is_the_median_of_pairs() -> None:
     ours = [Cost(1.0, 2.0), Cost(3.0, 2.0), Cost(8.0, 2.0)]
     theirs = [Cost(2.0, 1.0), Cost(3.0, 1.0), Cost(4.0, 1.0)]
     figure = against(ours, theirs)
-    assert (figure.ratio, figure.wall_ratio, figure.median_s, figure.spread) == (1.0, 2.0, 3.0, 1.5)
-    assert against(ours, None) == Figure(None, None, 3.0, None)
-    assert figure.plus(0.5, 2.0) == Figure(1.25, 2.25, 3.5, 1.5)
+    assert figure == Figure(1.0, 2.0, 3.0, 1.5, 3)
+    assert against(ours, None) == Figure(None, None, 3.0, None, 3)
+    assert figure.plus(0.5, 2.0) == Figure(1.25, 2.25, 3.5, 1.5, 3)
+    assert against(ours[:1], theirs[:1]) == Figure(0.5, 2.0, 1.0, None, 1)  # and not a spread of 0
 
 
 @pytest.mark.parametrize(
@@ -172,8 +212,9 @@ def test_wall_seconds_and_facts_have_bars_too(name: str, row: dict[str, Any], sa
 @pytest.mark.slow
 def test_a_peer_that_could_not_be_had_is_a_row_all_the_same(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data.npz", clients=1)
-    with sessions(tmp_path / "log", {"plain": (sys.executable, "plain", data)}) as sides:
-        figures = measure("lenet", {**sides, "pfl": None}, 1, precisions=("fp32",), clients=1)
+    programs = {"ours": (sys.executable, "ours"), "plain": (sys.executable, "plain", data)}
+    with sessions(tmp_path / "log", programs) as sides:
+        figures = measure("lenet", sides.pop("ours"), {**sides, "pfl": None}, 1, precisions=("fp32",), clients=1)
     assert figures["round_lenet_fp32_vs_pfl"].ratio is None
     ratio = figures["round_lenet_fp32_vs_plain"].ratio
     assert ratio is not None
@@ -183,10 +224,10 @@ def test_a_peer_that_could_not_be_had_is_a_row_all_the_same(tmp_path: Path) -> N
 def test_what_a_cpu_has_no_instructions_for_is_not_measured(tmp_path: Path) -> None:
     bench = Bench(True, 1, tmp_path)
     bench.precisions = ("fp32",)
-    bench.parts = {"step": lambda: {"step_8_32_fp32_fresh": Figure(0.5, 0.6, 1.0, 0.1), "memory": {"mb": 3.0}}}
+    bench.parts = {"step": lambda: {"step_8_32_fp32_fresh": Figure(0.5, 0.6, 1.0, 0.1, 5), "memory": {"mb": 3.0}}}
     rows = bench.rows("step")
     assert rows.keys() == {"step_8_32_fp32_fresh", "step_8_32_bf16_fresh", "memory"}
-    assert rows["step_8_32_bf16_fresh"] == dict.fromkeys(("ratio", "wall_ratio", "median_s", "spread"))
+    assert rows["step_8_32_bf16_fresh"] == dict.fromkeys(("ratio", "wall_ratio", "median_s", "spread", "repeats"))
     assert report.verdict("step_8_32_bf16_fresh", rows["step_8_32_bf16_fresh"], FULL) == ""
 
 
@@ -196,7 +237,7 @@ def test_a_peer_that_cannot_start_or_does_other_work_is_not_measured(
     """And takes no other part along."""
     measured: list[dict[str, Session | None]] = []
 
-    def note(net: str, sides: dict[str, Session | None], *_: object) -> dict[str, Figure]:
+    def note(net: str, ours: Session, sides: dict[str, Session | None], *_: object) -> dict[str, Figure]:
         measured.append(dict(sides))
         return {}
 
@@ -233,7 +274,7 @@ class Idle:
     def begin(self, *_: object) -> None:
         pass
 
-    def case(self, units: int = 1) -> Case:
+    def case(self, units: int = 1, *_: str) -> Case:
         return lambda: Cost(1.0, 1.0)
 
 
@@ -250,27 +291,29 @@ def each_once(cases: Mapping[str, Case], *_: object, **__: object) -> dict[str, 
 
 def test_every_row_that_the_json_is_read_for_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names are read by programs: the parts run as they are, only nothing is timed."""
-    for module in (step, boundary, overhead, benchmarks):
+    for module in (step, floor, boundary, overhead, benchmarks):
         monkeypatch.setattr(module, "sessions", idle)
-    for module in (step, boundary, overhead, rounds):
+    for module in (step, floor, boundary, overhead, rounds):
         monkeypatch.setattr(module, "in_turn", each_once)
     monkeypatch.setattr(rounds, "for_a_while", lambda case: case)
     monkeypatch.setattr(rounds, "weights_differ", lambda *_: 0.0)
-    monkeypatch.setattr(step, "our_step", lambda *_: None)
-    monkeypatch.setattr(step, "pool_cost", lambda _: 0.0)
-    monkeypatch.setattr(boundary, "our_boundary", lambda *_: None)
-    monkeypatch.setattr(floor, "step_floor", lambda *_: 0.5)
     bench = Bench(False, 1, tmp_path)
     bench.precisions = ("fp32", "bf16")
     monkeypatch.setattr(bench, "peers", lambda: dict.fromkeys(("flower", "pfl", "fedlab", "blazefl"), tmp_path))
-    rows = {name for part in ("step", "floor", "boundary", "rounds", "overhead") for name in bench.rows(part)}
+    parts = ("step", "floor", "boundary", "rounds", "overhead")
+    rows = {name for part in parts for name in bench.rows(part)}
     both = ("fp32", "bf16")
     sides = ("plain", "flower", "pfl", "fedlab", "blazefl")
+    kept = {
+        f"step_{size}_{p}_{kind}_vs_kept" for size in ("8_32", "32_128") for p in both for kind in ("fresh", "pooled")
+    }
+    kept |= {f"round_{net}_{p}_vs_plain_kept" for net in ("lenet", "cnn4", "resnet18") for p in both}
+    kept |= {f"boundary_{p}_vs_kept" for p in both}
     wanted = {f"step_{size}_{p}_{kind}" for size in ("8_32", "32_128") for p in both for kind in ("fresh", "pooled")}
     wanted |= {f"round_{net}_{p}_vs_{side}" for net in ("lenet", "cnn4", "resnet18") for p in both for side in sides}
     wanted |= {f"engine_{e}_{mb}mb_{n}_vs_flower" for e in ("inline", "ray") for mb in (1, 45) for n in (10, 100, 1000)}
     wanted |= {f"{what}_{p}" for what in ("boundary", "floor_fraction") for p in both}
-    assert rows - wanted == {f"weights_{side}" for side in ("fedcil", *sides[1:])}
+    assert rows - wanted == kept | {f"weights_{side}" for side in ("fedcil", *sides[1:])}
     assert wanted <= rows
 
 
@@ -284,7 +327,7 @@ def test_the_command_prints_a_table_and_the_path_of_its_json(
     assert main() == 0
     *table, path = capsys.readouterr().out.splitlines()
     rows = json.loads(Path(path).read_text())
-    assert {"ratio", "wall_ratio", "median_s", "spread"} == rows["two_workers_lenet"].keys()
+    assert {"ratio", "wall_ratio", "median_s", "spread", "repeats"} == rows["two_workers_lenet"].keys()
     assert rows["memory_10000"]["more_than_100_mb"] < rows["memory_10000"]["index_mb"] + 30
     assert any("two_workers_lenet" in line for line in table)
     assert (tmp_path / "benchmark.png").stat().st_size > 0

@@ -29,6 +29,7 @@ from scenarios.benchmarks.peers.session import Session, sessions
 from scenarios.benchmarks.timing import NOT_MEASURED, Figure
 
 Rows = dict[str, Any]
+LOOPS = {"plain": (), "plain_kept": ("kept",)}
 
 
 class Bench:
@@ -67,13 +68,7 @@ class Bench:
 
     def floor(self) -> Rows:
         """Share of a fresh step's time that its convolutions alone would take."""
-        rows: Rows = {}
-        for precision in self.precisions:
-            ours = step.measure_ours(step.FULL, precision, self.repeats)
-            rows[f"floor_fraction_{precision}"] = Figure(
-                floor.step_floor(step.FULL, precision) / ours, None, ours, None
-            )
-        return rows
+        return floor.measure(step.FULL, self.repeats, self.log, self.precisions)
 
     def boundary(self) -> Rows:
         return boundary.measure(128, self.repeats, self.log, self.precisions)
@@ -81,22 +76,23 @@ class Bench:
     def rounds(self) -> Rows:
         """Every net has processes of its own: one that has trained another before may be a tenth cheaper."""
         data, peers = rounds.write_data(self.output / "round.npz"), self.peers()
-        with self.sides(peers, data) as sides:
-            rows = self.weights(data, sides) | rounds.measure("lenet", sides, self.repeats, self.precisions)
+        with self.sides(peers, data) as (ours, sides):
+            rows = self.weights(data, sides) | rounds.measure("lenet", ours, sides, self.repeats, self.precisions)
         peers = {name: python if sides[name] else None for name, python in peers.items()}
-        with self.sides(peers, data) as sides:
-            rows |= rounds.measure("cnn4", sides, self.repeats, self.precisions)
+        with self.sides(peers, data) as (ours, sides):
+            rows |= rounds.measure("cnn4", ours, sides, self.repeats, self.precisions)
         if self.quick:
             return rows
         data = rounds.write_data(self.output / "round2.npz", clients=2)
-        with self.sides(peers, data) as sides:  # two clients and a limit: a round of one side takes seconds
-            return rows | rounds.measure("resnet18", sides, self.repeats, self.precisions, clients=2, limit_s=60)
+        with self.sides(peers, data) as (ours, sides):  # two clients and a limit: a round of one side takes seconds
+            some = {"clients": 2, "limit_s": 60}
+            return rows | rounds.measure("resnet18", ours, sides, self.repeats, self.precisions, **some)
 
     def weights(self, data: Path, sides: dict[str, Session | None]) -> Rows:
         """Of all but the plain loop against it; a side whose weights are others, or that cannot start, becomes None."""
         rows: Rows = {"weights_fedcil": rounds.agreement(rounds.weights_differ(data))}
         for name, side in sides.items():
-            if side is None or name == "plain":
+            if side is None or name in LOOPS:
                 continue
             try:
                 rows[f"weights_{name}"] = rounds.agreement(rounds.weights_differ(data, side))
@@ -111,11 +107,16 @@ class Bench:
         return {"flower": Path(sys.executable)} | {name: environment(name, self.output / "peers") for name in others}
 
     @contextmanager
-    def sides(self, peers: Mapping[str, Path | None], data: Path) -> Iterator[dict[str, Session | None]]:
-        """The plain loop and those peers that could be had; None for the others."""
+    def sides(
+        self, peers: Mapping[str, Path | None], data: Path
+    ) -> Iterator[tuple[Session, dict[str, Session | None]]]:
+        """fedcil; and the plain loop, once as it comes and once with freed memory kept, and those peers that could be
+        had, None for the others.
+        """
         programs = {name: (python, name, data) for name, python in peers.items() if python}
-        with sessions(self.log, {"plain": (sys.executable, "plain", data), **programs}) as running:
-            yield {name: running.get(name) for name in ("plain", *peers)}
+        loops = {name: (sys.executable, "plain", data, *words) for name, words in LOOPS.items()}
+        with sessions(self.log, {"ours": (sys.executable, "ours"), **loops, **programs}) as running:
+            yield running["ours"], {name: running.get(name) for name in (*LOOPS, *peers)}
 
     def overhead(self) -> Rows:
         sizes = (((10, 100), 1),) if self.quick else (((10, 100, 1000), 1), ((10,), 45), ((100, 1000), 45))
@@ -154,7 +155,9 @@ def main() -> int:
             used[name] = machine.used_by_others()
             print(f"measuring {name}, others use {used[name]:.0%} of the cores", file=sys.stderr, flush=True)
             rows |= bench.rows(name)
-            path.write_text(json.dumps({"machine": machine.describe() | {"used_by_others": used}, **rows}, indent=1))
+            path.write_text(
+                json.dumps({"machine": machine.describe(REQUIREMENTS) | {"used_by_others": used}, **rows}, indent=1)
+            )
     except KeyboardInterrupt:
         print(f"stopped: what was measured so far is in {options.output}", file=sys.stderr)
         return 130

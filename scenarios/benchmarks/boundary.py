@@ -1,11 +1,13 @@
 """(e) A step of the generator's training at a boundary, through the frozen ResNet-18: fedcil against the authors' form.
 
 The authors' form: the classifier's parameters still ask for gradients, a hook on each batch-norm layer makes mean and
-variance of its input (permuted and made contiguous first), NCHW, fp32; a process of its own (``peers/authors.py``).
+variance of its input (permuted and made contiguous first), NCHW, fp32. Both are processes of their own
+(``peers/ours.py``, ``peers/authors.py``).
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from fedcil.methods.mfcl import MFCL
 from fedcil.models.network import snapshot
 from scenarios.benchmarks.peers.session import sessions
 from scenarios.benchmarks.step import RELEASED, TASK, compute_in, drawn
-from scenarios.benchmarks.timing import Case, Figure, against, in_turn, timed
+from scenarios.benchmarks.timing import Case, Figure, against, in_turn
 
 CLASSES = TASK.old
 
@@ -85,10 +87,18 @@ def authors_boundary(batch: int) -> Callable[[], Tensor]:
 
 
 def measure(batch: int, repeats: int, log: Path, precisions: tuple[Precision, ...]) -> dict[str, Figure]:
-    with sessions(log, {"authors": (sys.executable, "authors")}) as sides:
-        cases: dict[str, Case] = {"authors": sides["authors"].case()}
-        cases |= {f"boundary_{precision}": timed(our_boundary(precision, batch)) for precision in precisions}
-        sides["authors"].begin("boundary", batch)
+    """``boundary_<precision>``, and ``..._vs_kept`` against the authors' form with freed memory kept."""
+    twins = {"": ("authors",), "_vs_kept": ("authors", "kept")}
+    with sessions(
+        log, {name: (sys.executable, *words) for name, words in (twins | {"ours": ("ours",)}).items()}
+    ) as sides:
+        cases: dict[str, Case] = {twin: sides[twin].case() for twin in twins}
+        cases |= {precision: sides["ours"].case(1, precision) for precision in precisions}
+        for twin in twins:
+            sides[twin].begin("boundary", batch)
+        sides["ours"].begin("boundary", batch, *precisions)
         costs = in_turn(cases, repeats)
-    theirs = costs.pop("authors")
-    return {name: against(ours, theirs) for name, ours in costs.items()}
+    return {
+        f"boundary_{precision}{twin}": against(costs[precision], costs[twin])
+        for precision, twin in itertools.product(precisions, twins)
+    }

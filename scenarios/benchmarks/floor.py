@@ -1,17 +1,18 @@
-"""(g) How near the client step is to this machine's floor: its convolutions alone, each at the rate it reaches alone.
+"""(g) How near the client step is to its floor: its convolutions alone, each at the rate it reaches alone.
 
-The floor is the sum over the layers of what that layer's convolution takes, measured by itself in the same form,
-precision, layout and batch, forward and backward as often as a step needs them. What a step takes beyond it is batch
-norm, ReLU, additions, casts, the optimiser and Python.
+The floor is the sum over the layers of what that layer's convolution takes, by itself, in the same form, precision,
+layout and batch, forward and backward as often as a step needs them: work over this machine's rate for it, in turn with
+the step. What a step takes beyond it is batch norm, ReLU, additions, casts, the optimiser and Python.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from fedcil.compute import Precision
 from fedcil.methods.mfcl import MFCL
 from fedcil.models.network import initialise
-from scenarios.benchmarks.step import KEY, RELEASED, TASK, Sizes, compute_in
-
-REPEATS = 5
+from scenarios.benchmarks.peers.session import sessions
+from scenarios.benchmarks.step import KEY, RELEASED, TASK, Sizes, compute_in, our_step
+from scenarios.benchmarks.timing import Figure, against, in_turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,11 @@ def layers_of(network: nn.Module, images: Tensor) -> Counter[Layer]:
     return found
 
 
-def seconds(layer: Layer, precision: Precision) -> tuple[float, float]:
-    """CPU seconds of the convolution alone, channels last: (forward, backward)."""
+Work = Callable[[], object]
+
+
+def passes(layer: Layer, precision: Precision) -> tuple[Work, Work]:
+    """The convolution alone, channels last: (forward, backward)."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     out, channels, kernel, _ = layer.weights
     convolution = layer.kind(channels, out, kernel, layer.stride, layer.padding, bias=False)
@@ -69,22 +73,11 @@ def seconds(layer: Layer, precision: Precision) -> tuple[float, float]:
 
     y, wanted = forward(), [convolution.weight] if layer.first else [x, convolution.weight]
     grad = torch.ones_like(y)
-    with torch.no_grad():
-        ahead = _cpu(forward)
-    return ahead, _cpu(lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True))
+    return torch.no_grad()(forward), lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True)
 
 
-def _cpu(work: Callable[[], object]) -> float:
-    costs = []
-    for _ in range(REPEATS + 1):
-        started = time.process_time()
-        work()
-        costs.append(time.process_time() - started)
-    return statistics.median(costs[1:])
-
-
-def step_floor(sizes: Sizes, precision: Precision) -> float:
-    """CPU seconds of a fresh step's convolutions: student forward and backward, teacher and generator forward."""
+def step_floor(sizes: Sizes, precision: Precision) -> Work:
+    """A fresh step's convolutions: student forward and backward, teacher and generator forward."""
     compute = compute_in(precision)
     network = compute.network(TASK.seen).eval()
     initialise(network, KEY.torch())
@@ -92,8 +85,40 @@ def step_floor(sizes: Sizes, precision: Precision) -> float:
     initialise(generator, KEY.torch())
     classifier = layers_of(network, torch.zeros(sizes.real + sizes.synthetic, 3, 32, 32))
     drawn = layers_of(generator, torch.zeros(sizes.synthetic, generator.latent))
-    total = 0.0
-    for layer, count in classifier.items():
-        forward, backward = seconds(layer, precision)
-        total += count * (2 * forward + backward)
-    return total + sum(count * seconds(layer, precision)[0] for layer, count in drawn.items())
+    of_both = [(*passes(layer, precision), count) for layer, count in classifier.items()]
+    of_drawn = [(passes(layer, precision)[0], count) for layer, count in drawn.items()]
+
+    def floor() -> None:
+        for forward, backward, count in of_both:
+            for _ in range(count):
+                forward()
+                forward()
+                backward()
+        for forward, count in of_drawn:
+            for _ in range(count):
+                forward()
+
+    return floor
+
+
+def ours_and_floor(sizes: Sizes, precisions: Sequence[str]) -> dict[str, Work]:
+    """``<precision>_<step or floor>``, one step each."""
+    cases: dict[str, Work] = {}
+    for name in precisions:
+        precision = cast(Precision, name)
+        cases[f"{name}_step"] = our_step(sizes, precision, 0)
+        cases[f"{name}_floor"] = step_floor(sizes, precision)
+    return cases
+
+
+def measure(sizes: Sizes, repeats: int, log: Path, precisions: tuple[Precision, ...]) -> dict[str, Figure]:
+    """``floor_fraction_<precision>``: floor / step, so the larger the better; ``median_s`` is the floor's."""
+    with sessions(log, {"ours": (sys.executable, "ours")}) as sides:
+        names = [f"{precision}_{what}" for precision in precisions for what in ("step", "floor")]
+        cases = {name: sides["ours"].case(sizes.steps, name) for name in names}
+        sides["ours"].begin("floor", sizes.real, sizes.synthetic, sizes.steps, *precisions)
+        costs = in_turn(cases, repeats)
+    return {
+        f"floor_fraction_{precision}": against(costs[f"{precision}_floor"], costs[f"{precision}_step"])
+        for precision in precisions
+    }

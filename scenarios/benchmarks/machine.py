@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ def used_by_others() -> float:
     return share
 
 
-def describe() -> dict[str, Any]:
+def describe(peers: Mapping[str, object]) -> dict[str, Any]:
+    """``peers``: what is installed for each."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     facts = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
     named = {key.strip(): value.strip() for key, value in facts.items()}
@@ -32,11 +35,29 @@ def describe() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "cpu": f"{named.get('model name', platform.processor())}, family {named.get('cpu family', '?')}",
         "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "flags": [flag for flag in FLAGS if flag in named.get("flags", "").split()],
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "libc": " ".join(platform.libc_ver()),
+        "huge_pages": first_line(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
+        "commit": commit(),
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in ("torch", "torchvision", "flwr", "ray", "numpy")},
+        "peers": dict(peers),
     }
+
+
+def first_line(path: Path) -> str | None:
+    return path.read_text().strip() if path.exists() else None
+
+
+def commit() -> str | None:
+    """Of this checkout, with ``-dirty`` where files differ from it; None without git."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def version_of(name: str) -> str | None:

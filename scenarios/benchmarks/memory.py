@@ -14,7 +14,7 @@ INDEX_BYTES = 4 + 8  # of a client's sample in the partition, and of its offset
 
 
 def peak_mb(clients: int) -> float:
-    """Of a run with five clients a round; each client has two images of each task."""
+    """Of a run with five clients a round. All together have the same 20,000 images of a task: 200 to two each."""
     sets = [
         "data.name=synthetic",
         f"data.classes={CLASSES}",

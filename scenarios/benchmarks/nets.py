@@ -1,4 +1,4 @@
-"""Networks of the round benchmark. They import torch alone, so that every peer can build the same ones."""
+"""Networks of the round benchmark. They need torch and ``fedcil.models``, which every peer has."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """FedAvg as a plain PyTorch loop: a deep copy of the model, a DataLoader and an optimiser for each client.
 
-Imports torch and torchvision alone. The data of all peers are one file: uint8 ``images`` (clients, samples, height,
-width, 3) and int64 ``labels`` (clients, samples).
+With torch, torchvision and the networks of ``nets.py``. The data of all peers are one file: uint8 ``images`` (clients,
+samples, height, width, 3) and int64 ``labels`` (clients, samples).
 """
 
 from __future__ import annotations

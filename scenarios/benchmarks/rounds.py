@@ -2,15 +2,17 @@
 against everybody else.
 
 Against the plain loop and Flower both sides crop and flip: they image by image with PIL, fedcil in whole batches.
-Against the in-process peers both sides train on tensors as they are. All of them are processes of their own. Before
-anything is timed, each side's weights after a round are held against the plain loop's in float64, on the same orders of
-the same images. A repeat is as many rounds as take half a second.
+Against the in-process peers both sides train on tensors as they are. Every side is a process of its own
+(``peers/ours.py`` is fedcil's), and in fp32 but for fedcil in bf16 rows. Before anything is timed, each side's weights
+after a round are held against the plain loop's in float64, on the same orders of the same images. A repeat is as many
+rounds as take half a second.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,11 @@ from fedcil.scenario_file import load_scenario
 from scenarios.benchmarks.nets import CLASSES, build
 from scenarios.benchmarks.peers.session import Session
 from scenarios.benchmarks.plain import BATCH, MEAN, RATE, STD, PlainLoop
-from scenarios.benchmarks.timing import Case, Figure, against, for_a_while, in_turn, timed
+from scenarios.benchmarks.timing import Case, Figure, against, for_a_while, in_turn
 
 CLIENTS, SAMPLES = 10, 50
 AGREE = 1e-10  # largest difference of a weight in float64
-PICTURES = ("plain", "flower")  # who crops and flips with PIL
+PICTURES = ("plain", "plain_kept", "flower")  # who crops and flips with PIL
 AUGMENT = {"pictures": "crop_flip", "tensors": "none"}  # what ours does against them
 SMALL_NET = "lenet"  # float64 comparisons of a ResNet prove nothing
 
@@ -157,8 +159,18 @@ def agreement(difference: float) -> dict[str, float]:
     return {"differ_by": difference}
 
 
+def our_rounds(opened: ExitStack, net: str, clients: int, precisions: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """``<precision>_<pictures or tensors>``: a round of each; ``opened`` closes their ports."""
+    cases: dict[str, Callable[[], object]] = {}
+    for precision, (mode, augment) in itertools.product(precisions, AUGMENT.items()):
+        loop = opened.enter_context(our_loop(net, precision=precision, augment=augment, clients=clients))
+        cases[f"{precision}_{mode}"] = loop.round
+    return cases
+
+
 def measure(
     net: str,
+    ours: Session,
     sides: Mapping[str, Session | None],
     repeats: int,
     precisions: tuple[Precision, ...],
@@ -174,13 +186,11 @@ def measure(
         if side is not None:
             side.begin(net, modes[name])
             cases[name] = side.case()
-    with ExitStack() as stack:
-        for mode in dict.fromkeys(modes.values()):
-            for precision in precisions:
-                ours = stack.enter_context(our_loop(net, precision=precision, augment=AUGMENT[mode], clients=clients))
-                cases[f"{precision}_{mode}"] = timed(ours.round)
-        whiles = {name: for_a_while(case) for name, case in cases.items()}  # warm by that
-        costs = in_turn(whiles, repeats, warm_up=0, limit_s=limit_s)
+    ours.begin("round", net, clients, *precisions)
+    for precision, mode in itertools.product(precisions, sorted(set(modes.values()))):
+        cases[f"{precision}_{mode}"] = ours.case(1, f"{precision}_{mode}")
+    whiles = {name: for_a_while(case) for name, case in cases.items()}  # warm by that
+    costs = in_turn(whiles, repeats, warm_up=0, limit_s=limit_s)
     return {
         f"round_{net}_{precision}_vs_{name}": against(costs[f"{precision}_{mode}"], costs.get(name))
         for name, mode in modes.items()

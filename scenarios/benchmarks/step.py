@@ -2,17 +2,19 @@
 
 The twin has the authors' order of passes (``authors_order.py``), a ``DataLoader`` over PIL images with the transforms
 of their data code, and ``torch.optim.SGD`` as it comes. Both train the same network, generator and teacher on the same
-images; speed does not depend on what is in them. The twin is a process of its own (``peers/authors.py``).
+images; speed does not depend on what is in them. Each side is a process of its own (``peers/ours.py``,
+``peers/authors.py``); the twin is in fp32 in all rows, once as the C library comes and once with freed memory kept.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,14 +35,17 @@ from fedcil.stream import Task
 from scenarios.benchmarks import authors_order
 from scenarios.benchmarks.peers.session import sessions
 from scenarios.benchmarks.plain import MEAN, STD, Pictures
-from scenarios.benchmarks.timing import Case, Cost, Figure, against, in_turn, median_cpu, timed
+from scenarios.benchmarks.timing import Case, Figure, against, in_turn, median_cpu
 
 M = TypeVar("M", bound=torch.nn.Module)
 KEY = Key(0).at("benchmark")
 SHAPE = (3, 32, 32)
+KINDS = ("fresh", "pooled")
 TASK = Task(1, 50, 60)  # 50 old classes, 10 new ones
 RELEASED = MFCL.presets["authors-code"]
+TRAINING = TrainingSection(epochs=1, lr=0.01, lr_end=0.01)  # lr, weight decay and momentum of both sides
 POOL = 4096  # images; a scenario draws from it at each of STEPS_PER_TASK steps
+POOL_TIMED = 32  # images: what one costs does not depend on how many there are
 STEPS_PER_TASK = 40 * 500  # the paper's: 10 epochs x 4 batches for 5 clients in each of 100 rounds
 
 
@@ -107,8 +112,8 @@ def _train_ours(
         method,
         prepared,
         TASK,
-        TrainingSection(epochs=1, batch_size=batch),
-        lr=0.01,
+        TRAINING.model_copy(update={"batch_size": batch}),
+        lr=TRAINING.lr,
         augment=lambda images, index, draws: make_batch(images, index, "crop_flip", draws, mean, std),
     )
     local_sgd(model, recipe, samples, KEY.at("client"))
@@ -124,6 +129,7 @@ def plain_step(sizes: Sizes) -> Callable[[], object]:
     samples = stored_images(sizes.real * sizes.steps)
     pictures = Pictures(samples.images.numpy(), samples.labels.numpy())
     start = snapshot(student)
+    weights: Any = {"w_ft": settings.w_ft, "w_kd": settings.w_kd, "updates": settings.bn_updates}
 
     def batches() -> Iterator[authors_order.Batch]:
         for images, labels in DataLoader(pictures, sizes.real, shuffle=True):
@@ -131,9 +137,11 @@ def plain_step(sizes: Sizes) -> Callable[[], object]:
 
     def train() -> None:
         load_state(student, start)
-        optimizer = torch.optim.SGD(student.parameters(), 0.01, weight_decay=1e-5)
+        optimizer = torch.optim.SGD(
+            student.parameters(), TRAINING.lr, TRAINING.momentum, weight_decay=TRAINING.weight_decay
+        )
         for batch in batches():
-            loss = authors_order.loss(student, teacher, generator, batch, w_ft=1.0, w_kd=0.1, updates=2)
+            loss = authors_order.loss(student, teacher, generator, batch, **weights)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -141,34 +149,48 @@ def plain_step(sizes: Sizes) -> Callable[[], object]:
     return train
 
 
-def pool_cost(precision: Precision, images: int = 32) -> float:
-    """CPU seconds for one image of a pool: the generator and the teacher's logits."""
+def our_pool(precision: Precision, images: int) -> Callable[[], object]:
+    """The making of a pool: the generator's images and the teacher's logits."""
     compute = compute_in(precision)
     settings = MFCL(**RELEASED | {"pool": images})
     method, payload = settings.build(), make_payload(settings, compute)
-    work = timed(lambda: method.prepare(compute, TASK, payload, KEY.at("prepare")), images)
-    work()
-    return median_cpu([work() for _ in range(3)])
+    return lambda: method.prepare(compute, TASK, payload, KEY.at("prepare"))
 
 
-def measure_ours(sizes: Sizes, precision: Precision, repeats: int) -> float:
-    """CPU seconds of a fresh step, by itself."""
-    costs = in_turn({"ours": timed(our_step(sizes, precision, 0), sizes.steps)}, repeats)
-    return median_cpu(costs["ours"])
+def our_steps(sizes: Sizes, precisions: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """``<precision>_<fresh, pooled or pool>``."""
+    cases: dict[str, Callable[[], object]] = {}
+    for name in precisions:
+        precision = cast(Precision, name)
+        cases[f"{name}_fresh"] = our_step(sizes, precision, 0)
+        cases[f"{name}_pooled"] = our_step(sizes, precision, 2 * sizes.synthetic)
+        cases[f"{name}_pool"] = our_pool(precision, POOL_TIMED)
+    return cases
 
 
 def measure(sizes: Sizes, repeats: int, log: Path, precisions: tuple[Precision, ...]) -> dict[str, Figure]:
-    """``step_<sizes>_<precision>_<fresh or pooled>``; pooled rows carry the pool's cost over a task's steps."""
-    with sessions(log, {"authors": (sys.executable, "authors")}) as sides:
-        cases: dict[str, Case] = {"plain": sides["authors"].case(sizes.steps)}
+    """``step_<sizes>_<precision>_<fresh or pooled>``, and ``..._vs_kept`` against the twin that keeps freed memory;
+    pooled rows carry the pool's cost over a task's steps.
+    """
+    numbers = sizes.real, sizes.synthetic, sizes.steps
+    twins = {"": ("authors",), "_vs_kept": ("authors", "kept")}
+    with sessions(
+        log, {name: (sys.executable, *words) for name, words in (twins | {"ours": ("ours",)}).items()}
+    ) as sides:
+        cases: dict[str, Case] = {twin: sides[twin].case(sizes.steps) for twin in twins}
         for precision in precisions:
-            for kind, pool in (("fresh", 0), ("pooled", 2 * sizes.synthetic)):
-                cases[f"{precision}_{kind}"] = timed(our_step(sizes, precision, pool), sizes.steps)
-        sides["authors"].begin("step", sizes.real, sizes.synthetic, sizes.steps)
+            for kind in KINDS:
+                cases[f"{precision}_{kind}"] = sides["ours"].case(sizes.steps, f"{precision}_{kind}")
+            cases[f"{precision}_pool"] = sides["ours"].case(POOL_TIMED, f"{precision}_pool")
+        for twin in twins:
+            sides[twin].begin("step", *numbers)
+        sides["ours"].begin("step", *numbers, *precisions)
         costs = in_turn(cases, repeats)
-    plain: list[Cost] = costs.pop("plain")
-    figures = {f"step_{sizes.name}_{name}": against(ours, plain) for name, ours in costs.items()}
-    for precision in precisions:
-        name = f"step_{sizes.name}_{precision}_pooled"
-        figures[name] = figures[name].plus(pool_cost(precision) * POOL / STEPS_PER_TASK, median_cpu(plain))
+    figures: dict[str, Figure] = {}
+    for precision, kind, twin in itertools.product(precisions, KINDS, twins):
+        figure = against(costs[f"{precision}_{kind}"], costs[twin])
+        if kind == "pooled":
+            pool = median_cpu(costs[f"{precision}_pool"]) * POOL / STEPS_PER_TASK
+            figure = figure.plus(pool, median_cpu(costs[twin]))
+        figures[f"step_{sizes.name}_{precision}_{kind}{twin}"] = figure
     return figures

@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +82,15 @@ def in_turn(
 @dataclass(frozen=True, slots=True)
 class Figure:
     """Ours against a baseline: ``ratio`` and ``wall_ratio`` are medians of ours / baseline, pair by pair (smaller is
-    better), ``median_s`` our CPU seconds, ``spread`` the range of the ratios over their median."""
+    better), ``median_s`` our CPU seconds, ``spread`` the range of the ratios over their median, of
+    ``repeats`` pairs; one pair has none.
+    """
 
     ratio: float | None
     wall_ratio: float | None
     median_s: float | None
     spread: float | None
+    repeats: int | None
 
     def plus(self, added_s: float, baseline_s: float) -> Figure:
         """With a cost of ``added_s`` CPU seconds that the timed part left out."""
@@ -95,20 +98,23 @@ class Figure:
         assert self.ratio is not None
         assert self.wall_ratio is not None
         assert self.median_s is not None
-        return Figure(self.ratio + extra, self.wall_ratio + extra, self.median_s + added_s, self.spread)
+        return replace(
+            self, ratio=self.ratio + extra, wall_ratio=self.wall_ratio + extra, median_s=self.median_s + added_s
+        )
 
 
-NOT_MEASURED = Figure(None, None, None, None)
+NOT_MEASURED = Figure(None, None, None, None, None)
 
 
 def against(ours: Sequence[Cost], baseline: Sequence[Cost] | None) -> Figure:
     """Without a baseline (a peer that could not be had) there are no ratios."""
     if baseline is None:
-        return Figure(None, None, median_cpu(ours), None)
+        return Figure(None, None, median_cpu(ours), None, len(ours))
     ratios = [a.cpu / b.cpu for a, b in zip(ours, baseline, strict=True)]
     walls = [a.wall / b.wall for a, b in zip(ours, baseline, strict=True)]
     ratio = statistics.median(ratios)
-    return Figure(ratio, statistics.median(walls), median_cpu(ours), (max(ratios) - min(ratios)) / ratio)
+    spread = (max(ratios) - min(ratios)) / ratio if len(ratios) > 1 else None
+    return Figure(ratio, statistics.median(walls), median_cpu(ours), spread, len(ratios))
 
 
 def median_cpu(costs: Sequence[Cost]) -> float:

@@ -1,4 +1,4 @@
-"""(f) Whole scenarios as a user starts them, and how long it takes until the first client has trained."""
+"""(f) Whole scenarios as a user starts them, and how long it takes until the first round is recorded."""
 
 from __future__ import annotations
 

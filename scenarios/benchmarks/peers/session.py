@@ -1,5 +1,5 @@
-"""A side as a process that does what it is told: ``["begin", ...]`` -> something new to measure, ``["round"]`` -> one
-round and its cost, ``["weights", PATH]`` -> a file.
+"""A side as a process that does what it is told: ``["begin", ...]`` -> something new to measure, ``["round", ...]`` ->
+one round and its cost, ``["weights", PATH]`` -> a file.
 
 Commands and replies are lines of JSON. The peer's side is ``answer``: it obeys its standard input and ends with it. The
 benchmark's side is ``Session``: commands of several peers can so be given in turn.
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +27,8 @@ from scenarios.benchmarks.timing import Case, Cost, times_in_a_second
 class Peer(Protocol):
     """What a peer's program makes of its library."""
 
-    def round(self) -> None:
-        """One round of FedAvg over all clients."""
+    def round(self, *words: str) -> None:
+        """One round of FedAvg over all clients, or whatever its ``words`` say."""
 
     def weights(self) -> dict[str, np.ndarray[Any, Any]]:
         """Parameters of the global model by their name in ``nets.Classifier``."""
@@ -65,18 +66,18 @@ def answer(begin: Callable[..., Peer], *, for_a_second: bool = False) -> None:
         elif peer is None:
             raise SystemExit(f"{command!r} before any 'begin'")
         elif command == "round":
-            reply = _cost_of(peer, rounds)
+            reply = _cost_of(partial(peer.round, *words), rounds)
         else:
             np.savez(words[0], **peer.weights())
             reply = {"saved": words[0]}
         replies.write(json.dumps(reply) + "\n")
 
 
-def _cost_of(peer: Peer, rounds: int) -> dict[str, float]:
+def _cost_of(one_round: Callable[[], None], rounds: int) -> dict[str, float]:
     gc.collect()
     others, own, wall = children_cpu(), time.process_time(), time.perf_counter()
     for _ in range(rounds):
-        peer.round()
+        one_round()
     wall, own = time.perf_counter() - wall, time.process_time() - own
     return {"cpu": (own + children_cpu() - others) / rounds, "wall": wall / rounds}
 
@@ -95,14 +96,14 @@ class Session:
         """Have the peer make what it then does rounds of; it has started when this returns."""
         self._ask("begin", *words)
 
-    def round(self) -> tuple[float, float]:
+    def round(self, *words: str) -> tuple[float, float]:
         """(CPU seconds of the peer's processes, wall seconds)."""
-        reply = self._ask("round")
+        reply = self._ask("round", *words)
         return float(reply["cpu"]), float(reply["wall"])
 
-    def case(self, units: int = 1) -> Case:
+    def case(self, units: int = 1, *words: str) -> Case:
         """For timing in turn: a round is one repeat, which does ``units`` of whatever is counted."""
-        return lambda: Cost(*(seconds / units for seconds in self.round()))
+        return lambda: Cost(*(seconds / units for seconds in self.round(*words)))
 
     def weights(self, path: Path) -> dict[str, np.ndarray[Any, Any]]:
         self._ask("weights", path)
