@@ -214,7 +214,9 @@ def do_job(round_: Round, job: Job) -> tuple[Report | Failure, Contribution | No
         contribution, report = _work(round_, job)
     except Stopped:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and threading.current_thread() is threading.main_thread():
+            raise  # a signal's
         return _failure(job, error), None
     return report, contribution
 
@@ -241,7 +243,7 @@ class ClientProblem(FedcilError):
     """A client that cannot do its job for a known reason; ``where`` is the stage."""
 
 
-def _failure(job: Job, error: Exception) -> Failure:
+def _failure(job: Job, error: BaseException) -> Failure:
     if isinstance(error, ClientProblem):
         return Failure(job.client, error.where, error.what)
     frames = traceback.extract_tb(error.__traceback__)

@@ -161,12 +161,20 @@ class Execution:
         return "captured" if self.lanes else "fused"
 
 
-def resolve_execution(lanes: int | None, device: torch.device) -> Execution:
+def resolve_execution(lanes: int | None, device: torch.device, draws: bool) -> Execution:
     """Where the scenario leaves it open: lanes on a GPU, which one client's small kernels do not fill; on a CPU one
-    client fills a core.
+    client fills a core. ``draws``: the network draws in training, as dropout does, and a lane's step is the same for
+    every place of a run, so there are no lanes: ScenarioError where some are asked for.
     """
+    if lanes and draws:
+        raise ScenarioError(
+            f"engine.lanes = {lanes}, but the backbone draws in training, as dropout does",
+            where="engine.lanes, model.name",
+            allowed="0, or a backbone that draws nothing",
+            next="leave engine.lanes out",
+        )
     if lanes is None:
-        lanes = LANES_ON_GPU if device.type == "cuda" else 0
+        lanes = LANES_ON_GPU if device.type == "cuda" and not draws else 0
     return Execution(lanes)
 
 

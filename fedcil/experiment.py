@@ -27,7 +27,7 @@ from fedcil.messages import Tensors
 from fedcil.methods.base import Method, Samples
 from fedcil.models import make_architecture
 from fedcil.models.network import snapshot
-from fedcil.models.own import refuse_unfit
+from fedcil.models.own import try_out
 from fedcil.partition import TaskPartition, make_partition
 from fedcil.population import Population, make_population
 from fedcil.rule import PLAIN
@@ -52,6 +52,7 @@ class Experiment:
     method: Method
     compute: Compute
     execution: Execution
+    frozen: frozenset[str]  # parameters, by name, that nobody trains
 
     @property
     def timeline(self) -> Timeline:
@@ -128,11 +129,11 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     labels = stream.relabel(data.train.labels)
     height, width, channels = data.train.images.shape[1:]
     architecture = make_architecture(scenario.model, (channels, height, width), key.at("backbone"))
-    refuse_unfit(architecture, scenario.model.name)
+    manners = try_out(architecture, scenario.model.name)
     scenario.method.check_model(architecture)
     method = scenario.method.build()
     refuse_idle_rule(scenario, method, stream)
-    execution = resolve_execution(scenario.engine.lanes, device)
+    execution = resolve_execution(scenario.engine.lanes, device, manners.draws)
     refuse_processes(scenario)
     clients, timeline = scenario.clients.count, make_timeline(method, stream, scenario.training.rounds)
     population = make_population(scenario.population, clients, timeline, key)
@@ -146,6 +147,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
         method=method,
         compute=Compute(architecture, device, precision),
         execution=execution,
+        frozen=manners.frozen,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from fedcil.errors import RunFailed
 from fedcil.messages import Contribution, Total
 
 Node = tuple[int, int]  # (level, index): the leaves [index * 2**level, (index + 1) * 2**level)
@@ -35,6 +36,8 @@ class Fold:
     def add(self, position: int, contribution: Contribution) -> None:
         """Put one client's tensors, times its weight, at its leaf. ValueError if the leaf was taken."""
         weight, tensors = contribution.weight, contribution.tensors
+        if not tensors:
+            raise misfit("a client gives no tensors")
         scaled = torch._foreach_mul(list(tensors.values()), weight)
         self._put((0, position), Total(dict(zip(tensors, scaled, strict=True)), weight), own=True)
 
@@ -87,6 +90,16 @@ class Fold:
                 raise ValueError(f"leaves {span.start}..{span.stop - 1} are counted already")
 
 
+def misfit(what: str) -> RunFailed:
+    """What a round cannot go on with: no client is more wrong than another."""
+    return RunFailed(
+        f"contributions that cannot be summed: {what}",
+        where="method",
+        allowed="the same names and shapes from every client of a round",
+        next="mend the method's `fit`",
+    )
+
+
 def _leaves(node: Node) -> range:
     level, index = node
     return range(index << level, (index + 1) << level)
@@ -102,8 +115,13 @@ def _add(left: Total | None, left_own: bool, right: Total | None, right_own: boo
         return (left, left_own) if right is None else (right, right_own)
     names = list(left.tensors)
     if left.tensors.keys() != right.tensors.keys():
-        raise ValueError("contributions with different tensors cannot be summed")
+        raise misfit(
+            f"clients give tensors of different names: {sorted(left.tensors.keys() ^ right.tensors.keys())[:5]}"
+        )
     one, two = [left.tensors[n] for n in names], [right.tensors[n] for n in names]
+    if any(a.shape != b.shape for a, b in zip(one, two, strict=True)):
+        differing = [name for name in names if left.tensors[name].shape != right.tensors[name].shape]
+        raise misfit(f"clients give tensors of different shapes: {differing[:5]}")
     weight = left.weight + right.weight
     if left_own:
         torch._foreach_add_(one, two)

@@ -29,7 +29,7 @@ from fedcil.messages import BORDER, UNEXPECTED, Outcome, Payload, Request, count
 from fedcil.methods.base import Phase
 from fedcil.port import Port, StopSignal
 from fedcil.record.folder import RunFolder
-from fedcil.state import Cursor, RunState
+from fedcil.state import Cursor, RunState, ServerState
 from fedcil.stream import Task
 from server import boundary
 from server.cohort import choose, eligible
@@ -180,6 +180,11 @@ def run_tasks(session: Session, state: RunState) -> RunState:
     return state
 
 
+def unchanged(after: ServerState, before: ServerState, names: frozenset[str]) -> ServerState:
+    """Parameters that nobody trains keep their bits: a weighted mean of equal numbers is rounded."""
+    return replace(after, model={**after.model, **{name: before.model[name] for name in names}}) if names else after
+
+
 def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> RunState:
     """Choose a cohort, ask it, reduce what came back, evaluate when due, record, save when due."""
     session.stop.check()
@@ -194,7 +199,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     status = round_status(answered.count, wanted, scenario.server.quorum, rule_of(experiment, phase).least)
     server = state.server
     if status == "ok":
-        server = experiment.method.reduce(server, phase, outcome.total)
+        server = unchanged(experiment.method.reduce(server, phase, outcome.total), server, experiment.frozen)
     clock.stage("reduce")
     line = round_line(state, task, phase, answered, status)
     if evaluation_due(cursor, phase, scenario.server.evaluate_every):

@@ -47,7 +47,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.metrics": ((), ("numpy",)),
     "fedcil.losses": ((), ("torch",)),
     "fedcil.messages": (("fedcil.errors", "fedcil.rule"), ("torch",)),
-    "fedcil.fold": (("fedcil.messages",), ("torch",)),
+    "fedcil.fold": (("fedcil.errors", "fedcil.messages"), ("torch",)),
     "fedcil.state": (("fedcil.messages",), ("torch",)),
     "fedcil.files": ((), ()),
     "fedcil.tensor_files": (("fedcil.files", "fedcil.messages"), ("torch", "safetensors")),

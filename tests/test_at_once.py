@@ -23,7 +23,7 @@ from client.states import StateStore
 from client.training import Recipe, cut_epoch, local_sgd
 from fedcil.compute import Execution, resolve_execution
 from fedcil.engines.workers import worker_count
-from fedcil.errors import Stopped
+from fedcil.errors import ScenarioError, Stopped
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.keys import Key
 from fedcil.messages import Broadcast, Job, Payload, Report
@@ -138,8 +138,15 @@ def test_draws_are_stacked_by_their_form() -> None:
     ],
 )
 def test_lanes_on_a_gpu_and_one_by_one_on_a_cpu(lanes: int | None, device: str, expected: Execution, name: str) -> None:
-    found = resolve_execution(lanes, torch.device(device))
+    found = resolve_execution(lanes, torch.device(device), draws=False)
     assert (found, found.name) == (expected, name)
+
+
+def test_a_network_that_draws_is_trained_one_by_one() -> None:
+    """A captured step would draw the same everywhere, and nobody's seed would have a part in it."""
+    assert resolve_execution(None, torch.device("cuda"), draws=True) == Execution()
+    with pytest.raises(ScenarioError, match=r"engine.lanes = 2, but the backbone draws in training"):
+        resolve_execution(2, torch.device("cpu"), draws=True)
 
 
 def test_only_tensors_can_be_drawn_in_a_lane(small: Any) -> None:

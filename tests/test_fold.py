@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedcil.errors import RunFailed
 from fedcil.fold import Fold
 from fedcil.messages import Contribution, Total, content_hash
 
@@ -189,7 +190,7 @@ def test_folds_of_different_cohorts_are_refused() -> None:
 def test_different_tensors_are_refused() -> None:
     fold = Fold.empty(2)
     fold.add(0, Contribution({"x": torch.ones(1)}, 1.0))
-    with pytest.raises(ValueError, match="different tensors"):
+    with pytest.raises(RunFailed, match=r"different names: \['x', 'y'\]"):
         fold.add(1, Contribution({"y": torch.ones(1)}, 1.0))
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,11 @@ from torch import Tensor
 
 import fedcil
 from fedcil.errors import RunFailed
-from fedcil.methods.base import Batch, Draws, Method, Prepared
+from fedcil.messages import Contribution
+from fedcil.methods.base import Batch, Draws, Method, Phase, Prepared, Samples
 from fedcil.models.network import Network
 from fedcil.section import MethodSettings
+from fedcil.stream import Task
 
 
 class Slow(MethodSettings):
@@ -22,12 +28,15 @@ class Slow(MethodSettings):
 
     seconds: float = 0.0
     breaks: bool = False
+    exits: bool = False
 
     def build(self) -> Method:
         def loss(model: Network, prepared: Prepared, batch: Batch, draws: Draws) -> Tensor:
             if len(batch.labels) % 2:
                 if self.breaks:
                     raise ValueError("this client is broken")
+                if self.exits:
+                    sys.exit("this client leaves")
                 time.sleep(self.seconds)
             return torch.nn.functional.cross_entropy(model(batch.images), batch.labels)
 
@@ -72,3 +81,97 @@ def test_a_broken_client_is_a_failure_and_the_round_goes_on(tmp_path: Path) -> N
         assert [failure["client"] for failure in line["failures"]] == [2, 3]
         assert "this client is broken" in line["failures"][0]["reason"]
         assert line["status"] == "ok"
+
+
+@pytest.mark.parametrize("engine", ["workers=1", "workers=2, processes=false"])
+def test_a_client_that_exits_is_a_failure_and_does_not_end_the_run_in_silence(engine: str, tmp_path: Path) -> None:
+    sets = [f"engine={{{engine}}}", "training.rounds=2"]
+    run = fedcil.run(scenario(exits=True), overrides=sets, output=tmp_path, figures=False)
+    assert [line["answered"] for line in run.kind("round")] == [[0, 1]] * 4
+    for line in run.kind("round"):
+        assert {"SystemExit: this client leaves"} == {each["reason"].split(" (")[0] for each in line["failures"]}
+
+
+class Statistics(MethodSettings):
+    """Clients send what they have measured, and some of them something else."""
+
+    wrong: str = ""
+
+    def build(self) -> Method:
+        def fit(network: Network, own: Samples, task: Task, images: Any) -> Contribution:
+            odd = len(own.labels) % 2
+            name = "b" if odd and self.wrong == "names" else "a"
+            size = 3 if odd and self.wrong == "shapes" else 2
+            tensors = {} if odd and self.wrong == "nothing" else {name: torch.ones(size)}
+            return Contribution(tensors, 1.0)
+
+        return Method(
+            phases=lambda task, rounds: (Phase(name="statistics", rounds=rounds, work="fit", fold="sum"),),
+            fit=fit,
+            reduce=lambda state, phase, total: state,
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("", ""),
+        ("names", r"cannot be summed: clients give tensors of different names: \['a', 'b'\]"),
+        ("shapes", r"cannot be summed: clients give tensors of different shapes: \['a'\]"),
+        ("nothing", "cannot be summed: a client gives no tensors"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["workers=1", "workers=2, processes=true"])
+def test_contributions_that_do_not_fit_together_end_the_run_with_a_reason(
+    wrong: str, says: str, engine: str, tmp_path: Path
+) -> None:
+    method = {"method": {"name": f"{__name__}:Statistics", "wrong": wrong}}
+    begin = partial(fedcil.run, scenario() | method, overrides=[f"engine={{{engine}}}"], output=tmp_path, figures=False)
+    if not wrong:
+        assert len(begin().kind("round")) == 2
+        return
+    with pytest.raises(RunFailed, match=says):
+        begin()
+
+
+HANGS = """
+import sys, time
+from fedcil.methods.base import Method
+from fedcil.section import MethodSettings
+
+
+class Hangs(MethodSettings):
+    def build(self):
+        def loss(model, prepared, batch, draws):
+            print("a step", flush=True)
+            time.sleep(100)
+            return model(batch.images).sum()
+
+        return Method(loss=loss)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(HANGS)
+    words = [
+        sys.executable,
+        "-m",
+        "fedcil",
+        "run",
+        "digits_fedavg",
+        "--set",
+        "method={name='hangs:Hangs'}",
+        "--no-figures",
+    ]
+    with subprocess.Popen([*words, "--output", "runs"], cwd=tmp_path, stdout=-1, stderr=-1, text=True) as process:
+        try:
+            assert process.stdout is not None
+            while "a step" not in process.stdout.readline():
+                assert process.poll() is None
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.5)
+            assert process.wait(20) == 130
+        finally:
+            process.kill()

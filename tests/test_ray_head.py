@@ -85,8 +85,13 @@ def test_the_death_of_the_head_is_a_problem_that_engines_look_at(monkeypatch: py
     monkeypatch.setattr(ray_head, "HEAD", ("sleep",))
     monkeypatch.setattr(ray_head, "LOOK_S", 0.05)
     stop = StopSignal()
-    with subprocess.Popen(["sleep", "60"]) as head, subprocess.Popen(["sh", "-c", "read x"], stdin=-1) as worker:
-        with ray_head.watched(stop):
+    waits = ["sh", "-c", "read x"]
+    with (
+        subprocess.Popen(waits, stdin=-1) as another,
+        subprocess.Popen(["sleep", "60"]) as head,
+        subprocess.Popen(waits, stdin=-1) as worker,
+    ):
+        with ray_head.watched(stop, {another.pid}):
             time.sleep(0.2)
             stop.check()
             head.kill()
@@ -96,4 +101,6 @@ def test_the_death_of_the_head_is_a_problem_that_engines_look_at(monkeypatch: py
             with pytest.raises(RunFailed, match="its sleep ended"):
                 stop.check()
         assert worker.wait(5) == -9  # what is left of Ray would hang about
+        assert another.poll() is None  # whoever runs fedcil may have children of his own
+        another.kill()
     assert not [child for child in psutil.Process().children() if child.is_running()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 OUT_OF_TIME = 5  # exit code of a run that --max-seconds ended
+PATIENCE_S = 5.0  # for an orderly end after the second Ctrl-C
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -56,6 +58,13 @@ def show_error(error: FedcilError, *, as_json: bool) -> None:
     print(f"{name}: {error}", file=sys.stderr)
 
 
+def start_timer(seconds: float, function: Callable[[int], object], exit_code: int) -> threading.Timer:
+    timer = threading.Timer(seconds, function, (exit_code,))
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
 @contextmanager
 def stoppable(
     max_seconds: float | None, what: str = "stopping after this step, with a checkpoint"
@@ -67,18 +76,18 @@ def stoppable(
 
     def on_signal(number: int, _: object) -> None:
         if stop.event.is_set():
+            # Where a client's step hangs: as safe as a kill, since the last checkpoint is whole.
+            timers.append(start_timer(PATIENCE_S, os._exit, 128 + number))
             raise SystemExit(128 + number)
         print(f"\n{what} (again to end at once)", file=sys.stderr)
         stop.set(128 + number)
 
+    timers = [] if max_seconds is None else [start_timer(max_seconds, stop.set, OUT_OF_TIME)]
     old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    timer = threading.Timer(max_seconds or 0.0, stop.set, (OUT_OF_TIME,))
-    timer.daemon = True
-    if max_seconds is not None:
-        timer.start()
     try:
         yield stop
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
         for number, handler in old.items():
             signal.signal(number, handler)

@@ -124,11 +124,12 @@ def start_program(channels: list[tuple[int, int, int]], setting: Setting) -> sub
     """It finds modules where this process does, since a scenario may name a user's own, and ends with its input.
     Signals to the group of this process, as Ctrl-C sends them, are not for it.
     """
+    modules = [path for path in sys.path if isinstance(path, str)]  # import passes over all else
     program = subprocess.Popen(
         [sys.executable, "-P", "-c", PROGRAM],
         stdin=subprocess.PIPE,
         pass_fds=[descriptor for channel in channels for descriptor in channel],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(modules)},
         process_group=0,
     )
     orders = {

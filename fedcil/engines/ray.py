@@ -100,6 +100,7 @@ def cluster(
     Signals stay with whoever had them. ScenarioError if ``least`` workers with ``share`` each do not fit.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    others = ray_head.children()
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -113,7 +114,7 @@ def cluster(
                 log_to_driver=False,
                 logging_level="ERROR",
             )
-    except (ConnectionError, RuntimeError) as error:  # nobody there, or another Ray or Python there
+    except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there, another Ray or Python, no address
         if not address:
             raise
         raise RunFailed(
@@ -126,7 +127,7 @@ def cluster(
             signal.signal(number, handler)
     try:
         refuse_too_little(least, share)
-        with contextlib.nullcontext() if address else ray_head.watched(stop):
+        with contextlib.nullcontext() if address else ray_head.watched(stop, others):
             yield
     finally:
         ray.shutdown()
@@ -164,12 +165,16 @@ class ClientWorker:
         return FlatReply.of(handle(request, self._worker), self._cpu.since_last())
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Consecutive jobs of a round, and how often they were tried."""
 
     jobs: tuple[Job, ...]
     attempts: int = 0
+
+    def apart(self) -> list[Piece]:
+        """Each client by itself, to be tried again: who breaks a worker must take no other along."""
+        return [Piece((job,), self.attempts + 1) for job in self.jobs]
 
 
 class Crew:
@@ -244,8 +249,11 @@ class RayPort:
         place = replace(request.broadcast, tensors={}, payload=None)
         model = ray.put(flatten_tensors(request.broadcast.tensors))
         payload = self._put_payload(request.broadcast.payload)
-        todo = [Piece(part.jobs) for part in self._cut(request)]
-        todo.sort(key=lambda piece: self._costs.of(piece.jobs), reverse=True)
+        if deadline_s is None:
+            todo = [Piece(part.jobs) for part in self._cut(request)]
+            todo.sort(key=lambda piece: self._costs.of(piece.jobs), reverse=True)
+        else:  # a piece answers as a whole, and who is late must take no other along
+            todo = [Piece((job,)) for job in request.jobs]
         asleep = list(self._asleep.values())
         idle = [worker for worker in self._crew.workers if worker not in asleep]
         busy: dict[Any, tuple[Any, Piece | None]] = {}
@@ -295,6 +303,8 @@ class RayPort:
             return self._again(piece, gathered) if piece else []
         except RayError as error:
             idle.append(worker)
+            if piece and len(piece.jobs) > 1:
+                return piece.apart()
             for job in piece.jobs if piece else ():
                 gathered.fail(job.client, "worker", str(getattr(error, "cause", error)))
             return []
@@ -309,7 +319,7 @@ class RayPort:
 
     def _again(self, piece: Piece, gathered: Gathered) -> list[Piece]:
         if piece.attempts + 1 < ATTEMPTS:
-            return [Piece(piece.jobs, piece.attempts + 1)]
+            return piece.apart()
         for job in piece.jobs:
             gathered.fail(job.client, "worker", f"its worker died {ATTEMPTS} times")
         return []

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import psutil
 
@@ -24,10 +24,16 @@ LAST = """this process was ended from outside: killed, or by Ray, whose head die
 
 
 @contextlib.contextmanager
-def watched(stop: StopSignal) -> Iterator[None]:
-    """Within, the death of Ray's head ends the run with a message, through the signal that engines look at."""
-    with last_words(LAST, family()) as mouth, watch(mouth.pid, stop):
+def watched(stop: StopSignal, others: Set[int]) -> Iterator[None]:
+    """Within, the death of Ray's head ends the run with a message, through the signal that engines look at. ``others``:
+    children that are not Ray's.
+    """
+    with last_words(LAST, family()) as mouth, watch({mouth.pid, *others}, stop):
         yield
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
 def family() -> list[int]:
@@ -68,8 +74,8 @@ def last_words(text: str, heirs: Sequence[int] = ()) -> Iterator[subprocess.Pope
 
 
 @contextlib.contextmanager
-def watch(spared: int, stop: StopSignal) -> Iterator[None]:
-    """Look at the head from a thread. ``spared``: a child that is not Ray's."""
+def watch(spared: Set[int], stop: StopSignal) -> Iterator[None]:
+    """Look at the head from a thread. ``spared``: children that are not Ray's."""
     head = {child.name(): child for child in psutil.Process().children(recursive=True) if child.name() in HEAD}
     over = threading.Event()
     thread = threading.Thread(target=_watch, args=(head, spared, stop, over), name="ray head", daemon=True)
@@ -81,7 +87,7 @@ def watch(spared: int, stop: StopSignal) -> Iterator[None]:
         thread.join()
 
 
-def _watch(head: Mapping[str, psutil.Process], spared: int, stop: StopSignal, over: threading.Event) -> None:
+def _watch(head: Mapping[str, psutil.Process], spared: Set[int], stop: StopSignal, over: threading.Event) -> None:
     while not over.wait(LOOK_S):
         dead = [name for name, process in head.items() if not alive(process)]
         if dead:
@@ -105,9 +111,9 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-def end_children(spared: int) -> None:
+def end_children(spared: Set[int]) -> None:
     """What is left of a Ray without a head: it would hang about, and so would calls that wait for it."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if child.pid != spared:
+            if child.pid not in spared:
                 child.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,35 +11,50 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from fedcil.errors import ScenarioError
+from fedcil.keys import Key, global_draws
 from fedcil.models import Architecture
 from fedcil.models.network import Network
 
 
-def refuse_unfit(architecture: Architecture, name: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Manners:
+    """What a run has to know of a backbone.
+
+    ``draws``: in training it draws from torch's generator, as dropout does; ``frozen``: parameters of the network, by
+    name, that nobody trains. A shipped one does and has none.
+    """
+
+    draws: bool = False
+    frozen: frozenset[str] = frozenset()
+
+
+def try_out(architecture: Architecture, name: str) -> Manners:
     """ScenarioError if the backbone that ``model.name`` calls cannot be built, or gives no features (n, ``width``)."""
     if not architecture.own:
-        return
+        return Manners()
     try:
-        problem = _problem(architecture)
+        network = architecture.build(1)
+        problem = _problem(network, architecture.image)
+        if problem is None:
+            frozen = frozenset(key for key, each in network.named_parameters() if not each.requires_grad)
+            return Manners(_draws(network.train(), architecture.image), frozen)
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         problem = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
-    if problem:
-        raise ScenarioError(
-            f"{name!r}: {problem}",
-            where="model.name",
-            allowed="build(channels, section) -> fedcil.models.network.Backbone, which makes of images "
-            f"(n, {', '.join(map(str, architecture.image))}) features (n, width)",
-            next="mend it; an example is in docs/extending.md",
-        )
+    raise ScenarioError(
+        f"{name!r}: {problem}",
+        where="model.name",
+        allowed="build(channels, section) -> fedcil.models.network.Backbone, which makes of images "
+        f"(n, {', '.join(map(str, architecture.image))}) features (n, width)",
+        next="mend it; an example is in docs/extending.md",
+    )
 
 
-def _problem(architecture: Architecture) -> str | None:
+def _problem(network: Network, image: tuple[int, ...]) -> str | None:
     """What is wrong, if anything; raises what the backbone itself raises."""
-    network = architecture.build(1)
     if any(isinstance(each, UninitializedParameter) for each in network.parameters()):
         return "a layer does not know its size before it has seen images (torch's Lazy layers)"
-    features = _features(network, torch.zeros(2, *architecture.image))
+    features = _features(network.eval(), image)
     wanted = (2, network.backbone.width)
     if not isinstance(features, Tensor) or features.shape != wanted:
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -47,5 +63,12 @@ def _problem(architecture: Architecture) -> str | None:
 
 
 @torch.no_grad()
-def _features(network: Network, images: Tensor) -> object:
-    return network.eval().backbone(images)
+def _features(network: Network, image: tuple[int, ...]) -> object:
+    return network.backbone(torch.zeros(2, *image))
+
+
+def _draws(network: Network, image: tuple[int, ...]) -> bool:
+    with global_draws(Key(0)):
+        before = torch.get_rng_state()
+        _features(network, image)
+        return not torch.equal(before, torch.get_rng_state())
