@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.lanes import Lane, local_sgd_in_lanes
 from client.states import StateStore
@@ -36,7 +36,7 @@ from fedcil.messages import (
     count_bytes,
 )
 from fedcil.methods.base import Phase, Prepared, Samples
-from fedcil.models.network import Network, copy_into, state_of
+from fedcil.models.network import Network, copy_into, other_buffers, restore_buffers, state_of
 from fedcil.robust import admissible, empty_fold
 from fedcil.stream import Task
 
@@ -94,6 +94,7 @@ class Worker:
     check: Callable[[], None]
     network: Network | None = None
     state: Tensors = field(default_factory=dict)  # the network's own memory, by name
+    buffers: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)  # what else it had when it was made
     parameters: tuple[str, ...] = ()
     lanes: list[Lane] = field(default_factory=list)
 
@@ -106,13 +107,21 @@ class Worker:
             self.lanes = [Lane(experiment.compute.network(classes), training) for _ in range(count)]
         return self.lanes
 
+    def look_again(self) -> None:
+        """A person's own layer may have put another tensor where a buffer was."""
+        if self.network is not None and self.shared.experiment.compute.architecture.own:
+            self.state = state_of(self.network)
+
     def load(self, classes: int, tensors: Tensors) -> Network:
         """A network with the broadcast tensors in it; made anew only when the head has grown."""
         if self.network is None or self.network.head.out_features != classes:
             self.network = self.shared.experiment.compute.network(classes)
             self.state = state_of(self.network)
+            self.buffers = other_buffers(self.network)
             self.parameters = tuple(name for name, _ in self.network.named_parameters())
+        self.look_again()
         copy_into(self.state, tensors)
+        restore_buffers(self.buffers)
         return self.network
 
 
@@ -284,6 +293,7 @@ def _train(round_: Round, job: Job, network: Network, own: Samples) -> tuple[Con
     """Local SGD from the broadcast model; the contribution is the model that came out of it."""
     samples = _with_memory(own, job, round_.shared)
     trained = local_sgd(network, round_.recipe, samples, round_.key.at("client", job.client))
+    round_.worker.look_again()
     return _given(round_.worker.state, trained, samples, round_.shared.experiment)
 
 

@@ -23,7 +23,15 @@ from fedcil.gradients import as_stored
 from fedcil.keys import Key
 from fedcil.messages import Tensors
 from fedcil.methods.base import Draws, Samples
-from fedcil.models.network import Network, copy_into, set_norm_momentum, state_of, trained_parameters
+from fedcil.models.network import (
+    Network,
+    copy_into,
+    other_buffers,
+    restore_buffers,
+    set_norm_updates,
+    state_of,
+    trained_parameters,
+)
 from fedcil.scenario import TrainingSection
 
 
@@ -32,6 +40,7 @@ class Lane:
 
     def __init__(self, network: Network, training: TrainingSection) -> None:
         self.network, self.state = network.train(), state_of(network)
+        self.buffers = other_buffers(network)
         self.device = network.head.weight.device
         on_gpu = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None
@@ -88,7 +97,7 @@ class Lane:
         same = last and last.prepared is recipe.prepared and last.task == recipe.task
         if not (same and last and bool(last.anchor) == bool(recipe.anchor)):
             self.steps.clear()
-            set_norm_momentum(self.network, recipe.norm_momentum)
+            set_norm_updates(self.network, recipe.norm_updates)
 
     def _capture(self, recipe: Recipe, samples: Samples, sizes: list[int], place: Key) -> None:
         """A step for each size of batch; trying them changes the weights."""
@@ -99,6 +108,7 @@ class Lane:
 
     def _reset(self, tensors: Tensors, recipe: Recipe) -> None:
         copy_into(self.state, tensors)
+        restore_buffers(self.buffers)
         if recipe.anchor:
             torch._foreach_copy_(list(self.anchor), list(recipe.anchor))
         if self.momenta:

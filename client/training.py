@@ -12,13 +12,11 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from fedcil.gradients import as_stored, gradients
-from fedcil.keys import Key, global_draws
+from fedcil.keys import Key, global_draws, rng_state
 from fedcil.methods.base import Batch, Draws, Method, Prepared, Samples
-from fedcil.models.network import Network, set_norm_momentum, trained_parameters
+from fedcil.models.network import Network, set_norm_updates, trained_parameters
 from fedcil.scenario import TrainingSection
 from fedcil.stream import Task
-
-NORM_MOMENTUM = 0.1  # PyTorch's default: the share of the batch in one update of the running statistics
 
 AT_ONCE = 1 << 22  # bytes of augmented images that are made ahead of their steps
 
@@ -44,9 +42,9 @@ class Recipe:
     check: Callable[[], None] = lambda: None
 
     @property
-    def norm_momentum(self) -> float:
-        """Of running statistics: one batch counts as often as the method says."""
-        return float(1 - (1 - NORM_MOMENTUM) ** self.method.norm_updates(self.task))
+    def norm_updates(self) -> int:
+        """Of running statistics, in a step."""
+        return self.method.norm_updates(self.task)
 
     def loss(self, model: Network, images: Tensor, labels: Tensor, draws: Any) -> Tensor:
         """Of one batch, a scalar."""
@@ -143,6 +141,9 @@ class LocalSGD:
             if gradient is not None
         }
         momenta = [self.momenta[place] for place in found]
+        if self.training.momentum and any(momentum is not None for momentum in momenta):
+            # One that no loss has reached before: torch's fused kernel has it begin at 0, if it is told so.
+            momenta = [torch.zeros_like(g) if m is None else m for m, g in zip(momenta, found.values(), strict=True)]
         sgd(
             [self.stored[place] for place in found],
             list(found.values()),
@@ -165,10 +166,11 @@ def layers_draw(model: Network, place: Key) -> Iterator[None]:
     """A pass whose layers draw from torch's global generator, if they draw, what belongs to this place. Where they do
     not, the network's later passes need not come here.
     """
-    with global_draws(place):
-        before = torch.get_rng_state()
+    device = model.head.weight.device
+    with global_draws(place, device):
+        before = rng_state(device)
         yield
-        model.random = not torch.equal(before, torch.get_rng_state())
+        model.random = not torch.equal(before, rng_state(device))
 
 
 def local_sgd(model: Network, recipe: Recipe, samples: Samples, key: Key) -> Trained:
@@ -182,7 +184,7 @@ def local_sgd(model: Network, recipe: Recipe, samples: Samples, key: Key) -> Tra
         return Trained(0, float("nan"))
     optimizer = LocalSGD(trained_parameters(model), recipe.lr, training)
     model.train()
-    set_norm_momentum(model, recipe.norm_momentum)
+    set_norm_updates(model, recipe.norm_updates)
     losses: list[Tensor] = []
     for epoch in range(training.epochs):
         place = key.at("epoch", epoch)

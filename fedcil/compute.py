@@ -17,7 +17,7 @@ from fedcil import cpu
 from fedcil.errors import ScenarioError
 from fedcil.messages import Tensors
 from fedcil.models import Architecture
-from fedcil.models.network import Network, fold_norms, freeze, load_state, narrow
+from fedcil.models.network import Network, change_alike, fold_norms, freeze, load_state, narrow
 from fedcil.models.pooling import pool_before_relu
 from fedcil.models.small_maps import convolve_small_maps_by_products
 
@@ -79,8 +79,10 @@ class Compute:
     def teacher(self, tensors: Tensors) -> Network:
         """A frozen network for many passes: batch norm folded into the convolutions (1.1 times as fast in fp32)."""
         network = self._loaded(tensors)
-        fold_norms(network)  # it and ``settle`` know torch's own layers only, so they come first
-        self.settle(network.backbone)
+        # They know torch's own layers only, so they come first.
+        images = torch.randn(2, *self.architecture.image, generator=torch.Generator().manual_seed(0)).to(self.device)
+        fold_norms(network, images)
+        change_alike(network, self.settle, images)
         self._hasten(network.backbone)
         return network
 

@@ -40,17 +40,28 @@ class Key:
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
+CPU = torch.device("cpu")
 _GLOBAL_GENERATOR = threading.Lock()
 
 
 @contextmanager
-def global_draws(key: Key) -> Iterator[None]:
-    """Code in here draws from torch's global CPU generator what belongs to this place. One thread at a time; the
-    generator is left as it was.
+def global_draws(key: Key, device: torch.device = CPU) -> Iterator[None]:
+    """Code in here draws from torch's global generators, of the CPU and of ``device``, what belongs to this place. One
+    thread at a time; the generators are left as they were.
     """
-    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(key.torch().initial_seed())
+    seed, gpus = key.torch().initial_seed(), [device] if device.type == "cuda" else []
+    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
         yield
+
+
+def rng_state(device: torch.device) -> torch.Tensor:
+    """Of the CPU's global generator and of the device's, one after the other."""
+    of_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return torch.cat([torch.get_rng_state(), *of_gpu])
 
 
 def _hash64(element: Element) -> int:

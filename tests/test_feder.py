@@ -48,6 +48,16 @@ def remember(small: Any, options: FedER, own: Samples, kept: Tensors | None) -> 
     return memory.update(small.linear(torch.eye(4)), own, kept, Task(0, 0, 1), floats)
 
 
+def test_a_class_counts_once_whoever_trains_on_it_again(small: Any) -> None:
+    """A client that stays behind with a task's samples has their classes in its memory and before it."""
+    options = FedER(memory=8)
+    own = stored([0] * 10 + [1] * 10)
+    first = remember(small, options, own, None)
+    again = remember(small, options, own, first)
+    for kept in (first, again):
+        assert kept["labels"].tolist() == [0] * 4 + [1] * 4
+
+
 # --- herding ----------------------------------------------------------------------------------------------
 
 

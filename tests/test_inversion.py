@@ -187,6 +187,25 @@ def test_norm_loss_is_0_on_the_batch_that_made_the_running_statistics(small: Any
     assert norm_loss(statistics).item() > 1e-3
 
 
+class NormAndMore(nn.BatchNorm2d):
+    """A person's own: a norm with an activation in it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.relu(super().forward(input))
+
+
+def test_a_norm_that_does_more_does_so_while_it_is_watched() -> None:
+    chain = nn.Sequential(NormAndMore(3), nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    x = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = chain(x)
+    with watch_norms(chain) as statistics:
+        found = chain(x)
+    assert torch.equal(found, expected)
+    (seen,) = statistics  # the other layer has no running statistics to hold a batch against
+    torch.testing.assert_close(seen.mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(seen.var, x.var((0, 2, 3), correction=0))
+
+
 @pytest.mark.usefixtures("float64")
 def test_what_is_watched_are_biased_statistics_of_a_layers_input(small: Any) -> None:
     network, x = small.frozen(3), small.images(6)

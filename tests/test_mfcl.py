@@ -26,7 +26,7 @@ from fedcil.methods import mfcl
 from fedcil.methods.base import Batch, Method, Samples
 from fedcil.methods.mfcl import MFCL, Replay, draw_pool, new_class_loss
 from fedcil.models import Architecture
-from fedcil.models.network import Backbone, Network, grow_head, set_norm_momentum, snapshot, state_of
+from fedcil.models.network import Backbone, Network, grow_head, set_norm_updates, snapshot, state_of
 from fedcil.scenario import ModelSection, TrainingSection
 from fedcil.scenario_file import load_scenario
 from fedcil.stream import Task
@@ -133,10 +133,10 @@ def test_the_merged_step_has_the_gradients_of_the_authors_order(
     options = settings(bn_updates=updates)
     method, replay, batch = options.build(), replay_of(small, options, name), batch_of(small)
     ours = small.network(5, name, seed=7)
-    set_norm_momentum(ours, 1 - 0.9 ** method.norm_updates(small.second))
+    set_norm_updates(ours, method.norm_updates(small.second))
     ours.train()
     theirs = deepcopy(ours)
-    set_norm_momentum(theirs, 0.1)
+    set_norm_updates(theirs, 1)
     draws = method.draw(replay, len(batch.images), small.second, Key(1))
 
     loss = method.loss(ours, replay, batch, draws)

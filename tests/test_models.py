@@ -24,12 +24,13 @@ from fedcil.models.network import (
     Backbone,
     Network,
     count_parameters,
+    drop_counters,
     fold_norms,
     freeze,
     grow_head,
     initialise,
     load_state,
-    set_norm_momentum,
+    set_norm_updates,
     snapshot,
     state_of,
 )
@@ -262,7 +263,8 @@ def test_a_state_with_other_shapes_is_refused(small: Any, shape: tuple[int, ...]
 def test_two_updates_of_the_running_statistics_are_one_with_a_larger_momentum() -> None:
     """(1 - m) twice is 1 - m', m' = 1 - (1 - m)^2: 0.19 for 0.1."""
     twice, once = nn.BatchNorm2d(6).double(), nn.BatchNorm2d(6).double()
-    set_norm_momentum(once, 1 - 0.9**2)
+    drop_counters(once)
+    set_norm_updates(once, 2)
     batch = torch.randn(10, 6, 4, 4, generator=Key(0).torch(), dtype=torch.float64)
     for norm, passes in ((twice, 2), (once, 1)):
         for _ in range(passes):
@@ -355,7 +357,7 @@ class Branching(Backbone):
 def test_folded_norms_are_gone_and_change_nothing(small: Any, name: str) -> None:
     network, images = small.frozen(3, name), small.images(6)
     expected = network(images)
-    fold_norms(network)
+    fold_norms(network, images)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
     torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-12)
     assert not any(p.requires_grad for p in network.parameters())
@@ -365,7 +367,7 @@ def test_a_backbone_that_cannot_be_traced_stays_as_it_is() -> None:
     network = Network(Branching(), 2)
     freeze(network)
     backbone = network.backbone
-    fold_norms(network)
+    fold_norms(network, torch.rand(2, 3, 8, 8))
     assert network.backbone is backbone
 
 

@@ -20,7 +20,7 @@ from fedcil.errors import ScenarioError
 from fedcil.keys import Key
 from fedcil.messages import Tensors, content_hash
 from fedcil.models import Architecture, make_architecture
-from fedcil.models.network import Backbone, initialise, snapshot, state_of
+from fedcil.models.network import Backbone, drop_counters, initialise, set_norm_updates, snapshot, state_of
 from fedcil.models.own import Manners, try_out
 from fedcil.record.checkpoints import CheckpointFolder
 from fedcil.scenario import ModelSection
@@ -191,6 +191,16 @@ def few(channels):
 
 def broken(channels, section):
     raise KeyError("stem")
+
+
+def complex(channels, section):
+    return Unfit(4, nn.Linear(8, 8, dtype=torch.complex64))
+
+
+def endless(channels, section):
+    module = Unfit(4, nn.Flatten())
+    module.register_buffer("mask", torch.full((2,), float("-inf")))
+    return module
 """
 
 
@@ -205,6 +215,8 @@ def broken(channels, section):
         ("nothing", "'NoneType' object has no attribute 'width'"),
         ("few", "takes 1 positional argument but 2 were given"),
         ("broken", "KeyError: 'stem' (unfit.py:45)"),
+        ("complex", "backbone.layer.weight is not of real numbers"),
+        ("endless", "backbone.mask would be sent and is not finite"),
     ],
 )
 def test_what_is_no_backbone_is_one_error_before_anything_runs(
@@ -278,3 +290,127 @@ def test_it_runs_with_the_same_bits_on_one_worker_and_two(tmp_path: Path) -> Non
     assert content_hash(models[0]) == content_hash(models[1])
     assert (models[0]["backbone.patches.weight"] == 0.3).all()
     assert models[0]["backbone.token"].any()
+
+
+class SharedConv(Backbone):
+    """One convolution under two norms."""
+
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.conv, self.one, self.two = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.first = nn.Conv2d(3, 6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images)
+        return self.two(self.conv(torch.relu(self.one(self.conv(x))))).mean((2, 3))  # type: ignore[no-any-return]
+
+
+class Particular(SharedConv):
+    """Code that torch.fx stumbles over."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert isinstance(images, Tensor)
+        assert len(images) > 0
+        return super().forward(images)
+
+
+class Spectral(Backbone):
+    """A weight that is computed before each pass, which fx folds as if it were a constant."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.conv = nn.utils.spectral_norm(nn.Conv2d(3, 4, 3))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.conv(images)).mean((2, 3))  # type: ignore[no-any-return]
+
+
+class Tokenwise(Backbone):
+    """As many tokens as channels: a norm over tokens looks to fx like one over channels."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.linear(images.mean(1))).mean(1)  # type: ignore[no-any-return]
+
+
+class Precise(Backbone):
+    """A part that is not done in bf16, and a branch, so that fx cannot see it."""
+
+    def __init__(self) -> None:
+        super().__init__(5)
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv(images).mean((2, 3))
+        if x.sum() > 1e9:
+            return x
+        with torch.autocast(images.device.type, enabled=False):
+            return self.linear(x.float())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backbone", [SharedConv, Particular, Spectral, Tokenwise, Precise])
+def test_a_teacher_is_the_network_whatever_can_be_folded_of_it(backbone: Any, precision: Any) -> None:
+    compute = Compute(Architecture(backbone, (3, 8, 8), Key(0)), torch.device("cpu"), precision)
+    network = compute.network(3)
+    draws = Key(2).torch()
+    for name, buffer in network.named_buffers():
+        if "running" in name:
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=draws))
+    tensors, images = snapshot(network), torch.rand(4, 3, 8, 8, generator=Key(1).torch())
+    with torch.no_grad():
+        expected = compute.frozen(tensors)(images)
+        found = compute.teacher(tensors)(images)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if precision == "fp32" else 0.02)
+
+
+class Memories(Backbone):
+    """What is no state, or not where it was: a flag that is set once, and a buffer that is replaced at each pass."""
+
+    def __init__(self, channels: int, _: ModelSection) -> None:
+        super().__init__(channels * 4)
+        self.conv = nn.Conv2d(channels, channels * 4, 3)
+        self.register_buffer("ready", torch.tensor(0, dtype=torch.uint8))
+        self.register_buffer("shift", torch.zeros(channels * 4))
+        self.register_buffer("level", torch.zeros(channels * 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x: Tensor = self.conv(images).mean((2, 3))
+        if self.training and not self.ready:
+            self.shift.copy_(-x.detach().mean(0))
+            self.ready.fill_(1)
+        if self.training:
+            self.level = 0.5 * self.level + 0.5 * x.detach().mean(0)
+        return x + self.shift + self.level
+
+
+def test_what_one_client_leaves_in_a_buffer_is_nothing_to_the_next(tmp_path: Path) -> None:
+    """Or results would depend on who trains on which worker."""
+    sets = [f"model={{name='{__name__}:Memories'}}", "stream.tasks=2", "training.rounds=3", "clients.count=8"]
+    models = [
+        model_of(
+            fedcil.run(
+                "digits_fedavg",
+                overrides=[*sets, f"engine={{workers={workers}, processes=false}}"],
+                output=tmp_path / str(workers),
+                figures=False,
+            )
+        )
+        for workers in (1, 3)
+    ]
+    assert content_hash(models[0]) == content_hash(models[1])
+    assert models[0]["backbone.level"].any()  # a client sends what stands there now, not what once stood there
+
+
+def test_a_norm_keeps_its_own_momentum() -> None:
+    norms = [nn.BatchNorm2d(2, momentum=momentum) for momentum in (0.1, 0.01, 0.0, None)]
+    module = nn.ModuleList(norms)
+    drop_counters(module)
+    for updates, expected in ((2, [0.19, 0.0199, 0.0, 0.19]), (1, [0.1, 0.01, 0.0, 0.1])):
+        set_norm_updates(module, updates)
+        assert [norm.momentum for norm in norms] == pytest.approx(expected)

@@ -92,6 +92,21 @@ def test_the_pooling_goes_first_and_names_stay() -> None:
     assert kinds(chain, torch.zeros(1, 1, 6, 6)) == ["Conv2d", "MaxPool2d", "ReLU", "ReLU", "Flatten"]
 
 
+def test_what_a_relu_in_place_writes_into_may_be_somebodys() -> None:
+    """At the head of a chain it rectifies what the chain was given, and a block may use that again."""
+    chain = nn.Sequential(nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    pool_before_relu(chain)
+    given = -torch.ones(1, 1, 4, 4)
+    chain(given)
+    assert not given.any()
+    aliased = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    pool_before_relu(aliased)
+    assert kinds(aliased, -torch.ones(1, 1, 4, 4)) == ["Identity", "ReLU", "MaxPool2d"]
+    fresh = nn.Sequential(nn.BatchNorm2d(1), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    pool_before_relu(fresh)
+    assert kinds(fresh, torch.zeros(1, 1, 4, 4)) == ["BatchNorm2d", "MaxPool2d", "ReLU"]
+
+
 class OwnReLU(nn.ReLU):
     pass
 

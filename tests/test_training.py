@@ -200,6 +200,19 @@ def test_channels_last_weights_are_updated_in_place_without_a_copy(momentum: flo
         assert torch.equal(one, other)
 
 
+def test_a_weight_that_a_loss_reaches_late_begins_with_its_first_gradient() -> None:
+    """As in torch, with momentum: stochastic depth leaves layers out of a step."""
+    ours, theirs = ([torch.ones(3, requires_grad=True) for _ in range(2)] for _ in range(2))
+    step = LocalSGD(ours, 0.1, TrainingSection(momentum=0.9, weight_decay=0.01))
+    reference = torch.optim.SGD(theirs, 0.1, momentum=0.9, weight_decay=0.01)
+    for reached in ((0,), (0, 1), (1,), (0, 1)):
+        step.step(sum((ours[place] ** 2).sum() for place in reached))  # type: ignore[arg-type]
+        reference.zero_grad()
+        sum((theirs[place] ** 2).sum() for place in reached).backward()  # type: ignore[union-attr]
+        reference.step()
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_weights_with_gaps_in_memory_are_refused() -> None:
     with pytest.raises(ValueError, match="not dense"):
         as_stored(torch.zeros(4, 6)[:, ::2])

@@ -63,7 +63,7 @@ class FedER(MethodSettings):
         """Equal quota for each class the client has seen; old lists are cut, new classes are herded."""
         old = {} if kept is None else _by_class(kept["images"], kept["labels"])
         new = _by_class(own.images, own.labels)
-        quota = self.memory // max(1, len(old) + len(new))
+        quota = self.memory // max(1, len(old.keys() | new.keys()))
         chosen = {label: stack[:quota] for label, stack in old.items()}
         for label, stack in new.items():
             features = F.normalize(network.features(images(stack)), dim=1)

@@ -46,11 +46,14 @@ class NormStatistics(NamedTuple):
 
 @contextmanager
 def watch_norms(network: nn.Module) -> Iterator[list[NormStatistics]]:
-    """Collect every batch-norm layer's input statistics in eval mode; afterwards the layers are as before."""
+    """Collect the input statistics of every batch-norm layer with running ones, in eval mode; afterwards the layers are
+    as before.
+    """
     seen: list[NormStatistics] = []
-    layers = [part for part in network.modules() if isinstance(part, NORMS)]
+    layers = running_norms(network)
     for layer in layers:
-        layer.forward = partial(_watched_norm, layer, seen)  # type: ignore[method-assign]
+        forward = None if type(layer) in NORMS else layer.forward  # a person's own may do more than the norm
+        layer.forward = partial(_watched_norm, layer, seen, forward)
     try:
         yield seen
     finally:
@@ -58,12 +61,19 @@ def watch_norms(network: nn.Module) -> Iterator[list[NormStatistics]]:
             del layer.forward
 
 
-def _watched_norm(layer: Any, seen: list[NormStatistics], x: Tensor) -> Tensor:
+def running_norms(network: nn.Module) -> list[nn.Module]:
+    """Its batch norms, but for those that never look beyond a batch."""
+    return [part for part in network.modules() if isinstance(part, NORMS) and part.running_mean is not None]
+
+
+def _watched_norm(
+    layer: Any, seen: list[NormStatistics], forward: Callable[[Tensor], Tensor] | None, x: Tensor
+) -> Tensor:
     output, mean, var = EvalNormWithStatistics.apply(
         x, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps
     )
     seen.append(NormStatistics(layer.running_mean, layer.running_var, mean, var))
-    return cast(Tensor, output)
+    return forward(x) if forward else cast(Tensor, output)
 
 
 class EvalNormWithStatistics(torch.autograd.Function):

@@ -31,10 +31,10 @@ from fedcil.keys import Key
 from fedcil.messages import Payload, Tensors, count_bytes
 from fedcil.methods.adam import Adam
 from fedcil.methods.base import Batch, Boundary, Draws, Method, Notice, Prepared, Progress, part, prefixed
-from fedcil.methods.inversion import Weights, generator_loss, to_floats
+from fedcil.methods.inversion import Weights, generator_loss, running_norms, to_floats
 from fedcil.models import Architecture
 from fedcil.models.generator import Generator, default_upsamplings
-from fedcil.models.network import NORMS, Network, allocate, freeze, initialise, load_state, snapshot, state_of
+from fedcil.models.network import Network, allocate, freeze, initialise, load_state, snapshot, state_of
 from fedcil.section import Above0, Count, MethodSettings, NonNegative, Positive
 from fedcil.state import ServerState
 from fedcil.stream import Task
@@ -134,9 +134,9 @@ class MFCL(MethodSettings):
                 allowed=f"square images whose side is a multiple of 2^{ups}",
                 next="set data.image_size, or method.upsamplings",
             )
-        if self.steps and self.w_bn and not any(isinstance(part, NORMS) for part in architecture.build(1).modules()):
+        if self.steps and self.w_bn and not running_norms(architecture.build(1)):
             raise ScenarioError(
-                "the model has no batch norm, so the generator's norm term has nothing to hold on to",
+                "the model has no batch norm with running statistics for the generator's norm term to hold on to",
                 where="method.w_bn",
                 allowed="0 with this model",
                 next="set method.w_bn = 0, or choose a model with batch norm",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,8 +12,10 @@ from torch.fx.experimental.optimization import fuse
 
 from fedcil.messages import Tensors
 
+ROUNDING = 1e-3  # of the largest feature: what folded norms may change (seen: 1e-6)
 Module = TypeVar("Module", bound=nn.Module)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+NORM_MOMENTUM = 0.1  # PyTorch's default: the share of the batch in one update of the running statistics
 
 
 class Backbone(nn.Module):
@@ -55,10 +57,13 @@ class Network(nn.Module):
 
 
 def drop_counters(module: nn.Module) -> None:
-    """Batch norms that do not count batches: nothing reads it, and it costs a call for each layer and step."""
+    """Batch norms that do not count batches: only an average over all of them (``momentum=None``) would read it, and it
+    costs a call for each layer and step. Such a layer has PyTorch's default momentum then.
+    """
     for part in module.modules():
         if isinstance(part, NORMS):
             part.num_batches_tracked = None
+            part.own_momentum = NORM_MOMENTUM if part.momentum is None else part.momentum  # type: ignore[assignment]
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -101,6 +106,25 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+def other_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Buffers that are no state, (where, name, a copy of what is in them): a layer may write to them in training, and
+    what one client leaves there is nothing to the next.
+    """
+    state = state_of(module).keys()
+    found = []
+    for path, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if (f"{path}.{name}" if path else name) not in state:
+                found.append((part, name, buffer.clone()))
+    return found
+
+
+def restore_buffers(buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
+    """As ``other_buffers`` found them."""
+    for part, name, before in buffers:
+        part.get_buffer(name).copy_(before)
+
+
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """A copy of the module's state."""
     return {name: tensor.clone() for name, tensor in state_of(module).items()}
@@ -111,18 +135,45 @@ def freeze(module: nn.Module) -> None:
     module.eval().requires_grad_(False)
 
 
-def fold_norms(network: Network) -> None:
+@torch.no_grad()
+def fold_norms(network: Network, images: Tensor) -> None:
     """Fold batch norms of a frozen network into the convolutions before them; equal up to rounding.
 
-    A person's own backbone that torch.fx cannot trace (say, with a branch on its input) or copy stays as it is.
+    A person's own backbone stays as it is if torch.fx cannot trace it (say, with a branch on its input) or copy it, or
+    if what comes out gives other features for these ``images``: fx folds a convolution that is used twice as if each
+    use were all of it.
     """
     backbone = network.backbone
+    plain = backbone(images)
     try:
         folded: Any = fuse(backbone)
-    except (torch.fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError):
+        found = folded(images)
+    except Exception:  # of a person's own code, or of fx about it
         return
-    folded.width = backbone.width
-    network.backbone = folded
+    if _near(found, plain):
+        folded.width = backbone.width
+        network.backbone = folded
+
+
+def _near(found: Tensor, plain: Tensor) -> bool:
+    """Features that are all 0 say nothing."""
+    scale = plain.abs().max()
+    return bool(scale > 0 and (found - plain).abs().max() <= ROUNDING * scale)
+
+
+@torch.no_grad()
+def change_alike(network: Network, change: Callable[[nn.Module], None], images: Tensor) -> None:
+    """``change`` the type of a frozen backbone's weights if its features for these ``images`` stay what they are."""
+    plain = network.features(images)
+    weights = {parameter: parameter.data for parameter in network.backbone.parameters()}
+    change(network.backbone)
+    try:
+        alike = _near(network.features(images), plain)
+    except RuntimeError:  # a layer that has switched autocast off
+        alike = False
+    if not alike:
+        for parameter, data in weights.items():
+            parameter.data = data
 
 
 def narrow(module: nn.Module, dtype: torch.dtype) -> None:
@@ -130,7 +181,9 @@ def narrow(module: nn.Module, dtype: torch.dtype) -> None:
     every call: the same bits for less.
     """
     for part in module.modules():
-        if type(part) in (nn.Conv2d, nn.Linear):  # who inherits from them may compute with its weights otherwise
+        own = {name for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))}
+        # Who inherits from them, or has more tensors than they have, may compute with its weights otherwise.
+        if type(part) in (nn.Conv2d, nn.Linear) and own <= {"weight", "bias"}:
             part.to(dtype)
 
 
@@ -176,11 +229,13 @@ def grow_head(tensors: Tensors, classes: int, generator: torch.Generator) -> dic
     return {**tensors, "head.weight": new_weight, "head.bias": new_bias}
 
 
-def set_norm_momentum(module: nn.Module, momentum: float) -> None:
-    """The share of the batch in each update of batch norm's running statistics."""
+def set_norm_updates(module: nn.Module, updates: int) -> None:
+    """How often a batch counts in batch norm's running statistics: as so many updates with the layer's own momentum.
+    ``module`` has gone through ``drop_counters``.
+    """
     for part in module.modules():
         if isinstance(part, NORMS):
-            part.momentum = momentum
+            part.momentum = 1.0 - (1.0 - cast(float, part.own_momentum)) ** updates
 
 
 def count_parameters(module: nn.Module) -> int:

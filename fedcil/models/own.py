@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from fedcil.errors import ScenarioError
-from fedcil.keys import Key, global_draws
+from fedcil.keys import CPU, Key, global_draws, rng_state
 from fedcil.models import Architecture
-from fedcil.models.network import Network
+from fedcil.models.network import Network, state_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,10 @@ def _problem(network: Network, image: tuple[int, ...]) -> str | None:
     """What is wrong, if anything; raises what the backbone itself raises."""
     if any(isinstance(each, UninitializedParameter) for each in network.parameters()):
         return "a layer does not know its size before it has seen images (torch's Lazy layers)"
+    if strange := [name for name, each in network.named_parameters() if not each.is_floating_point()]:
+        return f"{strange[0]} is not of real numbers, which are all that can be averaged"
+    if strange := [name for name, each in state_of(network).items() if not each.isfinite().all()]:
+        return f"{strange[0]} would be sent and is not finite (a buffer that is not: persistent=False)"
     features = _features(network.eval(), image)
     wanted = (2, network.backbone.width)
     if not isinstance(features, Tensor) or features.shape != wanted:
@@ -69,6 +73,6 @@ def _features(network: Network, image: tuple[int, ...]) -> object:
 
 def _draws(network: Network, image: tuple[int, ...]) -> bool:
     with global_draws(Key(0)):
-        before = torch.get_rng_state()
+        before = rng_state(CPU)
         _features(network, image)
-        return not torch.equal(before, torch.get_rng_state())
+        return not torch.equal(before, rng_state(CPU))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from client.lanes import Lane, local_sgd_in_lanes
-from client.training import NORM_MOMENTUM, LocalSGD, Recipe, local_sgd
+from client.training import LocalSGD, Recipe, local_sgd
 from fedcil.capture import repeatable
 from fedcil.compute import Precision
 from fedcil.messages import Tensors
@@ -22,7 +22,7 @@ from fedcil.methods.adam import Adam
 from fedcil.methods.base import Batch, part
 from fedcil.methods.inversion import generator_loss
 from fedcil.methods.mfcl import Replay
-from fedcil.models.network import Network, initialise, load_state, set_norm_momentum, snapshot, state_of
+from fedcil.models.network import Network, initialise, load_state, set_norm_updates, snapshot, state_of
 from scenarios.benchmarks import authors_order
 from scenarios.benchmarks.material import KEY, TASK, Material, plain_networks
 from scenarios.benchmarks.stacked import WideTeachers, local_sgd_stacked
@@ -233,7 +233,7 @@ def generator_captured(m: Material) -> Round:
 
 def momentum_of_two(network: Network) -> Network:
     """Running statistics that move as in the authors' two passes."""
-    set_norm_momentum(network, 1 - (1 - NORM_MOMENTUM) ** 2)
+    set_norm_updates(network, 2)
     return network
 
 

@@ -23,7 +23,7 @@ from fedcil.compute import Compute
 from fedcil.keys import Key
 from fedcil.messages import Tensors
 from fedcil.methods.base import Samples
-from fedcil.models.network import Network, set_norm_momentum, state_of
+from fedcil.models.network import Network, set_norm_updates, state_of
 from fedcil.scenario import TrainingSection
 
 Loss = Callable[[Network, Tensor, Tensor, Any], Tensor]
@@ -133,7 +133,7 @@ def local_sgd_stacked(
     order = sorted(range(len(samples)), key=lambda client: len(samples[client].labels))  # equal ones are neighbours
     plans = [cut_epoch(len(samples[client].labels), training.batch_size, training.batches) for client in order]
     network.train()
-    set_norm_momentum(network, recipe.norm_momentum)
+    set_norm_updates(network, recipe.norm_updates)
     stack = Stack(network, len(order), recipe.loss, recipe.lr, training)
     losses: list[list[Tensor]] = [[] for _ in order]
     for epoch in range(training.epochs):
