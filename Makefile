@@ -47,7 +47,7 @@ test-all: lint       ## everything: all engines, kills, real data
 	$(BIN)/python -m pytest -n 2 -m 'not engines'
 	$(BIN)/python -m pytest -m engines
 
-bench: install       ## every benchmark with its peers (27 to 42 minutes); prints the path of the JSON last
+bench: install       ## every benchmark with its peers (half an hour and more); prints the path of the JSON last
 	$(BIN)/python -m scenarios.benchmarks
 
 bench-quick: install ## the client step, a round and the engine in small, under 4 minutes

@@ -1,6 +1,6 @@
 """Freed memory stays with the process: what goes back to the system is faulted in again, page by page, a step later.
 
-A FedAvg round of a 4-convolution net takes 42,000 such faults, a third of its time (docs/performance.md).
+A FedAvg round of a 4-convolution net takes 42,000 such faults, a third of its time (docs/performance-notes.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What this CPU computes fast: told by its maker and its instructions, never by timing.
 
-The figures behind it are in docs/performance.md.
+The figures behind it are in docs/performance-notes.md.
 """
 
 from __future__ import annotations

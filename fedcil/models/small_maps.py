@@ -3,7 +3,7 @@
 At the end of a ResNet a map has 4 x 4 positions, and a third of what a 3x3 convolution multiplies is padding. The
 products below leave out the padding left and right. A CPU whose products are fast in a precision does
 them in two thirds to four fifths of the time of oneDNN's convolution: AMD's in bf16, Intel's in fp32, those with AVX2
-alone in fp32 (fedcil/cpu.py, docs/performance.md). In bf16 sums are kept in float32 and rounded once, as
+alone in fp32 (fedcil/cpu.py, docs/performance-notes.md). In bf16 sums are kept in float32 and rounded once, as
 there; a bias is added after that.
 """
 

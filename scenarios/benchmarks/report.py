@@ -68,6 +68,7 @@ def draw(rows: Rows, bars: Bars, path: Path) -> None:
             axes.plot([bars.most[name]] * 2, [place - 0.4, place + 0.4], color="#cc3311", linewidth=2)
     axes.axvline(1, color="#bbbbbb", linewidth=1)
     axes.set_yticks(list(places), list(shown), fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("CPU seconds, fedcil / baseline (smaller is better; red: the bar)")
     figure.savefig(path, dpi=110)
