@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fedcil.experiment import PROCESSES_POSSIBLE, Experiment
 from fedcil.scenario import Scenario
 
-SMALL_BYTES = 4 << 20  # of a model: four convolutions have 0.5 MB, ResNet-18 has 45 (docs/performance-notes.md, two workers)
+SMALL_BYTES = 4 << 20  # of a model: four convolutions have 0.5 MB, ResNet-18 45 (docs/performance-notes.md)
 
 
 @dataclass(frozen=True, slots=True)
