@@ -145,7 +145,7 @@ class Ladder:
 
     def save(self) -> None:
         content = {
-            "machine": machine.describe(),
+            "machine": machine.describe({}),
             "device": device_name(self.device),
             "work": self.work.model if self.tiny else "paper",
             "matrix_tflops": self.rates,
