@@ -110,7 +110,8 @@ class Worker:
     def look_again(self) -> None:
         """A person's own layer may have put another tensor where a buffer was."""
         if self.network is not None and self.shared.experiment.compute.architecture.own:
-            self.state = state_of(self.network)
+            kept = ((name, tensor) for name, tensor in self.network.named_buffers() if name in self.state)
+            self.state = {**self.state, **{name: tensor.detach() for name, tensor in kept}}
 
     def load(self, classes: int, tensors: Tensors) -> Network:
         """A network with the broadcast tensors in it; made anew only when the head has grown."""
