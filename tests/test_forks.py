@@ -286,3 +286,11 @@ def test_processes_end_with_the_run(number: signal.Signals, tmp_path: Path) -> N
         process.communicate(timeout=20)
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
+
+
+def test_a_path_that_is_no_text_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's import passes over it, and so do worker processes."""
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    sets = ["stream.tasks=1", "training.rounds=2", "engine={workers=2, processes=true}"]
+    run = fedcil.run("digits_fedavg", overrides=sets, output=tmp_path, figures=False)
+    assert len(run.kind("round")) == 2
