@@ -17,6 +17,7 @@ from client.handle import Shared, Worker, do_jobs
 from client.share import own_clients
 from client.states import StateStore
 from fedcil.allocator import keep_freed_memory
+from fedcil.data.places import ROOT_VARIABLE
 from fedcil.errors import MessageRefused
 from fedcil.experiment import open_experiment
 from fedcil.files import write_atomic
@@ -24,12 +25,11 @@ from fedcil.hello import Hello, pack_hello
 from fedcil.messages import Broadcast, Job, Payload
 from fedcil.packets import packet_of, packet_record
 from fedcil.scenario_file import load_scenario
-from fedcil.wire import Answer, pack_answer, place_of, unpack_broadcast, unpack_payload
+from fedcil.wire import pack_answer, place_of, unpack_broadcast, unpack_payload
 
 LIMIT = 2**31  # bytes of one packet from the server
 KEPT_PAYLOADS = 4  # on a node's disk
 HOME = "FEDCIL_CLIENT_HOME"  # folder for payloads and client states
-DATA_ROOT = "FEDCIL_DATA_ROOT"
 
 app = ClientApp()
 
@@ -39,7 +39,7 @@ def hello(message: Message, context: Context) -> Message:
     """Which clients this node serves, and what they have: its own, or some of those that it is offered."""
     asked = message.content["hello"]
     home = client_home(context)
-    experiment = open_worker(str(asked["scenario"]), os.environ.get(DATA_ROOT), home).shared.experiment
+    experiment = open_worker(str(asked["scenario"]), os.environ.get(ROOT_VARIABLE), home).shared.experiment
     own = own_clients(context.node_config, experiment.scenario.clients.count)
     offer = [int(client) for client in asked["offer"]]
     share = own if own is not None else offer[: int(context.node_config.get("clients", 1))]
@@ -62,11 +62,11 @@ def work(message: Message, context: Context) -> Message:
             return Message(RecordDict({"missing": ConfigRecord({"payload": header["payload"]})}), reply_to=message)
     task, phase, round_ = header["place"]
     broadcast = Broadcast(task=task, phase=phase, round=round_, tensors=tensors, payload=payload)
-    worker = open_worker(str(config["scenario"]), os.environ.get(DATA_ROOT), home)
+    worker = open_worker(str(config["scenario"]), os.environ.get(ROOT_VARIABLE), home)
     records = {}
     jobs = [Job(client, position, state) for client, position, state in json.loads(str(config["jobs"]))]
-    for job, result, contribution in do_jobs(broadcast, jobs, worker):
-        packet = pack_answer(Answer(result, contribution), header["run"], place_of(broadcast))
+    for job, answer in do_jobs(broadcast, jobs, worker):
+        packet = pack_answer(answer, header["run"], place_of(broadcast))
         records[f"client-{job.client}"] = packet_record(packet)
     return Message(RecordDict(records), reply_to=message)
 

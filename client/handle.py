@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +16,14 @@ from torch import Tensor, nn
 from client.lanes import Lane, local_sgd_in_lanes
 from client.states import StateStore
 from client.training import Recipe, Trained, learning_rate, local_sgd
-from fedcil.data.augment import make_batch
-from fedcil.errors import FedcilError, MessageRefused, Stopped
+from fedcil.data.augment import make_batch, normalise
+from fedcil.errors import FedcilError, MessageRefused, Stopped, described
 from fedcil.experiment import Experiment
 from fedcil.keys import Key
 from fedcil.messages import (
     BORDER,
     UNEXPECTED,
+    Answer,
     Broadcast,
     Contribution,
     Failure,
@@ -82,8 +81,7 @@ class Shared:
 
     def normalised(self, images: Tensor) -> Tensor:
         """Stored images (n, h, w, c) uint8 -> (n, c, h, w), not augmented."""
-        everything = torch.arange(len(images))
-        return make_batch(images, everything, "none", torch.Generator(), self.mean, self.std)
+        return normalise(images, self.mean, self.std)
 
 
 @dataclass(slots=True)
@@ -143,8 +141,7 @@ class Round:
 
     @cached_property
     def phase(self) -> Phase:
-        experiment = self.shared.experiment
-        return experiment.method.phases(self.task, experiment.scenario.training.rounds)[self.broadcast.phase]
+        return self.shared.experiment.phases(self.task)[self.broadcast.phase]
 
     @cached_property
     def key(self) -> Key:
@@ -172,8 +169,8 @@ class Round:
         )
 
 
-Answer = tuple[Job, Report | Failure, Contribution | None]
 Metrics = dict[str, float]
+Answered = tuple[Job, Answer]
 
 
 def handle(request: Request, worker: Worker) -> Reply:
@@ -181,32 +178,30 @@ def handle(request: Request, worker: Worker) -> Reply:
     fold = empty_fold(request.cohort, request.rule)
     reports: list[Report] = []
     failures: list[Failure] = []
-    for job, given, offered in do_jobs(request.broadcast, request.jobs, worker):
-        result, contribution = _bounded(request, given, offered)
-        if isinstance(result, Failure):
-            failures.append(result)
+    for job, given in do_jobs(request.broadcast, request.jobs, worker):
+        answer = _bounded(request, given)
+        if isinstance(answer.result, Failure):
+            failures.append(answer.result)
         else:
-            reports.append(result)
-        if contribution is None:
+            reports.append(answer.result)
+        if answer.contribution is None:
             fold.absent(job.position)
         else:
-            fold.add(job.position, contribution)
+            fold.add(job.position, answer.contribution)
     return Reply(fold, tuple(reports), tuple(failures))
 
 
-def _bounded(
-    request: Request, result: Report | Failure, contribution: Contribution | None
-) -> tuple[Report | Failure, Contribution | None]:
-    """What the border of another engine would let through of this answer."""
-    if contribution is None:
-        return result, None
+def _bounded(request: Request, answer: Answer) -> Answer:
+    """What the border of another engine would let through of it."""
+    if answer.contribution is None:
+        return answer
     try:
-        return result, admissible(contribution, request.broadcast.tensors, request.rule)
+        return Answer(answer.result, admissible(answer.contribution, request.broadcast.tensors, request.rule))
     except MessageRefused as error:
-        return Failure(result.client, BORDER, error.what), None
+        return Answer(Failure(answer.result.client, BORDER, error.what))
 
 
-def do_jobs(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> Iterator[Answer]:
+def do_jobs(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> Iterator[Answered]:
     """Answers as they come, of as many clients at the same time as the scenario's execution has. A contribution's
     tensors are the worker's memory until the next answer is asked for.
     """
@@ -214,24 +209,23 @@ def do_jobs(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> Iterat
     size = worker.shared.experiment.execution.at_once
     for start in range(0, len(jobs), size):
         run = jobs[start : start + size]
-        yield from try_at_once(round_, run) or ((job, *do_job(round_, job)) for job in run)
+        yield from try_at_once(round_, run) or ((job, do_job(round_, job)) for job in run)
 
 
-def do_job(round_: Round, job: Job) -> tuple[Report | Failure, Contribution | None]:
-    """One client's answer. The contribution's tensors are the worker's memory until its next job."""
+def do_job(round_: Round, job: Job) -> Answer:
+    """One client's. The contribution's tensors are the worker's memory until its next job."""
     torch.set_num_threads(round_.shared.experiment.scenario.training.threads)
     try:
-        contribution, report = _work(round_, job)
+        return _work(round_, job)
     except Stopped:
         raise
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and threading.current_thread() is threading.main_thread():
             raise  # a signal's
-        return _failure(job, error), None
-    return report, contribution
+        return Answer(_failure(job, error))
 
 
-def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answer]:
+def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
     """All these clients trained at the same time; nothing if that cannot be, and then each is done by itself: who
     breaks alone must not take others along.
     """
@@ -256,12 +250,10 @@ class ClientProblem(FedcilError):
 def _failure(job: Job, error: BaseException) -> Failure:
     if isinstance(error, ClientProblem):
         return Failure(job.client, error.where, error.what)
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return Failure(job.client, UNEXPECTED, f"{type(error).__name__}: {error}{place}")
+    return Failure(job.client, UNEXPECTED, described(error))
 
 
-def _work(round_: Round, job: Job) -> tuple[Contribution | None, Report]:
+def _work(round_: Round, job: Job) -> Answer:
     """One client's work of the phase: train, fit or remember."""
     started = time.perf_counter()
     shared, task, work = round_.shared, round_.task, round_.phase.work
@@ -287,7 +279,7 @@ def _work(round_: Round, job: Job) -> tuple[Contribution | None, Report]:
         bytes_up=bytes_up,
         seconds=time.perf_counter() - started,
     )
-    return contribution, report
+    return Answer(report, contribution)
 
 
 def _train(round_: Round, job: Job, network: Network, own: Samples) -> tuple[Contribution, Metrics]:
@@ -298,7 +290,7 @@ def _train(round_: Round, job: Job, network: Network, own: Samples) -> tuple[Con
     return _given(round_.worker.state, trained, samples, round_.shared.experiment)
 
 
-def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answer]:
+def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
     """``_work`` and ``_train`` for several clients at once."""
     started = time.perf_counter()
     worker, shared, task = round_.worker, round_.shared, round_.task
@@ -309,43 +301,38 @@ def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answer]:
     keys = [round_.key.at("client", job.client) for job, _, _ in ready]
     trained = local_sgd_in_lanes(lanes, round_.broadcast.tensors, round_.recipe, samples, keys)
     seconds = (time.perf_counter() - started) / len(jobs)
-    answers = [
-        _answer(job, count, partial(_given, state, said, joined, shared.experiment), round_.bytes_up, seconds)
-        for (job, count, joined), (state, said) in zip(ready, trained, strict=True)
-    ]
+    answers: list[Answered] = []
+    for (job, count, joined), (state, said) in zip(ready, trained, strict=True):
+        try:
+            contribution, metrics = _given(state, said, joined, shared.experiment)
+        except ClientProblem as problem:
+            answers.append((job, Answer(_failure(job, problem))))
+            continue
+        report = Report(
+            client=job.client,
+            samples=count,
+            metrics=metrics,
+            state=job.state,
+            bytes_up=round_.bytes_up,
+            seconds=seconds,
+        )
+        answers.append((job, Answer(report, contribution)))
     return answers + broken
 
 
-def _samples_of(jobs: Sequence[Job], task: Task, shared: Shared) -> tuple[list[tuple[Job, int, Samples]], list[Answer]]:
+def _samples_of(
+    jobs: Sequence[Job], task: Task, shared: Shared
+) -> tuple[list[tuple[Job, int, Samples]], list[Answered]]:
     """(job, own samples, samples with what the client kept), and the answers of clients that have none to give."""
     ready: list[tuple[Job, int, Samples]] = []
-    broken: list[Answer] = []
+    broken: list[Answered] = []
     for job in jobs:
         try:
             own = shared.samples(job.client, task)
             ready.append((job, len(own.labels), _with_memory(own, job, shared)))
         except Exception as error:
-            broken.append((job, _failure(job, error), None))
+            broken.append((job, Answer(_failure(job, error))))
     return ready, broken
-
-
-def _answer(
-    job: Job, samples: int, given: Callable[[], tuple[Contribution, Metrics]], bytes_up: int, seconds: float
-) -> Answer:
-    """What became of one of several clients."""
-    try:
-        contribution, metrics = given()
-    except ClientProblem as problem:
-        return job, _failure(job, problem), None
-    report = Report(
-        client=job.client,
-        samples=samples,
-        metrics=metrics,
-        state=job.state,
-        bytes_up=bytes_up,
-        seconds=seconds,
-    )
-    return job, report, contribution
 
 
 def _given(state: Tensors, trained: Trained, samples: Samples, experiment: Experiment) -> tuple[Contribution, Metrics]:
@@ -354,9 +341,8 @@ def _given(state: Tensors, trained: Trained, samples: Samples, experiment: Exper
         raise ClientProblem("too_few_samples", where="samples")
     if trained.steps and not (math.isfinite(trained.loss) and finite(state)):
         raise ClientProblem("training diverged: loss or weights are not finite; lower training.lr", where="training")
-    weight = 1.0 if experiment.scenario.server.weighting == "uniform" else float(len(samples.labels))
     metrics = {"loss": trained.loss, "steps": trained.steps} if trained.steps else {}
-    return Contribution(state, weight), metrics
+    return Contribution(state, experiment.weight(len(samples.labels))), metrics
 
 
 def finite(tensors: Tensors) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -40,6 +42,13 @@ class FedcilError(Exception):
 
 
 LABELS = ("where", "allowed", "next")
+
+
+def described(error: BaseException) -> str:
+    """An error of somebody's own code in a line: its type, what it says, and the file and line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
 
 
 def rebuilt(said: Mapping[str, Any]) -> FedcilError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from fedcil.data import Dataset, load_dataset
 from fedcil.errors import ScenarioError
 from fedcil.keys import Key
 from fedcil.messages import Tensors
-from fedcil.methods.base import Method, Samples
+from fedcil.methods.base import Method, Phase, Samples
 from fedcil.models import make_architecture
 from fedcil.models.network import snapshot
 from fedcil.models.own import try_out
@@ -32,7 +33,7 @@ from fedcil.partition import TaskPartition, make_partition
 from fedcil.population import Population, make_population
 from fedcil.rule import PLAIN
 from fedcil.scenario import Scenario
-from fedcil.state import RunState, ServerState
+from fedcil.state import Cursor, RunState, ServerState
 from fedcil.stream import Stream, Task, make_stream
 from fedcil.timeline import Timeline
 
@@ -58,7 +59,15 @@ class Experiment:
     def timeline(self) -> Timeline:
         return self.population.timeline
 
-    def tasks_of_data(self, client: int, task: Task) -> range:
+    def number(self, cursor: Cursor) -> int:
+        """Of the round that the cursor stands before, counted from the start of the run."""
+        return self.timeline.number(cursor.task, cursor.phase, cursor.round)
+
+    def phases(self, task: Task) -> tuple[Phase, ...]:
+        """Of a task, in their order."""
+        return tuple(self.method.phases(task, self.scenario.training.rounds))
+
+    def _sources(self, client: int, task: Task) -> range:
         """The tasks whose samples a client has in this task."""
         if self.method.data == "so_far":
             return range(task.index + 1)
@@ -96,14 +105,27 @@ class Experiment:
 
     def indices(self, client: int, task: Task) -> NDArray[np.int64]:
         """Where a client's samples of this task stand in the training set."""
-        parts = [self.partition[t].of(client) for t in self.tasks_of_data(client, task)]
+        parts = [self.partition[t].of(client) for t in self._sources(client, task)]
         return np.concatenate(parts).astype(np.int64)
 
-    def statistics(self, task: Task) -> Tensors:
-        """What a client sends in a phase of work ``fit``, as it would be for no samples: names, shapes and types."""
+    def sent(self, phase: Phase, task: Task, model: Tensors) -> Tensors:
+        """What a client hands in, by names, shapes and types: a model, the statistics of no samples, or nothing."""
+        if phase.work == "train":
+            return model
+        if phase.work == "remember":
+            return {}
         network = self.compute.network(task.seen)
         nothing = Samples(torch.zeros(0, 1, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
         return self.method.fit(network, nothing, task, lambda images: images).tensors
+
+    def weight(self, samples: int) -> float:
+        """Of a model that was trained on so many samples, in its round's mean."""
+        return 1.0 if self.scenario.server.weighting == "uniform" else float(samples)
+
+    def pool_bytes(self) -> int:
+        """Of the synthetic images that a process makes ahead, in the last task."""
+        kept, _ = self.scenario.method.extra_images(self.scenario.training.batch_size, self.stream.tasks[-1])
+        return int(4 * kept * math.prod(self.compute.architecture.image))
 
     def first_state(self) -> RunState:
         """Before round 0: a model with a head for the first task, drawn on the CPU whatever the device."""
@@ -118,7 +140,9 @@ class Experiment:
 
 
 def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_progress: bool = False) -> Experiment:
-    """Load the data and derive stream, partition and method. Raises ScenarioError or DataMissing."""
+    """Load the data and derive stream, partition and method; sets how precisely torch multiplies in this process.
+    Raises ScenarioError or DataMissing.
+    """
     key = Key(scenario.seed)
     device = resolve_device(scenario.device)
     precision = resolve_precision(scenario.training.precision, device)

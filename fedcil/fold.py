@@ -61,7 +61,7 @@ class Fold:
     def total(self) -> Total | None:
         """The sum over all leaves that gave something; missing leaves count as absent. None if none gave."""
         missing = set(range(self.leaves)) - {leaf for node in self.sums for leaf in _leaves(node)}
-        whole = Fold(_next_power_of_two(self.leaves), dict(self.sums))
+        whole = Fold(next_power_of_two(self.leaves), dict(self.sums))
         for leaf in [*sorted(missing), *range(self.leaves, whole.leaves)]:
             whole.absent(leaf)
         (result,) = whole.sums.values()
@@ -105,7 +105,8 @@ def _leaves(node: Node) -> range:
     return range(index << level, (index + 1) << level)
 
 
-def _next_power_of_two(n: int) -> int:
+def next_power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
     return 1 << max(0, n - 1).bit_length()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from fedcil.fold import next_power_of_two
 from fedcil.messages import Contribution, Failure, Job, Outcome, Reply, Report, Request
 from fedcil.port import ClientDone
 from fedcil.robust import empty_fold
@@ -18,21 +19,16 @@ def cut(request: Request, workers: int, least: int = 1) -> list[Request]:
     rounded up to a power of two, and no more than a worker's share, rounded to the nearest one.
     """
     jobs, start, runs = request.jobs, 0, []
-    least = _power_of_two(least)
+    least = next_power_of_two(least)
     if workers > 1:
         share = math.ceil(len(jobs) / workers)
-        least = min(least, _power_of_two(math.ceil(2 * share / 3)))
+        least = min(least, next_power_of_two(math.ceil(2 * share / 3)))
     while start < len(jobs):
         half_a_share = (len(jobs) - start) // (2 * workers)
         size = max(least, 1 << max(0, half_a_share.bit_length() - 1))
         runs.append(replace(request, jobs=jobs[start : start + size]))
         start += size
     return runs
-
-
-def _power_of_two(least: int) -> int:
-    """The smallest that is not below."""
-    return 1 << max(0, least - 1).bit_length()
 
 
 class Gathered:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from fedcil.fold import Fold
 
 Tensors = Mapping[str, Tensor]
-"""Named tensors: parameters and floating-point buffers; integer counters are no state and never travel."""
+"""Named tensors: parameters and floating-point buffers of a model (integer counters are no state and never travel), or
+what a method sums or keeps."""
 
 
 def content_hash(tensors: Tensors) -> str:
@@ -112,6 +113,14 @@ class Failure:
     client: int
     stage: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One client's: a report, with or without a contribution, or a failure."""
+
+    result: Report | Failure
+    contribution: Contribution | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ its answer is checked: every sample goes to exactly one client.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcil.dotted import load_dotted
-from fedcil.errors import InputError, ScenarioError
+from fedcil.errors import InputError, ScenarioError, described
 
 if TYPE_CHECKING:
     from fedcil.keys import Key
@@ -134,9 +133,8 @@ def _call(rule: Rule, labels: Ints, clients: int, section: PartitionSection, rng
     except Exception as error:
         if section.name in RULES:
             raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ScenarioError(
-            f"{section.name} raised {type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})",
+            f"{section.name} raised {described(error)}",
             where="partition.name",
             next="mend it; docs/extending.md has the contract",
         ) from error

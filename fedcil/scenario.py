@@ -7,9 +7,7 @@ out of range and combinations that cannot work are refused before any work start
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from hashlib import blake2b
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -439,10 +437,6 @@ class Scenario(Section):
         plain = flatten(self.to_dict())
         idle = {"data.root", "server.checkpoint_every"} | {key for key in YOUNGER if plain[key] == YOUNGER[key]}
         return {key: value for key, value in plain.items() if key not in idle and not key.startswith("engine.")}
-
-    def digest(self) -> str:
-        """Hash of what decides the result."""
-        return blake2b(json.dumps(self.deciding(), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 YOUNGER: dict[str, Any] = {"server.fold": "mean", "server.byzantine": 0}

@@ -22,7 +22,6 @@ class Section(BaseModel):
 
 # TOML has arrays only; strict mode would refuse them where a tuple is wanted.
 Ints = Annotated[tuple[int, ...], Strict(False)]
-Words = Annotated[tuple[str, ...], Strict(False)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -28,7 +28,7 @@ def _moved(tensors: Tensors, device: torch.device) -> Tensors:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Cursor:
     """Where the loop stands: ``phase`` equal to the number of phases means that the boundary comes next."""
 

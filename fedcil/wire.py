@@ -20,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fedcil.errors import MessageRefused
-from fedcil.messages import Broadcast, Contribution, Failure, Job, Payload, Report, Tensors
+from fedcil.messages import Answer, Broadcast, Contribution, Failure, Payload, Report, Tensors, count_bytes
 from fedcil.robust import admissible
 from fedcil.rule import PLAIN, Rule
 from fedcil.tensor_files import tensor_bytes
@@ -73,21 +73,20 @@ def _digest(body: bytes) -> bytes:
     return blake2b(body, digest_size=DIGEST_BYTES).digest()
 
 
-def pack_broadcast(broadcast: Broadcast, run: str, cohort: int) -> bytes:
+def pack_broadcast(broadcast: Broadcast, run: str) -> bytes:
     """The part of a request that all nodes of a round share; the payload goes apart, by its hash."""
     header = {
         "run": run,
         "place": place_of(broadcast),
-        "cohort": cohort,
         "payload": broadcast.payload.hash if broadcast.payload else None,
     }
     return pack(header, broadcast.tensors)
 
 
 def unpack_broadcast(packet: bytes, *, limit: int) -> tuple[dict[str, Any], Tensors]:
-    """(header with run, place, cohort and payload, global tensors)."""
+    """(header with run, place and payload, global tensors)."""
     header, tensors = unpack(packet, limit=limit)
-    if header.keys() != {"run", "place", "cohort", "payload"}:
+    if header.keys() != {"run", "place", "payload"}:
         raise MessageRefused(f"a broadcast with the keys {sorted(header)}")
     return header, tensors
 
@@ -107,14 +106,6 @@ def unpack_payload(packet: bytes, *, limit: int) -> Payload:
 
 def place_of(broadcast: Broadcast) -> list[int]:
     return [broadcast.task, broadcast.phase, broadcast.round]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One client's answer: a report, with or without a contribution, or a failure."""
-
-    result: Report | Failure
-    contribution: Contribution | None = None
 
 
 def pack_answer(answer: Answer, run: str, place: Sequence[int]) -> bytes:
@@ -139,11 +130,10 @@ def pack_answer(answer: Answer, run: str, place: Sequence[int]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the border lets through: answers to this round, of these jobs, of this form."""
+    """What the border lets through: answers to this round, of this form."""
 
     run: str
     place: list[int]
-    jobs: Mapping[int, Job]  # by client
     samples: Mapping[int, int]  # by client: what the server knows that it has
     spec: Spec | None  # None: this phase sends no tensors
     limit: int
@@ -152,20 +142,19 @@ class Expected:
     rule: Rule = PLAIN
 
 
-def admit(packet: bytes, expected: Expected) -> Answer:
-    """The border. MessageRefused, naming client and reason, for anything that does not belong here.
+def admit(packet: bytes, client: int, expected: Expected) -> Answer:
+    """The border, for an answer of ``client``. MessageRefused, with its reason, for anything that does not belong here.
 
     Size, digest, parse (``unpack``); run, round, client; report; names, shapes, dtypes, finite values, norm.
     """
     header, tensors = unpack(packet, limit=expected.limit)
-    client = header.get("client")
-    where = f"client {short(client)}"
+    where = f"client {client}"
     if header.get("run") != expected.run:
         raise MessageRefused("an answer to another run", where=where)
     if header.get("place") != expected.place:
         raise MessageRefused("an answer to another round", where=where)
-    if type(client) is not int or client not in expected.jobs:
-        raise MessageRefused("an answer that nobody asked for", where=where)
+    if type(header.get("client")) is not int or header["client"] != client:
+        raise MessageRefused(f"an answer of client {short(header.get('client'))}, which nobody asked for", where=where)
     if "failure" in header:
         return Answer(_failure(client, header["failure"]))
     report = _report(client, header.get("report"), tensors, expected)
@@ -210,7 +199,7 @@ def _report(client: int, value: Any, tensors: Tensors, expected: Expected) -> Re
         metrics=metrics,
         state=state,
         state_bytes=state_bytes,
-        bytes_up=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        bytes_up=count_bytes(tensors),
         seconds=float(seconds),
     )
 

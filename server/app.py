@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
         return
     overrides = [text for text in str(config["set"]).split(";") if text]
     scenario = load_scenario(str(config["scenario"]), overrides)
-    experiment = open_experiment(scenario, data_root(str(config["data-root"])))
+    experiment = open_experiment(scenario, Path(str(config["data-root"])) if config["data-root"] else None)
     folder = RunFolder.create(Path(str(config["output"])).absolute(), experiment)
     serve(grid, experiment, folder, experiment.first_state(), 0)
 
@@ -50,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
 def continue_folder(grid: Grid, path: Path, min_clients: int) -> None:
     """The run in a folder, begun or continued; what ends it is written there for the one who watches."""
     try:
-        experiment = open_experiment(load_scenario(path / "scenario.toml"), data_root(""))
+        experiment = open_experiment(load_scenario(path / "scenario.toml"))
         folder, state = enter(path, experiment)
         serve(grid, experiment, folder, state, min_clients)
     except FolderBusy:
@@ -81,11 +80,6 @@ def serve(grid: Grid, experiment: Experiment, folder: RunFolder, state: RunState
         print(f"run folder: {finish(folder).path}")
     finally:
         folder.close()
-
-
-def data_root(given: str) -> Path | None:
-    path = given or os.environ.get("FEDCIL_DATA_ROOT")
-    return Path(path) if path else None
 
 
 def server_app(run: Callable[[Grid], None]) -> ServerApp:

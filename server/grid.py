@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
@@ -16,11 +15,12 @@ from fedcil.errors import MessageRefused, TooFewClients
 from fedcil.experiment import Experiment
 from fedcil.gather import Gathered
 from fedcil.hello import Share
-from fedcil.messages import BORDER, Failure, Job, Outcome, Request
+from fedcil.messages import BORDER, Failure, Job, Outcome, Request, count_bytes
+from fedcil.methods.base import Phase
 from fedcil.packets import packet_of, packet_record
 from fedcil.port import ClientDone, StopSignal, remaining
 from fedcil.stream import Task
-from fedcil.wire import Expected, Spec, admit, pack_broadcast, pack_payload, place_of, spec_of
+from fedcil.wire import Expected, admit, pack_broadcast, pack_payload, place_of, spec_of
 from server.nodes import Nodes
 
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.02, 0.5
@@ -127,7 +127,7 @@ class GridPort:
         for job in request.jobs:
             by_node.setdefault(self._serving[job.client], []).append(job)
         payload = request.broadcast.payload
-        shared = packet_record(pack_broadcast(request.broadcast, self._run, request.cohort))
+        shared = packet_record(pack_broadcast(request.broadcast, self._run))
         extra = {"payload": packet_record(pack_payload(payload))} if payload else {}
         messages = []
         for node, jobs in by_node.items():
@@ -156,16 +156,15 @@ class GridPort:
         experiment, broadcast = self._experiment, request.broadcast
         task = experiment.stream.tasks[broadcast.task]
         counts = experiment.counts(task)
-        spec = contribution_spec(experiment, task, broadcast.phase, spec_of(broadcast.tensors))
-        elements = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in (spec or {}).values())
+        phase = experiment.phases(task)[broadcast.phase]
+        sent = experiment.sent(phase, task, broadcast.tensors)
         return Expected(
             run=self._run,
             place=place_of(broadcast),
-            jobs={job.client: job for job in request.jobs},
             samples={job.client: int(counts[job.client]) for job in request.jobs},
-            spec=spec,
-            limit=elements + ANSWER_OVERHEAD,
-            weights=known_weights(experiment, task, request),
+            spec=spec_of(sent) or None,
+            limit=count_bytes(sent) + ANSWER_OVERHEAD,
+            weights=known_weights(experiment, task, phase, request.jobs),
             start=broadcast.tensors,
             rule=request.rule,
         )
@@ -177,23 +176,12 @@ def pause(started: float) -> None:
     time.sleep(min(LONGEST_POLL_S, max(SHORTEST_POLL_S, waited / 10)))
 
 
-def known_weights(experiment: Experiment, task: Task, request: Request) -> dict[int, float]:
+def known_weights(experiment: Experiment, task: Task, phase: Phase, jobs: Sequence[Job]) -> dict[int, float]:
     """Weights that the server knows beforehand: of models that were trained on a client's own samples alone."""
-    kind = experiment.method.phases(task, experiment.scenario.training.rounds)[request.broadcast.phase]
-    if kind.work != "train" or experiment.method.client_memory is not None:
+    if phase.work != "train" or experiment.method.client_memory is not None:
         return {}
-    uniform, counts = experiment.scenario.server.weighting == "uniform", experiment.counts(task)
-    return {job.client: 1.0 if uniform else float(counts[job.client]) for job in request.jobs}
-
-
-def contribution_spec(experiment: Experiment, task: Task, phase: int, model: Spec) -> Spec | None:
-    """What a contribution of this phase looks like: the model, or what ``fit`` gives for no samples at all."""
-    kind = experiment.method.phases(task, experiment.scenario.training.rounds)[phase]
-    if kind.work == "train":
-        return model
-    if kind.work == "remember":
-        return None
-    return spec_of(experiment.statistics(task))
+    counts = experiment.counts(task)
+    return {job.client: experiment.weight(int(counts[job.client])) for job in jobs}
 
 
 def take(reply: Message, jobs: tuple[Job, ...], expected: Expected, gathered: Gathered) -> None:
@@ -212,7 +200,7 @@ def _take_one(record: object, job: Job, expected: Expected, gathered: Gathered) 
     try:
         packet = packet_of(record)
         gathered.wire_bytes += len(packet)
-        answer = admit(packet, replace(expected, jobs={job.client: job}))
+        answer = admit(packet, job.client, expected)
     except MessageRefused as error:
         return gathered.fail(job.client, BORDER, error.what)
     if isinstance(answer.result, Failure):

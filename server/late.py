@@ -78,12 +78,10 @@ def work_seconds(
     counts = experiment.counts(task)
     passes = experiment.scenario.training.epochs if phase.work == "train" else 1
     model = count_bytes(state.server.model)
-    up = {"train": model, "remember": 0}
-    if phase.work == "fit":
-        up["fit"] = count_bytes(experiment.statistics(task))
+    up = count_bytes(experiment.sent(phase, task, state.server.model))
     payload = count_bytes(state.server.payload.tensors) if state.server.payload else 0
     down = {client: model + (payload if client not in state.holders else 0) for client in cohort}
-    return {c: devices.seconds(c, int(counts[c]) * passes, down[c], up[phase.work]) for c in cohort}
+    return {c: devices.seconds(c, int(counts[c]) * passes, down[c], up) for c in cohort}
 
 
 def hold_round(
@@ -92,9 +90,9 @@ def hold_round(
     """Ask who is on time, fold in what arrives late, and make the late updates that will arrive later, as long as
     ``server.deadline_s`` leaves time for them.
     """
-    clock, number = experiment.scenario.clock, number_of(experiment, state)
+    clock, number = experiment.scenario.clock, experiment.number(state.cursor)
     deadline_s, started = experiment.scenario.server.deadline_s, time.monotonic()
-    folds = clock.late == "fold" and phase.work == "train" and phase.fold == "mean"
+    folds = clock.late == "fold" and phase.sends_model
     rule = rule_of(experiment, phase)
     outcome = ask(make_request(state, schedule.on_time, rule), deadline_s)
     made: list[Outcome] = []
@@ -113,7 +111,7 @@ def hold_round(
         never = list(schedule.late)[len(made) :]
         failed += [Failure(client, "deadline", "not asked: the round's time was up") for client in never]
     else:
-        failed += [too_late(client, seconds, schedule) for client, seconds in schedule.late.items()]
+        failed += [too_late(client, taken, schedule) for client, taken in schedule.late.items()]
     outcome = replace(
         outcome,
         total=with_late(outcome.total, arrived, number, clock.staleness),
@@ -122,11 +120,6 @@ def hold_round(
         cpu_elsewhere=sum(each.cpu_elsewhere for each in (outcome, *made)),
     )
     return Answered(cohort, schedule, outcome, len(schedule.on_time) + len(made), arrived, tuple(pending))
-
-
-def number_of(experiment: Experiment, state: RunState) -> int:
-    """The round that the state's cursor stands before."""
-    return experiment.timeline.number(state.cursor.task, state.cursor.phase, state.cursor.round)
 
 
 def rule_of(experiment: Experiment, phase: Phase) -> Rule:

@@ -38,7 +38,6 @@ from server.late import (
     Answered,
     hold_round,
     make_schedule,
-    number_of,
     rule_of,
     simulated_line,
     wanted_answers,
@@ -72,7 +71,7 @@ class Nobody:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What the loop works with; none of it is part of a run's result."""
+    """What the loop works with and never changes."""
 
     experiment: Experiment
     port: Port
@@ -88,11 +87,6 @@ class Session:
 
     def save(self, state: RunState) -> None:
         self.folder.checkpoint(state, self.experiment)
-
-    def record(self, lines: list[dict[str, Any]]) -> None:
-        """Append what a step of the loop says, all at once: a step is recorded whole or not at all."""
-        for line in lines:
-            self.folder.append(line)
 
     def progress(self, step: int, steps: int, terms: Mapping[str, float]) -> None:
         self.stop.check()
@@ -170,7 +164,7 @@ def run_tasks(session: Session, state: RunState) -> RunState:
     session.save(state)
     try:
         for task in experiment.stream.tasks[state.cursor.task :]:
-            phases = experiment.method.phases(task, experiment.scenario.training.rounds)
+            phases = experiment.phases(task)
             while state.cursor.phase < len(phases):
                 state = one_round(session, state, task, phases[state.cursor.phase])
             state = end_task(session, state, task)
@@ -208,12 +202,12 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     clock.stage("evaluate")
     after = replace(advance(state, answered, phase, status), server=server)
     after = forget_leavers(after, experiment)
-    line |= simulated_line(answered, after.pending, number_of(experiment, state), scenario.clock)
+    line |= simulated_line(answered, after.pending, experiment.number(cursor), scenario.clock)
     line["client_state_bytes"] = sum(after.client_state_bytes.values())
     line["cost"] = clock.read() | {"wire_bytes": outcome.wire_bytes}
     if outcome.attendance and outcome.attendance.events:
         line["cost"]["nodes"] = list(outcome.attendance.events)
-    session.record([line])
+    session.folder.append(line)
     session.watcher.recorded(line)
     log_refused(outcome)
     refuse_broken_method(outcome, answered.trained)
@@ -239,7 +233,7 @@ def choose_cohort(session: Session, state: RunState, task: Task, phase: Phase) -
     here = session.availability(cursor.task, cursor.phase, cursor.round)
     busy = {late.client for late in state.pending}
     present = (here & session.port.reachable()) - busy
-    candidates = eligible(present, experiment.counts_at(task, number_of(experiment, state)))
+    candidates = eligible(present, experiment.counts_at(task, experiment.number(cursor)))
     place = ("task", cursor.task, "phase", cursor.phase, "round", cursor.round, "cohort")
     asked = asked_clients(clients.per_round, clients.over_sample)
     return choose(candidates, phase, asked, experiment.key.at(*place))
@@ -278,7 +272,7 @@ def advance(state: RunState, answered: Answered, phase: Phase, status: str) -> R
 
 def forget_leavers(state: RunState, experiment: Experiment) -> RunState:
     """Who has left when the next round begins takes along what it kept."""
-    number = number_of(experiment, state)
+    number = experiment.number(state.cursor)
     return state.without(lambda client: experiment.population.gone(client, number))
 
 
@@ -352,7 +346,8 @@ def end_task(session: Session, state: RunState, task: Task) -> RunState:
         server = crossed.state
         lines.append(crossed.line | {"cost": clock.read()})
         session.watcher.recorded(lines[-1])
-    session.record(lines)
+    for line in lines:
+        session.folder.append(line)
     after = replace(state, server=server, cursor=Cursor(task.index + 1), holders=frozenset())
     after = forget_leavers(after, experiment)
     session.save(after)

@@ -54,7 +54,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.gradients": ((), ("torch",)),
     "fedcil.capture": ((), ("torch",)),
     "fedcil.robust": (("fedcil.errors", "fedcil.messages", "fedcil.fold", "fedcil.rule"), ("numpy", "torch")),
-    "fedcil.gather": (("fedcil.messages", "fedcil.port", "fedcil.robust"), ()),
+    "fedcil.gather": (("fedcil.fold", "fedcil.messages", "fedcil.port", "fedcil.robust"), ()),
     "fedcil.wire": (
         ("fedcil.errors", "fedcil.messages", "fedcil.tensor_files", "fedcil.robust", "fedcil.rule"),
         ("torch", "safetensors"),

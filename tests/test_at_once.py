@@ -208,11 +208,11 @@ def answers(
     return [
         (
             job,
-            result,
-            given and {name: tensor.clone() for name, tensor in given.tensors.items()},
+            answer.result,
+            (given := answer.contribution) and {name: tensor.clone() for name, tensor in given.tensors.items()},
             given and given.weight,
         )
-        for job, result, given in do_jobs(broadcast, jobs, worker)
+        for job, answer in do_jobs(broadcast, jobs, worker)
     ]
 
 
@@ -264,7 +264,8 @@ def test_a_run_in_lanes_goes_on_after_it_was_stopped_in_mid_training(tmp_path: P
         list(do_jobs(broadcast, [Job(0, 0), Job(1, 1)], worker))
     worker.check = lambda: None
     expected = answers({"lanes": 2}, tmp_path, (0, 1))
-    for place, (_, _, gift) in enumerate(do_jobs(broadcast, [Job(0, 0), Job(1, 1)], worker)):
+    for place, (_, answer) in enumerate(do_jobs(broadcast, [Job(0, 0), Job(1, 1)], worker)):
+        gift = answer.contribution
         assert gift is not None
         assert all(torch.equal(gift.tensors[name], tensor) for name, tensor in expected[place][2].items())
 

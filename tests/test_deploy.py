@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 
 import fedcil
 from client.share import own_clients
-from fedcil.cli.roles import run_folder
+from fedcil.cli.run_folders import run_folder
 from fedcil.deploy import supervisor as supervision
 from fedcil.deploy.control import UNKNOWN, ControlFailed
 from fedcil.deploy.node import take_slot

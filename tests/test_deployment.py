@@ -20,13 +20,12 @@ import pytest
 
 from fedcil.deploy.control import Control, ControlFailed, wait_healthy
 from fedcil.deploy.health import healthy
-from fedcil.deploy.pki import Pki, make_pki
+from fedcil.deploy.pki import Pki, make_pki, new_secret
 from fedcil.deploy.processes import (
     Keeper,
     Role,
     flower_environment,
     free_port,
-    new_secret,
     superlink,
     supernode,
 )

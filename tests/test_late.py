@@ -157,7 +157,7 @@ def test_over_sampling_needs_a_clock() -> None:
     with pytest.raises(ScenarioError, match="over_sample needs a clock"):
         load_scenario(scenario(clients=OVER))
     plain, more = (load_scenario(scenario(clients=c, clock=CLOCK)) for c in (OVER | {"over_sample": 1.0}, OVER))
-    assert plain.digest() != more.digest()
+    assert plain.deciding() != more.deciding()
 
 
 def test_phases_for_all_wait_for_all(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_shipped_scenario_comes_back_equal_from_its_own_toml(name: str) -> Non
     first = load_scenario(name)
     again = parse_scenario(tomllib.loads(to_toml(first)), where="again")
     assert again == first
-    assert again.digest() == first.digest()
+    assert again.deciding() == first.deciding()
     assert to_toml(again) == to_toml(first)
     assert first.name == Path(name).name
 
@@ -318,12 +318,12 @@ def test_every_key_but_engine_root_and_checkpoints_changes_the_digest(section: s
     changed = scenario(**another(section, field, SECTIONS[section].model_fields[field]))
     assert changed != scenario()
     ignored = section == "engine" or f"{section}.{field}" in IGNORED
-    assert (changed.digest() == scenario().digest()) == ignored
+    assert (changed.deciding() == scenario().deciding()) == ignored
 
 
 @pytest.mark.parametrize("tables", [{"seed": 1}, {"name": "x"}, {"device": "cpu"}, {"method": {"name": "oracle"}}])
 def test_seed_name_device_and_method_change_the_digest(tables: dict[str, Any]) -> None:
-    assert scenario(**tables).digest() != scenario().digest()
+    assert scenario(**tables).deciding() != scenario().deciding()
 
 
 def test_every_option_of_every_method_changes_the_digest() -> None:
@@ -336,13 +336,13 @@ def test_every_option_of_every_method_changes_the_digest() -> None:
                 continue
             value = different(vars(base.method)[field], info.annotation)
             changed = scenario(method={**first, field: value})
-            assert changed.digest() != base.digest(), (method, field)
+            assert changed.deciding() != base.deciding(), (method, field)
 
 
 def test_an_integer_for_a_number_is_the_same_scenario() -> None:
     whole, real = scenario(training={"lr": 1}), scenario(training={"lr": 1.0})
     assert whole == real
-    assert whole.digest() == real.digest()
+    assert whole.deciding() == real.deciding()
 
 
 # to_toml

@@ -25,7 +25,7 @@ from fedcil.errors import Stopped
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gradients import as_stored, gradients
 from fedcil.keys import Key
-from fedcil.messages import Broadcast, Contribution, Failure, Job, Report, Request, Tensors, content_hash
+from fedcil.messages import Answer, Broadcast, Contribution, Failure, Job, Report, Request, Tensors, content_hash
 from fedcil.methods.base import Batch, Method, Samples
 from fedcil.models.network import Network, grow_head, snapshot, state_of
 from fedcil.scenario import TrainingSection
@@ -366,10 +366,10 @@ def broadcast_of(experiment: Experiment, **place: int) -> Broadcast:
 
 
 def gift(broadcast: Broadcast, client: int, worker: Worker) -> Contribution:
-    report, contribution = do_job(Round(broadcast, worker), Job(client, 0))
-    assert isinstance(report, Report), report
-    assert contribution is not None
-    return contribution
+    answer = do_job(Round(broadcast, worker), Job(client, 0))
+    assert isinstance(answer.result, Report), answer.result
+    assert answer.contribution is not None
+    return answer.contribution
 
 
 def test_a_client_without_epochs_gives_the_model_back(tmp_path: Path) -> None:
@@ -470,16 +470,16 @@ def test_one_sample_is_too_few(tmp_path: Path) -> None:
         data={"classes": 2, "samples_per_class": 1}, stream={"tasks": 1}, clients={"count": 2, "per_round": 1}
     )
     answer = do_job(Round(broadcast_of(experiment), worker_of(experiment, tmp_path)), Job(1, 0))
-    assert answer == (Failure(1, "samples", "too_few_samples"), None)
+    assert answer == Answer(Failure(1, "samples", "too_few_samples"))
 
 
 def test_a_loss_that_is_not_finite_gives_nothing(tmp_path: Path) -> None:
     experiment = experiment_of(training={"lr": 1e20, "lr_end": 1e20})
-    failure, given = do_job(Round(broadcast_of(experiment), worker_of(experiment, tmp_path)), Job(0, 0))
-    assert isinstance(failure, Failure)
-    assert failure.stage == "training"
-    assert "lower training.lr" in failure.reason
-    assert given is None
+    answer = do_job(Round(broadcast_of(experiment), worker_of(experiment, tmp_path)), Job(0, 0))
+    assert isinstance(answer.result, Failure)
+    assert answer.result.stage == "training"
+    assert "lower training.lr" in answer.result.reason
+    assert answer.contribution is None
 
 
 @pytest.mark.parametrize("lr", [1e12, 1e17])
@@ -489,10 +489,10 @@ def test_tensors_that_are_not_finite_are_not_given(tmp_path: Path, lr: float) ->
     """
     training = {"lr": lr, "lr_end": lr, "epochs": 1, "batch_size": 4}
     experiment = experiment_of(training=training)
-    failure, given = do_job(Round(broadcast_of(experiment), worker_of(experiment, tmp_path)), Job(0, 0))
-    assert isinstance(failure, Failure), failure.metrics
-    assert failure.stage == "training"
-    assert given is None
+    answer = do_job(Round(broadcast_of(experiment), worker_of(experiment, tmp_path)), Job(0, 0))
+    assert isinstance(answer.result, Failure), answer.result.metrics
+    assert answer.result.stage == "training"
+    assert answer.contribution is None
 
 
 def test_a_request_is_answered_job_by_job(tmp_path: Path) -> None:

@@ -1,15 +1,23 @@
-"""The commands and their options; what they do is elsewhere."""
+"""The commands: what they are told, and what they print. The work itself is in fedcil.api and fedcil.record."""
 
 from __future__ import annotations
 
+import json as jsonlib
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcil.cli import actions, deploy
-from fedcil.cli.guard import guarded
+from fedcil.cli import deploy
+from fedcil.cli.guard import guarded, stoppable
 from fedcil.cli.options import DataRoot, Json, MaxSeconds, Sets
+from fedcil.cli.runs import Options, continue_run, identity_of, new_run, print_runs, reuse, wanted_runs
+from fedcil.errors import InputError, located
+
+if TYPE_CHECKING:
+    from fedcil.record.run import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +33,8 @@ Engine = Annotated[str | None, typer.Option(help="inline, ray or flower.")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]
 Figure = Annotated[Path | None, typer.Option(help="Draw the comparison into this PNG.")]
 ScenarioName = Annotated[str, typer.Argument(metavar="SCENARIO", help="A TOML file or a shipped name.")]
+
+KINDS = ("methods", "datasets", "models", "scenarios", "runs")
 
 
 @app.command()
@@ -44,18 +54,19 @@ def run(
     json: Json = False,
 ) -> None:
     """Run scenarios. With several (or --seeds), runs below --output that are finished already are skipped."""
-    actions.run(
-        scenarios=scenarios,
-        overrides=overrides or [],
-        seeds=seeds,
-        data_root=data_root,
-        engine=engine,
-        output=output,
-        figures=figures,
-        figure=figure,
-        max_seconds=max_seconds,
-        json=json,
-    )
+    wanted = wanted_runs(scenarios, [*(overrides or []), *_engine_override(engine)], seeds)
+    done: list[Run] = []
+    with stoppable(max_seconds) as stop:
+        options = Options(data_root, figures, stop, json)
+        if len(wanted) == 1 and seeds is None:
+            done.append(new_run(wanted[0], output, options))
+        else:
+            identities = [identity_of(each, data_root) for each in wanted]  # all are checked before the first one runs
+            for each, identity in zip(wanted, identities, strict=True):
+                done.append(reuse(each, identity, output, options))
+    print_runs(done, json=json)
+    if figure:
+        _draw_comparison(done, figure)
 
 
 @app.command()
@@ -70,15 +81,12 @@ def resume(
     json: Json = False,
 ) -> None:
     """Continue a run; it ends with the same metrics as if it had never stopped."""
-    actions.resume(
-        path=run,
-        overrides=overrides or [],
-        data_root=data_root,
-        engine=engine,
-        figures=figures,
-        max_seconds=max_seconds,
-        json=json,
-    )
+    from fedcil.record.run import open_run
+
+    with stoppable(max_seconds) as stop:
+        options = Options(data_root, figures, stop, json, (*(overrides or []), *_engine_override(engine)))
+        finished = continue_run(open_run(run), options)
+    print_runs([finished], json=json)
 
 
 @app.command()
@@ -89,7 +97,22 @@ def compare(
     json: Json = False,
 ) -> None:
     """A table of runs; seeds of one scenario become mean and sample deviation."""
-    actions.compare(runs=runs, figure=figure, json=json)
+    from fedcil.record.compare import compare as group
+    from fedcil.record.compare import differences, to_json, to_table
+    from fedcil.record.run import open_run
+
+    opened = [open_run(path) for path in runs]
+    groups = group(opened)
+    if json:
+        print(jsonlib.dumps(to_json(groups)))
+    else:
+        from rich.console import Console
+
+        Console().print(to_table(groups))
+        for note in differences(groups):
+            print(f"note: {note}")
+    if figure:
+        _draw_comparison(opened, figure)
 
 
 @app.command()
@@ -99,7 +122,10 @@ def report(
     output: Annotated[Path | None, typer.Option(help="The page to write; default: RUN/report.html.")] = None,
 ) -> None:
     """One self-contained HTML page with a run's figures and tables."""
-    actions.report(path=run, output=output)
+    from fedcil.record.report import write_report
+    from fedcil.record.run import open_run
+
+    print(write_report(open_run(run), output))
 
 
 @app.command()
@@ -111,7 +137,17 @@ def plan(
     json: Json = False,
 ) -> None:
     """What a run would do: tasks, rounds, clients, parameters, bytes, memory. Trains nothing."""
-    actions.plan(scenario=scenario, overrides=overrides or [], data_root=data_root, json=json)
+    from fedcil.cli.forecast import forecast, print_forecast
+    from fedcil.experiment import open_experiment
+    from fedcil.scenario_file import load_scenario
+
+    with located(scenario):
+        experiment = open_experiment(load_scenario(scenario, overrides or []), data_root, show_progress=not json)
+    facts = forecast(experiment)
+    if json:
+        print(jsonlib.dumps(facts))
+    else:
+        print_forecast(facts)
 
 
 @app.command("list")
@@ -122,7 +158,16 @@ def list_(
     json: Json = False,
 ) -> None:
     """What there is: methods, data sets, models, scenarios, runs."""
-    actions.list_things(what=what, output=output, json=json)
+    if what is not None and what not in KINDS:
+        raise InputError(f"nothing is called {what!r}", where="fedcil list", allowed=", ".join(KINDS))
+    things = {kind: _list_kind(kind, output) for kind in ([what] if what else KINDS)}
+    if json:
+        print(jsonlib.dumps(things[what] if what else things))
+        return
+    for kind, names in things.items():
+        print(f"{kind}: " + (", ".join(names) if kind != "runs" else ""))
+        for name in names if kind == "runs" else []:
+            print(f"  {name}")
 
 
 @app.command()
@@ -133,4 +178,36 @@ def schema(
     ] = False,
 ) -> None:
     """Every key of a scenario file: a JSON schema, for editors."""
-    actions.schema(tables=tables)
+    from fedcil.cli.reference import reference
+    from fedcil.scenario import scenario_schema
+
+    print(reference() if tables else jsonlib.dumps(scenario_schema(), indent=1))
+
+
+def _engine_override(engine: str | None) -> list[str]:
+    return [f"engine.name={engine}"] if engine else []
+
+
+def _draw_comparison(runs: Sequence[Run], path: Path) -> None:
+    from fedcil.record.compare import compare as group
+    from fedcil.record.figures import compare_figure, save_png
+
+    save_png(compare_figure(group(runs)), path)
+    print(f"comparison: {path}", file=sys.stderr)
+
+
+def _list_kind(kind: str, output: Path) -> list[str]:
+    from fedcil.methods import METHODS
+    from fedcil.scenario import DATASETS, MODELS
+    from fedcil.scenario_file import shipped_scenarios
+
+    match kind:
+        case "methods":
+            return list(METHODS)
+        case "datasets":
+            return list(DATASETS)
+        case "models":
+            return list(MODELS)
+        case "scenarios":
+            return shipped_scenarios()
+    return [str(path.parent) for path in sorted(output.glob("*/scenario.toml"))]

@@ -1,15 +1,24 @@
-"""``fedcil deploy``: a scenario on real Flower servers. Options only; the roles are in fedcil/deploy/."""
+"""``fedcil deploy``: a scenario on real Flower servers. The roles themselves are in fedcil/deploy/."""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcil.cli import roles
-from fedcil.cli.guard import guarded
+from fedcil.cli.guard import guarded, stoppable
 from fedcil.cli.options import DataRoot, Json, MaxSeconds, Sets
+from fedcil.cli.run_folders import run_folder
+from fedcil.cli.runs import print_runs
+from fedcil.errors import FedcilError
+
+if TYPE_CHECKING:
+    from fedcil.port import StopSignal
+    from fedcil.record.run import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,16 +47,16 @@ def local(
     json: Json = False,
 ) -> None:
     """SuperLink, server app and nodes as processes on loopback, with TLS and node keys; nothing is left running."""
-    roles.local(
-        target=scenario,
-        nodes=nodes,
-        overrides=overrides or [],
-        data_root=data_root,
-        output=output,
-        figures=figures,
-        max_seconds=max_seconds,
-        json=json,
-    )
+    from fedcil.deploy.local import deploy_local
+
+    give_data_root(data_root)
+    folder = run_folder(scenario, overrides or [], output, continue_unfinished=False)
+    print(f"run folder: {folder} (logs: {folder / 'deployment' / 'logs'})", file=sys.stderr)
+
+    def work(stop: StopSignal, progress: Callable[[], None]) -> Run:
+        return deploy_local(folder, nodes, stop, say, progress)
+
+    conclude(folder, work, max_seconds, figures=figures, json=json)
 
 
 @app.command()
@@ -59,7 +68,10 @@ def pki(
     days: Annotated[float, typer.Option(min=0.01, help="How long the SuperLink's certificate holds.")] = 365.0,
 ) -> None:
     """Make what is not there yet: authority, SuperLink's certificate, node keys. Renews what is about to expire."""
-    roles.pki(folder=folder, hosts=host, nodes=nodes, days=days)
+    from fedcil.deploy.pki import make_pki
+
+    made = make_pki(folder, hosts=host, nodes=nodes, days=days)
+    print(f"certificates and keys: {made.folder} ({nodes} nodes may join)")
 
 
 @app.command()
@@ -75,7 +87,11 @@ def node(
     port: Annotated[int, typer.Option(help="For the node's own two processes, on loopback.")] = 9094,
 ) -> None:
     """Be a node: a SuperNode and its client apps, under the first identity that is free."""
-    roles.node(superlink=superlink, pki=pki, homes=homes, slots=slots, share=share, port=port)
+    from fedcil.deploy.node import serve
+    from fedcil.deploy.pki import Pki
+
+    with stoppable(None, what="leaving") as stop:
+        serve(Pki(pki), superlink, homes, slots, port, share, stop)
 
 
 @app.command()
@@ -98,15 +114,60 @@ def supervise(
 ) -> None:
     """See a run to its end: submit it, watch it, submit it again when its server died. An unfinished run of the
     same scenario in --output is gone on with."""
-    roles.supervise(
-        target=scenario,
-        address=superlink,
-        pki=pki,
-        overrides=overrides or [],
-        data_root=data_root,
-        output=output,
-        register=register,
-        min_clients=min_clients,
-        figures=figures,
-        json=json,
-    )
+    from fedcil.deploy.control import Control, enrol
+    from fedcil.deploy.pki import Pki
+    from fedcil.deploy.supervisor import Supervisor
+
+    give_data_root(data_root)
+    keys = Pki(pki)
+    control = Control(superlink, keys.ca, Path.home() / ".fedcil" / "flower")
+    folder = run_folder(scenario, overrides or [], output, continue_unfinished=True)
+    print(f"run folder: {folder}", file=sys.stderr)
+
+    def work(stop: StopSignal, progress: Callable[[], None]) -> Run:
+        enrol(control, keys, register, stop)
+        return Supervisor(control, folder, min_clients, say).run(stop, lambda: None, progress)
+
+    conclude(folder, work, None, figures=figures, json=json)
+
+
+def give_data_root(path: Path | None) -> None:
+    """To the processes that this one starts."""
+    from fedcil.data.places import ROOT_VARIABLE
+
+    if path is not None:
+        os.environ[ROOT_VARIABLE] = str(path.absolute())
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def conclude(
+    folder: Path,
+    work: Callable[[StopSignal, Callable[[], None]], Run],
+    max_seconds: float | None,
+    *,
+    figures: bool,
+    json: bool,
+) -> None:
+    """Work while showing what is recorded, then draw and print."""
+    from fedcil.api import draw, in_folder
+    from fedcil.cli.display import display
+    from fedcil.record.folder import METRICS
+    from fedcil.record.tail import Tail
+
+    tail = Tail(folder / METRICS, from_end=True)
+    try:
+        with stoppable(max_seconds) as stop, display(quiet=json) as watcher:
+
+            def progress() -> None:
+                for line in tail.read():
+                    watcher.recorded(line)
+
+            run = work(stop, progress)
+    except FedcilError as error:
+        raise in_folder(error, folder) from None
+    if figures:
+        draw(run)
+    print_runs([run], json=json)

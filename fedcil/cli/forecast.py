@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -64,14 +63,12 @@ def forecast_task(
     Drop-outs and the simulated clock are not looked ahead at: up comes what is wanted.
     """
     counts, clients = experiment.counts(task), experiment.scenario.clients
-    phases = experiment.method.phases(task, experiment.scenario.training.rounds)
+    phases = experiment.phases(task)
     present = [present_clients(experiment, task, phase, there) for phase in range(len(phases))]
     many = asked_clients(clients.per_round, clients.over_sample)
     asked = [_limited(here, phase, many) for here, phase in zip(present, phases, strict=True)]
     trained = [_limited(here, phase, clients.per_round) for here, phase in zip(present, phases, strict=True)]
-    sent = {"train": count_bytes(model), "remember": 0}
-    if any(phase.work == "fit" for phase in phases):
-        sent["fit"] = count_bytes(experiment.statistics(task))
+    sent = [count_bytes(experiment.sent(phase, task, model)) for phase in phases]
     with_samples, here = int((counts > 0).sum()), [count for each in present for count in each]
     of_members = counts[experiment.population.members(task.index)]
     return {
@@ -84,7 +81,7 @@ def forecast_task(
         "samples_per_client": [int(of_members.min()), int(of_members.max())],
         "model_bytes_down": sum(asked) * count_bytes(model),
         "payload_bytes_down": min(with_samples, sum(asked)) * payload,
-        "bytes_up": sum(count * sent[phase.work] for count, phase in zip(trained, phases, strict=True)),
+        "bytes_up": sum(count * size for count, size in zip(trained, sent, strict=True)),
     }
 
 
@@ -112,11 +109,10 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     scenario, task = experiment.scenario, experiment.stream.tasks[-1]
     stored = experiment.data.train.images.nbytes + experiment.data.test.images.nbytes
     _, added = scenario.method.extra_images(scenario.training.batch_size, task)
-    pool = pool_bytes(experiment)
     activations = 2 * (scenario.training.batch_size + added) * activation_bytes(experiment)
     at_once = worker_count(experiment) * experiment.execution.at_once
     cohort = 0 if scenario.server.fold == "mean" else scenario.clients.per_round * model_bytes
-    work = pool + at_once * (COPIES * model_bytes + activations)
+    work = experiment.pool_bytes() + at_once * (COPIES * model_bytes + activations)
     return int(TORCH_MB + (stored + cohort + KEPT * work) / 2**20)
 
 
@@ -125,14 +121,7 @@ def processes_memory(experiment: Experiment, model_bytes: int) -> int:
     workers = worker_count(experiment)
     if not in_processes(experiment.scenario, workers, model_bytes):
         return 0
-    return int(PROCESSES_MB + (workers - 1) * (PROCESS_MB + KEPT * pool_bytes(experiment) / 2**20))
-
-
-def pool_bytes(experiment: Experiment) -> int:
-    """Of the synthetic images that a process makes ahead."""
-    scenario = experiment.scenario
-    kept, _ = scenario.method.extra_images(scenario.training.batch_size, experiment.stream.tasks[-1])
-    return int(4 * kept * math.prod(experiment.compute.architecture.image))
+    return int(PROCESSES_MB + (workers - 1) * (PROCESS_MB + KEPT * experiment.pool_bytes() / 2**20))
 
 
 @torch.no_grad()

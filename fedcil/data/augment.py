@@ -40,7 +40,7 @@ def make_batch(bank: Tensor, index: Tensor, mode: str, generator: torch.Generato
         case _:
             allowed = "none, flip, crop_flip, rotate_flip"
             raise ScenarioError(f"unknown augmentation {mode!r}", where="data.augment", allowed=allowed)
-    return _normalise(picked, mean.to(bank.device), std.to(bank.device))
+    return normalise(picked, mean.to(bank.device), std.to(bank.device))
 
 
 def _flip(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -111,7 +111,7 @@ def _gather(images: Tensor, border: int, rows: Tensor, columns: Tensor) -> Tenso
     return padded.view(-1, channels).index_select(0, flat.flatten()).view(count, height, width, channels)
 
 
-def _normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(n, h, w, c) uint8 to (n, c, h, w) in the type of ``mean``: pixel * 1 / (255 std) - mean / std."""
     count, height, width, channels = images.shape
     # Factors repeated along a row: the inner loop is then long and contiguous (4 x quicker than 3 channels).

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fedcil.deploy.pki import Pki
-from fedcil.deploy.processes import Keeper, Role, client_app, flower_environment, new_secret, supernode
+from fedcil.deploy.pki import Pki, new_secret
+from fedcil.deploy.processes import Keeper, Role, client_app, flower_environment, supernode
 from fedcil.errors import InputError
 from fedcil.port import StopSignal
 

@@ -79,7 +79,7 @@ def make_pki(folder: Path, *, hosts: Sequence[str], nodes: int, days: float = 36
             authority = _authority(pki, days)
             _server_certificate(pki, authority, hosts, days)
             if not pki.secret.exists():
-                _write(pki.secret, secrets.token_bytes(SECRET_BYTES))
+                new_secret(pki.secret)
             for slot in range(nodes):
                 _node_key(pki, slot)
     except OSError as error:
@@ -212,6 +212,12 @@ def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
     key = serialization.load_pem_private_key(path.read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     return key
+
+
+def new_secret(path: Path) -> Path:
+    """What Flower's processes of one machine know each other by."""
+    _write(path, secrets.token_bytes(SECRET_BYTES))
+    return path
 
 
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import secrets
 import shlex
 import signal
 import socket
@@ -18,12 +17,10 @@ from pathlib import Path
 from typing import IO
 
 from fedcil.deploy.pki import Pki
-from fedcil.files import write_atomic
 
 GRACE_S = 15.0  # between being asked to end and being ended
 LONGEST_PAUSE_S = 15.0  # between two starts of a process that ends again and again
 SETTLED_S = 30.0  # a process that ran so long starts again at once
-SECRET_BYTES = 32
 PR_SET_PDEATHSIG = 1
 
 
@@ -89,13 +86,6 @@ def client_app(port: int, secret: Path) -> tuple[str, ...]:
 
 def program(name: str) -> str:
     return str(Path(sys.executable).parent / name)
-
-
-def new_secret(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, secrets.token_bytes(SECRET_BYTES))
-    path.chmod(0o600)
-    return path
 
 
 def free_port() -> int:

@@ -55,6 +55,10 @@ row_of_job: Callable[[Job], Row] = attrgetter(*Job.__slots__)
 row_of_report: Callable[[Report], Row] = attrgetter(*Report.__slots__)
 
 
+def report_of_row(row: Row) -> Report:
+    return Report(**dict(zip(Report.__slots__, row, strict=True)))
+
+
 @dataclass(frozen=True, slots=True)
 class FlatReply:
     """A reply whose partial sums are flat: node of the tree -> (sum, weight), or None."""
@@ -76,5 +80,5 @@ class FlatReply:
 
     def reply(self) -> Reply:
         sums = {node: Total(each[0].tensors(), each[1]) if each else None for node, each in self.sums.items()}
-        reports = tuple(Report(**dict(zip(Report.__slots__, row, strict=True))) for row in self.reports)
+        reports = tuple(map(report_of_row, self.reports))
         return Reply(Fold(self.leaves, sums), reports, self.failures, self.cpu_elsewhere)

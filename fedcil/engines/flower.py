@@ -16,6 +16,7 @@ import flwr.simulation
 from flwr.serverapp import Grid
 
 from client import app as client_app
+from fedcil.data.places import ROOT_VARIABLE
 from fedcil.engines import Setting, ray_head
 from fedcil.engines.ray import cluster, share_of_worker
 from fedcil.engines.workers import worker_count
@@ -67,7 +68,7 @@ def told(setting: Setting) -> Iterator[None]:
     """Nodes learn from the environment where to keep things and where the data are; afterwards it is as before."""
     words = {client_app.HOME: setting.states.parent}
     if setting.data_root is not None:
-        words[client_app.DATA_ROOT] = setting.data_root
+        words[ROOT_VARIABLE] = setting.data_root
     before = {name: os.environ.get(name) for name in words}
     os.environ.update({name: str(path.absolute()) for name, path in words.items()})
     try:

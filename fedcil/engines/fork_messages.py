@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, astuple
 
 from fedcil.engines.channel import Channel
-from fedcil.engines.flat import row_of_job, row_of_report
+from fedcil.engines.flat import report_of_row, row_of_job, row_of_report
 from fedcil.engines.workers import CpuSeconds
 from fedcil.fold import Fold, Node
-from fedcil.messages import Broadcast, Failure, Job, Payload, Reply, Report, Request, Total
+from fedcil.messages import Broadcast, Failure, Job, Payload, Reply, Request, Total
 from fedcil.rule import Rule
 from fedcil.wire import place_of
 
@@ -43,7 +43,7 @@ class Asking:
         sums: dict[Node, Total | None] = dict.fromkeys(map(tuple, header["absent"]))
         for (level, index, weight), tensors in zip(header["sums"], groups, strict=True):
             sums[level, index] = Total(tensors, weight)
-        reports = tuple(Report(**dict(zip(Report.__slots__, row, strict=True))) for row in header["reports"])
+        reports = tuple(map(report_of_row, header["reports"]))
         failures = tuple(Failure(*row) for row in header["failures"])
         return Reply(Fold(header["leaves"], sums, own=set(sums)), reports, failures, header["cpu_seconds"])
 

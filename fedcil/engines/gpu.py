@@ -51,10 +51,8 @@ def worker_bytes(experiment: Experiment, step_bytes: int) -> int:
     scenario = experiment.scenario
     model = experiment.first_state().server.model
     payload = scenario.method.payload_bytes(model, experiment.compute)
-    kept, _ = scenario.method.extra_images(scenario.training.batch_size, experiment.stream.tasks[-1])
-    pool = 4 * kept * math.prod(experiment.compute.architecture.image)
     models = COPIES * experiment.execution.at_once * count_bytes(model)
-    held = experiment.data.train.images.nbytes + models + 2 * payload + pool
+    held = experiment.data.train.images.nbytes + models + 2 * payload + experiment.pool_bytes()
     return int(MARGIN * (held + step_bytes)) + CONTEXT_BYTES
 
 

@@ -335,7 +335,7 @@ def new_class_loss(model: Network, features: Tensor, labels: Tensor, task: Task)
 
 
 def coverage(generator: Generator, classifier: Network, key: Key) -> list[int]:
-    """How many of 4096 generated images the classifier puts into each class."""
+    """How many of ``COVERAGE_IMAGES`` generated images the classifier puts into each class."""
     found = torch.cat([past.argmax(1) for _, _, past in drawn(generator, classifier, COVERAGE_IMAGES, key)])
     return torch.bincount(found, minlength=classifier.head.out_features).tolist()
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import traceback
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from fedcil.errors import ScenarioError
+from fedcil.errors import ScenarioError, described
 from fedcil.keys import CPU, Key, global_draws, rng_state
 from fedcil.models import Architecture
 from fedcil.models.network import Network, state_of
@@ -39,8 +37,7 @@ def try_out(architecture: Architecture, name: str) -> Manners:
             frozen = frozenset(key for key, each in network.named_parameters() if not each.requires_grad)
             return Manners(_draws(network.train(), architecture.image), frozen)
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        problem = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+        problem = described(error)
     raise ScenarioError(
         f"{name!r}: {problem}",
         where="model.name",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -198,8 +197,7 @@ def compare_figure(groups: Sequence[Group]) -> Figure:
 
 def class_names(run: Run, count: int) -> list[str]:
     """Names of the first classes of the stream; their numbers where the run knows no names."""
-    path = run.path / "environment.json"
-    names = json.loads(path.read_text(encoding="utf-8")).get("class_order", []) if path.is_file() else []
+    names = run.environment.get("class_order", [])
     return [str(name) for name in (names if len(names) >= count else range(count))[:count]]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from fedcil import metrics
 from fedcil.errors import InputError
 from fedcil.record.figures import class_names, png_bytes, run_figures
 from fedcil.record.run import Run
+from fedcil.scenario import flatten
 
 TEMPLATE = "report.html.jinja"
 CAPTIONS = {
@@ -69,7 +69,7 @@ def render_report(run: Run) -> str:
         boundaries=[_boundary(run, line) for line in run.kind("boundary")],
         rounds=[_rounds_of(run, task) for task in range(_tasks_begun(run))],
         toml=(run.path / "scenario.toml").read_text(encoding="utf-8"),
-        environment=list(_flat(_environment(run))),
+        environment=_rows(run.environment),
     )
 
 
@@ -179,14 +179,9 @@ def _rounds_of(run: Run, task: int) -> dict[str, Any]:
     }
 
 
-def _environment(run: Run) -> dict[str, Any]:
-    path = run.path / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _rows(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of a nested table: dotted keys and values as text."""
+    return [
+        (key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for key, value in flatten(table).items()
+    ]

@@ -52,23 +52,24 @@ class Run:
     @cached_property
     def versions(self) -> dict[str, str | None]:
         """Versions of the packages that the run was begun with."""
-        return dict(self._environment["versions"])
+        return dict(self.environment["versions"])
 
     @property
     def revision(self) -> str | None:
         """The commit of the checkout that it was begun with, if that was one."""
-        found: str | None = self._environment.get("revision")
+        found: str | None = self.environment.get("revision")
         return found
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What decided the run's result: scenario by key, data digest, numeric configuration."""
-        return dict(self._environment["identity"])
+        return dict(self.environment["identity"])
 
     @cached_property
-    def _environment(self) -> dict[str, Any]:
+    def environment(self) -> dict[str, Any]:
+        """With what and on what machine it was begun."""
         path = self.path / "environment.json"
-        return _read_table(path.read_bytes(), str(path))
+        return _read_table(path.read_bytes(), str(path)) if path.is_file() else {}
 
     @cached_property
     def partition(self) -> tuple[TaskPartition, ...]:

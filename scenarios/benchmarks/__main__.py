@@ -85,7 +85,7 @@ class Bench:
             return rows
         data = rounds.write_data(self.output / "round2.npz", clients=2)
         with self.sides(peers, data) as (ours, sides):  # two clients and a limit: a round of one side takes seconds
-            some = {"clients": 2, "limit_s": 60}
+            some = {"clients": 2, "limit_s": 180}
             return rows | rounds.measure("resnet18", ours, sides, self.repeats, self.precisions, **some)
 
     def weights(self, data: Path, sides: dict[str, Session | None]) -> Rows:

@@ -46,7 +46,6 @@ REQUEST = Request(
 EXPECTED = Expected(
     run="run-1",
     place=PLACE,
-    jobs={LIAR: REQUEST.jobs[1]},
     samples={LIAR: 12},
     spec=spec_of(MODEL),
     limit=LIMIT,
@@ -198,7 +197,7 @@ def trial(rng: random.Random, findings: Findings, honest: Tensors) -> None:
     packet = mutant + (digest(mutant) if again else seal)
     gathered = honest_round()
     try:
-        answer = admit(packet, EXPECTED)
+        answer = admit(packet, LIAR, EXPECTED)
     except MessageRefused as error:
         gathered.fail(LIAR, BORDER, error.what)
         findings.outcomes[f"refused {mutation.__name__}"] += 1

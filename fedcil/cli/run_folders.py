@@ -1,0 +1,74 @@
+"""The run folder that real servers are to work in: a new one, or one that was begun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedcil.errors import InputError, NotResumable, ScenarioError, located
+
+if TYPE_CHECKING:
+    from fedcil.scenario import Scenario
+
+
+def run_folder(target: str, overrides: Sequence[str], output: Path, *, continue_unfinished: bool) -> Path:
+    """A run folder that is there, or a new one with the scenario in it."""
+    from fedcil.record.folder import METRICS, new_folder
+    from fedcil.scenario_file import load_scenario, to_toml
+
+    if (Path(target) / "scenario.toml").is_file():
+        if overrides:
+            raise InputError("a run that was begun keeps its scenario", where="--set", next="leave --set out")
+        return begun_folder(Path(target))
+    with located(target):
+        scenario = load_scenario(target, overrides)
+        check_deployable(scenario)
+    found = unfinished(scenario, output) if continue_unfinished else None
+    if found is not None:
+        return found
+    folder = new_folder(output, f"{scenario.name}-{scenario.seed}")
+    (folder / METRICS).touch()
+    (folder / "scenario.toml").write_text(to_toml(scenario))
+    return folder
+
+
+def begun_folder(folder: Path) -> Path:
+    """A run that was begun, if servers can go on with it."""
+    from fedcil.record.folder import CLIENT_STATES
+    from fedcil.scenario_file import load_scenario
+
+    with located(str(folder)):
+        check_deployable(load_scenario(folder / "scenario.toml"))
+    if (folder / CLIENT_STATES).is_dir():
+        raise NotResumable(
+            "what this run's clients keep lies in its folder, and nodes have their own",
+            where=str(folder / CLIENT_STATES),
+            next=f"`fedcil resume {folder}`",
+        )
+    return folder
+
+
+def unfinished(scenario: Scenario, output: Path) -> Path | None:
+    """The newest run of this scenario that has no end yet."""
+    from fedcil.record.run import open_run
+
+    for path in sorted(output.glob(f"{scenario.name}-{scenario.seed}-*"), reverse=True):
+        run = open_run(path)
+        if not run.finished and run.scenario.deciding() == scenario.deciding():
+            return path
+    return None
+
+
+def check_deployable(scenario: Scenario) -> None:
+    """What is wrong is said here, by the command, and not by a server somewhere. Loads the data."""
+    from fedcil.experiment import open_experiment
+
+    if scenario.server.deadline_s is None:
+        raise ScenarioError(
+            "real nodes can vanish without a word, so a round needs a deadline",
+            where="server.deadline_s",
+            allowed="seconds, above the longest time that a node's clients train",
+            next="begin the run with --set server.deadline_s=120",
+        )
+    open_experiment(scenario)

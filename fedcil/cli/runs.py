@@ -1,0 +1,177 @@
+"""Runs as the commands make them: which are wanted, which are there already, and what is said of them."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedcil.errors import FedcilError, FolderBusy, NotResumable, ScenarioError, located
+
+if TYPE_CHECKING:
+    from fedcil.port import StopSignal
+    from fedcil.record.run import Run
+    from fedcil.scenario import Scenario
+
+PRINTED = (
+    "run_dir",
+    "method",
+    "seed",
+    "average_incremental_accuracy",
+    "final_accuracy",
+    "forgetting",
+    "seconds",
+    "bytes_up",
+    "bytes_down",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A scenario that was asked for, and by which name."""
+
+    source: str
+    scenario: Scenario
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a run is made; nothing here changes its result."""
+
+    data_root: Path | None
+    figures: bool
+    stop: StopSignal
+    quiet: bool
+    overrides: tuple[str, ...] = ()
+
+
+def wanted_runs(names: Sequence[str], overrides: Sequence[str], seeds: str | None) -> list[Wanted]:
+    from fedcil.scenario_file import load_scenario
+
+    sets = [[*overrides, *seed] for seed in _seeds(seeds)]
+    return [Wanted(name, load_scenario(name, over)) for name in names for over in sets]
+
+
+def _seeds(text: str | None) -> list[list[str]]:
+    if text is None:
+        return [[]]
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ScenarioError(f"--seeds {text!r} is no list of numbers", where="--seeds", allowed="0,1,2")
+    return [[f"seed={part}"] for part in parts]
+
+
+def identity_of(wanted: Wanted, data_root: Path | None) -> dict[str, Any]:
+    """What would decide the run's result. Raises what opening the scenario on its data raises."""
+    from fedcil.engines import load_engine
+    from fedcil.experiment import open_experiment
+    from fedcil.record.folder import identity
+
+    with located(wanted.source):
+        load_engine(wanted.scenario.engine.name)
+        return identity(open_experiment(wanted.scenario, data_root))
+
+
+def reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Options) -> Run:
+    """A finished run of exactly this below ``output``, else an unfinished one continued, else a new one."""
+    from fedcil.record.folder import revision
+
+    commit = revision()
+    earlier = sorted(_earlier_runs(wanted.scenario, identity, output), key=lambda run: run.revision != commit)
+    for run in earlier:
+        if run.finished:
+            old = "" if run.revision == commit else " (by another commit of fedcil; delete it to have it made anew)"
+            print(f"finished already: {run.path}{old}", file=sys.stderr)
+            return run
+    for run in earlier:
+        try:
+            old = "" if run.revision == commit else " (begun by another commit of fedcil)"
+            print(f"continuing: {run.path}{old}", file=sys.stderr)
+            return continue_run(run, options)
+        except (NotResumable, FolderBusy) as error:
+            print(f"cannot be continued: {error}", file=sys.stderr)
+    return new_run(wanted, output, options)
+
+
+def _earlier_runs(scenario: Scenario, identity: Mapping[str, Any], output: Path) -> list[Run]:
+    """Runs of this scenario on these data that this version of fedcil and torch began."""
+    from fedcil.record.folder import versions
+    from fedcil.record.run import Run
+
+    found = []
+    for path in sorted(output.glob(f"{scenario.name}-{scenario.seed}-*")):
+        run = Run(path)
+        try:
+            begun = run.finished or any((path / "checkpoints").glob("state-*.json"))
+            if begun and run.identity == identity and run.versions == versions():
+                found.append(run)
+        except (FedcilError, OSError, LookupError):
+            continue
+    return found
+
+
+def new_run(wanted: Wanted, output: Path, options: Options) -> Run:
+    from fedcil import api
+    from fedcil.cli.display import display
+
+    with located(wanted.source), display(quiet=options.quiet) as watcher:
+        return api.run(
+            wanted.scenario,
+            output=output,
+            data_root=options.data_root,
+            figures=options.figures,
+            watcher=watcher,
+            stop=options.stop,
+        )
+
+
+def continue_run(unfinished: Run, options: Options) -> Run:
+    from fedcil import api
+    from fedcil.cli.display import display
+
+    with display(quiet=options.quiet) as watcher:
+        return api.resume(
+            unfinished.path,
+            overrides=options.overrides,
+            data_root=options.data_root,
+            figures=options.figures,
+            watcher=watcher,
+            stop=options.stop,
+        )
+
+
+def print_runs(done: Sequence[Run], *, json: bool) -> None:
+    """One object for one run, a list for several; a table for people."""
+    for run in done:
+        _warn_of_failures(run)
+    if json:
+        rows = [{name: run.summary[name] for name in PRINTED} for run in done]
+        print(jsonlib.dumps(rows[0] if len(rows) == 1 else rows))
+        return
+    from rich.console import Console
+
+    from fedcil.record.compare import compare as group
+    from fedcil.record.compare import to_table
+
+    Console().print(to_table(group(done)))
+    for run in done:
+        print(f"run folder: {run.path}")
+        if (run.path / "figures").is_dir():
+            print(f"  pictures: {', '.join(p.name for p in sorted((run.path / 'figures').glob('*.png')))}")
+
+
+def _warn_of_failures(run: Run) -> None:
+    """A run that came to its end may still have trained little."""
+    short, failures = run.summary["short_rounds"], run.summary["client_failures"]
+    if not short and not failures:
+        return
+    first = next((failure for line in run.kind("round") for failure in line["failures"]), None)
+    reason = f", first: {first['stage']}: {first['reason']}" if first else ""
+    print(
+        f"warning: {run.path}: {short} of {run.summary['rounds']} rounds changed nothing (too few answers), "
+        f"{failures} client failures{reason}",
+        file=sys.stderr,
+    )
