@@ -6,17 +6,12 @@ where it runs and what a method does at a boundary is not its business.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import resource
-import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +28,7 @@ from fedcil.state import Cursor, RunState, ServerState
 from fedcil.stream import Task
 from server import boundary
 from server.cohort import choose, eligible
+from server.cost import Stopwatch, forget_peak
 from server.evaluation import Evaluator
 from server.late import (
     Answered,
@@ -116,44 +112,6 @@ def open_session(
     )
 
 
-def forget_peak() -> None:
-    """Let the peak of memory count from here, where the system can: a run does not answer for the one before it."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mb() -> float:
-    """Largest resident memory of this process since ``forget_peak``, or since its start where that is not known."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-class Clock:
-    """Seconds by stage and CPU seconds since it was made, and the peak of memory, of this process; CPU seconds also of
-    workers that are processes of their own (Flower's nodes, which may be anywhere, are left out).
-    """
-
-    def __init__(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-        self.cpu_elsewhere = 0.0
-        self.stages: dict[str, float] = {}
-
-    def stage(self, name: str) -> None:
-        """The time since the last stage ended was this one's."""
-        self.stages[name] = time.perf_counter() - self.wall - sum(self.stages.values())
-
-    def read(self) -> dict[str, Any]:
-        return {
-            "seconds": time.perf_counter() - self.wall,
-            "stages": self.stages,
-            "cpu_seconds": time.process_time() - self.cpu + self.cpu_elsewhere,
-            "peak_memory_mb": peak_memory_mb(),
-        }
-
-
 def run_tasks(session: Session, state: RunState) -> RunState:
     """From ``state`` to the end of the stream. Stopped and TooFewClients leave a checkpoint behind."""
     experiment = session.experiment
@@ -182,29 +140,29 @@ def unchanged(after: ServerState, before: ServerState, names: frozenset[str]) ->
 def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> RunState:
     """Choose a cohort, ask it, reduce what came back, evaluate when due, record, save when due."""
     session.stop.check()
-    experiment, cursor, clock = session.experiment, state.cursor, Clock()
+    experiment, cursor, stopwatch = session.experiment, state.cursor, Stopwatch()
     scenario = experiment.scenario
     answered = ask_cohort(session, state, task, phase)
     outcome = answered.outcome
-    clock.cpu_elsewhere = outcome.cpu_elsewhere
+    stopwatch.cpu_elsewhere = outcome.cpu_elsewhere
     torch.set_num_threads(scenario.server.threads)  # clients in threads of this process may have set another
-    clock.stage("clients")
+    stopwatch.stage("clients")
     wanted = wanted_answers(scenario.clients.per_round, phase, answered.cohort)
     status = round_status(answered.count, wanted, scenario.server.quorum, rule_of(experiment, phase).least)
     server = state.server
     if status == "ok":
         server = unchanged(experiment.method.reduce(server, phase, outcome.total), server, experiment.frozen)
-    clock.stage("reduce")
+    stopwatch.stage("reduce")
     line = round_line(state, task, phase, answered, status)
     if evaluation_due(cursor, phase, scenario.server.evaluate_every):
         evaluation = session.evaluator.evaluate(server, task)
         line |= {"accuracy": evaluation.accuracy, "task_aware": evaluation.task_aware}
-    clock.stage("evaluate")
+    stopwatch.stage("evaluate")
     after = replace(advance(state, answered, phase, status), server=server)
     after = forget_leavers(after, experiment)
     line |= simulated_line(answered, after.pending, experiment.number(cursor), scenario.clock)
     line["client_state_bytes"] = sum(after.client_state_bytes.values())
-    line["cost"] = clock.read() | {"wire_bytes": outcome.wire_bytes}
+    line["cost"] = stopwatch.read() | {"wire_bytes": outcome.wire_bytes}
     if outcome.attendance and outcome.attendance.events:
         line["cost"]["nodes"] = list(outcome.attendance.events)
     session.folder.append(line)
@@ -326,7 +284,7 @@ def mean_loss(outcome: Outcome) -> float | None:
 def end_task(session: Session, state: RunState, task: Task) -> RunState:
     """Evaluate, then cross the boundary unless it was the last. One step: a kill in between repeats it."""
     session.stop.check()
-    experiment, clock = session.experiment, Clock()
+    experiment, stopwatch = session.experiment, Stopwatch()
     evaluation = session.evaluator.evaluate(state.server, task)
     line = {
         "kind": "task",
@@ -336,15 +294,15 @@ def end_task(session: Session, state: RunState, task: Task) -> RunState:
         "task_aware": evaluation.task_aware,
         "confusion": evaluation.confusion,
         "test_images": evaluation.test_images,
-        "cost": clock.read(),
+        "cost": stopwatch.read(),
     }
     session.watcher.recorded(line)
     lines, server = [line], state.server
     if not experiment.stream.last(task):
-        clock = Clock()
+        stopwatch = Stopwatch()
         crossed = boundary.cross(server, task, experiment, session.progress)
         server = crossed.state
-        lines.append(crossed.line | {"cost": clock.read()})
+        lines.append(crossed.line | {"cost": stopwatch.read()})
         session.watcher.recorded(lines[-1])
     for line in lines:
         session.folder.append(line)
