@@ -118,6 +118,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.deploy.local": (("fedcil.port", "fedcil.record.run", "fedcil.deploy"), ()),
     "fedcil.engines": (("fedcil", "server", "client"), ("torch", "numpy")),
     "fedcil.engines.ray": (("fedcil", "server", "client"), ("ray",)),
+    "fedcil.engines.ray_cluster": (("fedcil",), ("ray",)),
     "fedcil.engines.ray_room": (("fedcil.engines", "fedcil.errors"), ("ray",)),
     "fedcil.engines.ray_head": (("fedcil.errors", "fedcil.port"), ("psutil",)),
     "fedcil.engines.flower": (("fedcil", "server", "client"), ("flwr",)),

@@ -221,7 +221,7 @@ def test_a_round_that_costs_less_than_passing_it_on_stays_together(seconds: floa
 
 def test_a_robust_fold_has_room_for_the_models_of_a_whole_round() -> None:
     """FedAvg on digits with 5 of 20 clients a round: 10 more models instead of one worker's 6 partial sums."""
-    from fedcil.engines.ray import store_bytes
+    from fedcil.engines.ray_cluster import store_bytes
 
     mean = open_experiment(load_scenario("digits_fedavg"))
     robust = open_experiment(load_scenario("digits_fedavg", ["server.fold='median'"]))
@@ -244,15 +244,15 @@ def test_a_cluster_that_cannot_be_used_ends_the_run_with_the_reason(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray raises a bare RuntimeError if the cluster has another Ray or Python."""
-    from fedcil.engines import ray as engine
+    from fedcil.engines import ray_cluster
 
     def refuse(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr(engine.ray, "init", refuse)
+    monkeypatch.setattr(ray_cluster.ray, "init", refuse)
     with (
         pytest.raises(RunFailed, match=f"no Ray cluster that can be used: {error}"),
-        engine.cluster(StopSignal(), "auto", 1, 1, Share(1, 0.0)),
+        ray_cluster.cluster(StopSignal(), "auto", 1, 1, Share(1, 0.0)),
     ):
         raise AssertionError("nothing to run on")
 

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from client import app as client_app
 from fedcil.data.places import ROOT_VARIABLE
 from fedcil.engines import Setting, ray_head
-from fedcil.engines.ray import cluster, share_of_worker
+from fedcil.engines.ray_cluster import cluster, share_of_worker
 from fedcil.engines.workers import worker_count
 from fedcil.port import Port
 from server.app import server_app

@@ -7,12 +7,9 @@ copy and answer with partial sums.
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,14 +25,14 @@ from fedcil.engines import Setting, ray_head
 from fedcil.engines.alike import Identity, differences, identity_of
 from fedcil.engines.costs import Costs
 from fedcil.engines.flat import Flat, FlatReply, Row, flatten_tensors, row_of_job
-from fedcil.engines.gpu import gpus_per_worker
-from fedcil.engines.ray_room import free_cpus, refuse_too_little, room
+from fedcil.engines.ray_cluster import cluster, share_of_worker, store_bytes
+from fedcil.engines.ray_room import free_cpus, room
 from fedcil.engines.workers import CpuSeconds, Share, worker_count
 from fedcil.errors import RunFailed
-from fedcil.experiment import Experiment, open_experiment
+from fedcil.experiment import open_experiment
 from fedcil.gather import Gathered, cut
-from fedcil.messages import Broadcast, Job, Outcome, Payload, Request, count_bytes
-from fedcil.port import ClientDone, Port, StopSignal, remaining
+from fedcil.messages import Broadcast, Job, Outcome, Payload, Request
+from fedcil.port import ClientDone, Port, remaining
 from fedcil.rule import Rule
 from fedcil.scenario import Scenario
 
@@ -47,8 +44,6 @@ START_S = 120.0  # how long to wait for the first worker: a full cluster may hav
 MORE_S = 20.0  # and then for the others that were asked for
 LEAST_PIECE_S = 0.05  # seconds of work that are worth a request of their own
 LEAST_SHARED_S = 0.01  # seconds of a round's work that are worth a second worker
-DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
-STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 
 
 def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
@@ -69,68 +64,6 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
             raise
         finally:
             port.close()
-
-
-def share_of_worker(experiment: Experiment, workers: int) -> Share:
-    return Share(experiment.scenario.training.threads, gpus_per_worker(experiment, workers))
-
-
-def store_bytes(experiment: Experiment, workers: int) -> int:
-    """An object store for two rounds' models, two tasks' payloads, and what workers may have on the way: partial sums,
-    or for a robust fold the models of a whole round, which stay there until it is over.
-    """
-    model = experiment.first_state().server.model
-    payload: int = experiment.scenario.method.payload_bytes(model, experiment.compute)
-    cohort = experiment.scenario.clients.per_round
-    sums = 2 * max(1, cohort).bit_length()  # partial sums that one answer can hold
-    held = workers * sums if experiment.scenario.server.fold == "mean" else 2 * cohort
-    return STORE_BYTES + 2 * (count_bytes(model) + payload) + held * count_bytes(model)
-
-
-@contextlib.contextmanager
-def cluster(
-    stop: StopSignal,
-    address: str | None,
-    workers: int,
-    least: int,
-    share: Share,
-    store_memory: int | None = None,
-) -> Iterator[None]:
-    """Ray, started here (with an object store of ``store_memory`` bytes) or attached to; what was started is ended.
-    Signals stay with whoever had them. ScenarioError if ``least`` workers with ``share`` each do not fit.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    others = ray_head.children()
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        else:
-            ray.init(
-                address="local",  # not somebody's cluster that happens to run on this machine
-                num_cpus=workers * share.cpus,
-                object_store_memory=store_memory,
-                _system_config={"max_direct_call_object_size": DIRECT_BYTES},
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-    except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there, another Ray or Python, no address
-        if not address:
-            raise
-        raise RunFailed(
-            f"no Ray cluster that can be used: {error}",
-            where=f"engine.address = {address!r}",
-            next="start one with this Python's `ray start --head`, or leave engine.address out",
-        ) from None
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    try:
-        refuse_too_little(least, share)
-        with contextlib.nullcontext() if address else ray_head.watched(stop, others):
-            yield
-    finally:
-        ray.shutdown()
 
 
 class ClientWorker:
