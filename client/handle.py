@@ -103,6 +103,7 @@ class Worker:
             experiment = self.shared.experiment
             training, count = experiment.scenario.training, experiment.execution.lanes
             self.lanes = [Lane(experiment.compute.network(classes), training) for _ in range(count)]
+            self.parameters = tuple(name for name, _ in self.lanes[0].network.named_parameters())
         return self.lanes
 
     def look_again(self) -> None:
@@ -154,7 +155,7 @@ class Round:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """After the worker's network has been made."""
+        """After the worker's network, or its lanes, have been made."""
         experiment = self.shared.experiment
         training = experiment.scenario.training
         return Recipe(
@@ -294,7 +295,6 @@ def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
     """``_work`` and ``_train`` for several clients at once."""
     started = time.perf_counter()
     worker, shared, task = round_.worker, round_.shared, round_.task
-    worker.load(task.seen, round_.broadcast.tensors)  # the recipe asks it for the names of parameters
     lanes = worker.lanes_for(task.seen)  # lets go of the last task's before this one's teacher is made
     ready, broken = _samples_of(jobs, task, shared)
     samples = [joined for _, _, joined in ready]
