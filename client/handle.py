@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 import time
@@ -37,6 +38,7 @@ from fedcil.messages import (
 from fedcil.methods.base import Phase, Prepared, Samples
 from fedcil.models.network import Network, copy_into, other_buffers, restore_buffers, state_of
 from fedcil.robust import admissible, empty_fold
+from fedcil.rule import Rule
 from fedcil.stream import Task
 
 
@@ -99,12 +101,18 @@ class Worker:
     def lanes_for(self, classes: int) -> list[Lane]:
         """As many as the scenario has; made anew only when the head has grown."""
         if not self.lanes or self.lanes[0].network.head.out_features != classes:
-            self.lanes = []  # let go of the old ones before new ones take memory
+            self.drop_lanes()  # before new ones take memory
             experiment = self.shared.experiment
             training, count = experiment.scenario.training, experiment.execution.lanes
             self.lanes = [Lane(experiment.compute.network(classes), training) for _ in range(count)]
             self.parameters = tuple(name for name, _ in self.lanes[0].network.named_parameters())
         return self.lanes
+
+    def drop_lanes(self) -> None:
+        """At once: a lane whose steps could not be captured is part of a circle."""
+        if self.lanes:
+            self.lanes = []
+            gc.collect()
 
     def look_again(self) -> None:
         """A person's own layer may have put another tensor where a buffer was."""
@@ -176,11 +184,12 @@ Answered = tuple[Job, Answer]
 
 def handle(request: Request, worker: Worker) -> Reply:
     """Do every job of a request. A client that breaks becomes a Failure; only Stopped is raised."""
+    broadcast = request.broadcast.to(worker.shared.images.device)  # from elsewhere a model comes on the CPU
     fold = empty_fold(request.cohort, request.rule)
     reports: list[Report] = []
     failures: list[Failure] = []
-    for job, given in do_jobs(request.broadcast, request.jobs, worker):
-        answer = _bounded(request, given)
+    for job, given in do_jobs(broadcast, request.jobs, worker):
+        answer = _bounded(given, broadcast, request.rule)
         if isinstance(answer.result, Failure):
             failures.append(answer.result)
         else:
@@ -192,12 +201,12 @@ def handle(request: Request, worker: Worker) -> Reply:
     return Reply(fold, tuple(reports), tuple(failures))
 
 
-def _bounded(request: Request, answer: Answer) -> Answer:
+def _bounded(answer: Answer, broadcast: Broadcast, rule: Rule) -> Answer:
     """What the border of another engine would let through of it."""
     if answer.contribution is None:
         return answer
     try:
-        return Answer(answer.result, admissible(answer.contribution, request.broadcast.tensors, request.rule))
+        return Answer(answer.result, admissible(answer.contribution, broadcast.tensors, rule))
     except MessageRefused as error:
         return Answer(Failure(answer.result.client, BORDER, error.what))
 
@@ -206,7 +215,7 @@ def do_jobs(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> Iterat
     """Answers as they come, of as many clients at the same time as the scenario's execution has. A contribution's
     tensors are the worker's memory until the next answer is asked for.
     """
-    round_ = Round(broadcast, worker)
+    round_ = Round(broadcast.to(worker.shared.images.device), worker)
     size = worker.shared.experiment.execution.at_once
     for start in range(0, len(jobs), size):
         run = jobs[start : start + size]
@@ -238,7 +247,7 @@ def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
     except Stopped:
         raise
     except Exception as error:
-        round_.worker.lanes = []  # their memory is needed now
+        round_.worker.drop_lanes()  # their memory is needed now
         reason = _failure(jobs[0], error).reason
         warnings.warn(f"clients are trained one by one, not in lanes (engine.lanes): {reason}", stacklevel=2)
         return []

@@ -25,6 +25,8 @@ from fedcil.messages import Tensors
 from fedcil.methods.base import Draws, Samples
 from fedcil.models.network import (
     Network,
+    bind_again,
+    buffers_of,
     copy_into,
     other_buffers,
     restore_buffers,
@@ -40,7 +42,7 @@ class Lane:
 
     def __init__(self, network: Network, training: TrainingSection) -> None:
         self.network, self.state = network.train(), state_of(network)
-        self.buffers = other_buffers(network)
+        self.buffers, self.all_buffers = other_buffers(network), buffers_of(network)
         self.device = network.head.weight.device
         on_gpu = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None
@@ -87,6 +89,7 @@ class Lane:
         loss = self.recipe.loss(self.network, images, labels, draws)
         self.optimizer.step(loss)
         self.loss += loss.detach()
+        bind_again(self.all_buffers)  # a captured step finds them where they were
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)

@@ -20,7 +20,8 @@ def repeatable(work: Callable[[], object], device: torch.device, pool: Any = Non
 
     ``work`` reads and writes tensors that stay where they are; it draws nothing and never waits for the device. On a
     GPU it is run a few times here: what it changed, the caller puts back. ``pool`` (``torch.cuda.graph_pool_handle``):
-    memory for graphs that never run at the same time. Where the capture fails, ``work`` itself, with a warning.
+    memory for graphs that never run at the same time. Where the capture fails, ``work`` itself, with a warning;
+    torch.OutOfMemoryError is raised.
     """
     if device.type != "cuda":
         return work
@@ -35,6 +36,8 @@ def repeatable(work: Callable[[], object], device: torch.device, pool: Any = Non
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 work()
+        except torch.OutOfMemoryError:
+            raise  # the caller has something to let go of
         except RuntimeError as error:
             warnings.warn(f"a step cannot be captured and is launched kernel by kernel: {error}", stacklevel=2)
             return work

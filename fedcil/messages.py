@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, Tensor]
 """Named tensors: parameters and floating-point buffers of a model (integer counters are no state and never travel), or
 what a method sums or keeps."""
+
+
+def moved(tensors: Tensors, device: torch.device) -> Tensors:
+    """On this device; the same ones where they are there already."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def content_hash(tensors: Tensors) -> str:
@@ -55,6 +60,10 @@ class Broadcast:
     round: int
     tensors: Tensors
     payload: Payload | None = None
+
+    def to(self, device: torch.device) -> Broadcast:
+        """With its model there. The payload stays: a method prepares it once a task."""
+        return replace(self, tensors=moved(self.tensors, device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +151,9 @@ class Total:
 
     tensors: Tensors
     weight: float
+
+    def to(self, device: torch.device) -> Total:
+        return Total(moved(self.tensors, device), self.weight)
 
     def mean(self) -> dict[str, Tensor]:
         """The one division of a weighted mean."""

@@ -322,6 +322,13 @@ class EngineSection(Section):
         None, description="ray, flower: share of a GPU; default: as many workers as its memory holds"
     )
 
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _as_ray_counts(cls, value: float | None) -> float | None:
+        if value and not (1e-4 <= value <= 1 or value.is_integer()):
+            raise ValueError("a part of one GPU, from 0.0001 on, or a whole number of them")
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _forget_stack(cls, value: object) -> object:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fedcil.messages import Payload, Tensors, Total
+from fedcil.messages import Payload, Tensors, Total, moved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,12 +20,8 @@ class ServerState:
 
     def to(self, device: torch.device) -> ServerState:
         """The same state on another device."""
-        payload = self.payload and Payload(_moved(self.payload.tensors, device), self.payload.hash)
-        return ServerState(model=_moved(self.model, device), memory=_moved(self.memory, device), payload=payload)
-
-
-def _moved(tensors: Tensors, device: torch.device) -> Tensors:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+        payload = self.payload and Payload(moved(self.payload.tensors, device), self.payload.hash)
+        return ServerState(model=moved(self.model, device), memory=moved(self.memory, device), payload=payload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +44,7 @@ class Pending:
     total: Total
 
     def to(self, device: torch.device) -> Pending:
-        return replace(self, total=Total(_moved(self.total.tensors, device), self.total.weight))
+        return replace(self, total=self.total.to(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
@@ -15,7 +16,7 @@ from fedcil.errors import MessageRefused, TooFewClients
 from fedcil.experiment import Experiment
 from fedcil.gather import Gathered
 from fedcil.hello import Share
-from fedcil.messages import BORDER, Failure, Job, Outcome, Request, count_bytes
+from fedcil.messages import BORDER, Failure, Job, Outcome, Request, count_bytes, moved
 from fedcil.methods.base import Phase
 from fedcil.packets import packet_of, packet_record
 from fedcil.port import ClientDone, StopSignal, remaining
@@ -165,7 +166,7 @@ class GridPort:
             spec=spec_of(sent) or None,
             limit=count_bytes(sent) + ANSWER_OVERHEAD,
             weights=known_weights(experiment, task, phase, request.jobs),
-            start=broadcast.tensors,
+            start=moved(broadcast.tensors, torch.device("cpu")),  # as answers come
             rule=request.rule,
         )
 

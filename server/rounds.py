@@ -79,7 +79,9 @@ class Session:
     devices: Devices | None
 
     def ask(self, request: Request, deadline_s: float | None) -> Outcome:
-        return self.port.run(request, deadline_s, self.watcher.client_done)
+        """What comes of it; the sum is on the device: from elsewhere it comes on the CPU."""
+        outcome = self.port.run(request, deadline_s, self.watcher.client_done)
+        return replace(outcome, total=outcome.total and outcome.total.to(self.experiment.compute.device))
 
     def save(self, state: RunState) -> None:
         self.folder.checkpoint(state, self.experiment)

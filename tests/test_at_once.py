@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import fedcil
 from client.handle import Shared, Worker, do_jobs
@@ -32,7 +32,7 @@ from fedcil.methods.feder import FedER
 from fedcil.methods.fedlwf import FedLwF
 from fedcil.methods.fedprox import FedProx
 from fedcil.methods.mfcl import MFCL
-from fedcil.models.network import load_state, snapshot, state_of
+from fedcil.models.network import Backbone, load_state, snapshot, state_of
 from fedcil.scenario import TrainingSection
 from fedcil.scenario_file import load_scenario
 from scenarios.benchmarks.stacked import local_sgd_stacked, stack_draws, turns
@@ -179,7 +179,7 @@ def test_threads_of_one_process_share_no_gpu() -> None:
 # --- a client's answer ------------------------------------------------------------------------------------
 
 
-def experiment_of(engine: dict[str, int], **training: Any) -> Experiment:
+def experiment_of(engine: dict[str, int], model: str = "cnn", **training: Any) -> Experiment:
     """Six clients with 3, 3, 3, 3, 2 and 2 samples of a task."""
     return open_experiment(
         load_scenario(
@@ -189,7 +189,7 @@ def experiment_of(engine: dict[str, int], **training: Any) -> Experiment:
                 "stream": {"tasks": 2},
                 "partition": {"name": "iid"},
                 "clients": {"count": 6, "per_round": 6},
-                "model": {"name": "cnn", "width": 4},
+                "model": {"name": model, "width": 4},
                 "method": {"name": "fedavg"},
                 "training": {"epochs": 2, "batch_size": 2, **training},
                 "engine": engine,
@@ -214,6 +214,35 @@ def answers(
         )
         for job, answer in do_jobs(broadcast, jobs, worker)
     ]
+
+
+class Rebinding(Backbone):
+    """Puts another tensor where a buffer was, as a person's layer may."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(4)
+        self.conv = nn.Conv2d(channels, 4, 3)
+        self.register_buffer("level", torch.zeros(4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.conv(images).mean((2, 3))
+        if self.training:
+            self.level = 0.5 * self.level + features.detach().mean(0) + 1
+        return features
+
+
+def rebinding(channels: int, _: object) -> Backbone:
+    return Rebinding(channels)
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_a_buffer_that_a_layer_replaces_is_handed_in_from_a_lane_too(lanes: int, tmp_path: Path) -> None:
+    model = f"{__name__}:rebinding"
+    one_by_one = answers({"lanes": 0}, tmp_path, model=model)
+    found = answers({"lanes": lanes}, tmp_path, model=model)
+    for (_, _, tensors, _), (_, _, expected, _) in zip(found, one_by_one, strict=True):
+        assert tensors["backbone.level"].abs().min() > 0
+        torch.testing.assert_close(tensors["backbone.level"], expected["backbone.level"])
 
 
 @pytest.mark.usefixtures("float64")

@@ -172,6 +172,8 @@ def test_overrides_leave_the_mapping_that_was_given_alone() -> None:
         ({"availability": {"name": "recorded"}}, ["availability", "file"]),
         ({"availability": {"file": "x"}}, ["availability", "file"]),
         ({"engine": {"gpus_per_worker": 0.5}, "device": "cpu"}, ["engine.gpus_per_worker", "device"]),
+        ({"engine": {"gpus_per_worker": 1.5}}, ["engine.gpus_per_worker = 1.5", "whole number"]),
+        ({"engine": {"gpus_per_worker": 0.00001}}, ["engine.gpus_per_worker = 1e-05", "0.0001"]),
         ({"data": {"name": "super_imagenet"}}, ["data.mapping", "super_imagenet"]),
     ],
 )

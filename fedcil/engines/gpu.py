@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from client.training import LocalSGD
+from fedcil.errors import ScenarioError
 from fedcil.experiment import Experiment
 from fedcil.messages import count_bytes
 from fedcil.models.network import trained_parameters
@@ -28,6 +29,13 @@ def gpus_per_worker(experiment: Experiment, workers: int) -> float:
     """``engine.gpus_per_worker``; where it is left open, 0 on a CPU, and on a GPU the share that a worker needs."""
     given = experiment.scenario.engine.gpus_per_worker
     device = experiment.compute.device
+    if given == 0 and device.type == "cuda":
+        raise ScenarioError(
+            "workers without a GPU cannot go with a server on one",
+            where="engine.gpus_per_worker = 0",
+            allowed="a share of a GPU",
+            next="leave it out, or set device = 'cpu'",
+        )
     if given is not None or device.type != "cuda":
         return given or 0.0
     need = worker_bytes(experiment, measured_peak(experiment))

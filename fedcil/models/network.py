@@ -125,6 +125,22 @@ def restore_buffers(buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
         part.get_buffer(name).copy_(before)
 
 
+def buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """All buffers: (where, name, the tensor itself)."""
+    parts = module.modules()
+    return [(part, name, buffer) for part in parts for name, buffer in part.named_buffers(recurse=False)]
+
+
+@torch.no_grad()
+def bind_again(buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
+    """Where a person's layer has put another tensor in a buffer's place, its numbers go into the one of before."""
+    for part, name, before in buffers:
+        now = part.get_buffer(name)
+        if now is not before:
+            before.copy_(now)
+            setattr(part, name, before)
+
+
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """A copy of the module's state."""
     return {name: tensor.clone() for name, tensor in state_of(module).items()}
