@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,9 @@ def resume(
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)
     folder, state = RunFolder.reopen(old.path, experiment)
+    changed = [module for module, digest in scenario.own_code().items() if old.own_code.get(module) != digest]
+    if changed:
+        warnings.warn(f"{', '.join(changed)} changed since this run began: its parts are by other code", stacklevel=2)
     if state.client_states and not (folder.path / CLIENT_STATES).is_dir() and not scenario.engine.address:
         folder.close()
         raise NotResumable(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from hashlib import blake2b
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from fedcil.errors import ScenarioError
@@ -18,6 +21,16 @@ def load_dotted(target: str, where: str) -> Any:
     if not name or not hasattr(found, name):
         raise _missing(f"{target!r}: module {module!r} has no {name!r}", where)
     return getattr(found, name)
+
+
+def sources_of(targets: Iterable[str]) -> dict[str, str]:
+    """Digest of the file of each module that such names are of; names without a module are left out."""
+    found = {}
+    for module in sorted({target.partition(":")[0] for target in targets if ":" in target}):
+        file = getattr(import_module(module), "__file__", None)
+        if file:
+            found[module] = blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
+    return found
 
 
 def _missing(what: str, where: str) -> ScenarioError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,10 +47,19 @@ LABELS = ("where", "allowed", "next")
 
 
 def described(error: BaseException) -> str:
-    """An error of somebody's own code in a line: its type, what it says, and the file and line that raised it."""
+    """An error of somebody's own code in a line: its type, what it says, and the last file and line of theirs."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    own = [frame for frame in frames if not frame.filename.startswith(OTHERS)] or frames
+    place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {error}{place}"
+
+
+_ROOT = Path(__file__).parent.parent
+OTHERS = (
+    *(f"{_ROOT / name}{os.sep}" for name in ("fedcil", "client", "server")),
+    *(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "purelib", "platlib")),
+)
+"""Where files are that are not a person's own."""
 
 
 def rebuilt(said: Mapping[str, Any]) -> FedcilError:

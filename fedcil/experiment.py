@@ -22,9 +22,10 @@ from fedcil.compute import (
     resolve_precision,
 )
 from fedcil.data import Dataset, load_dataset
-from fedcil.errors import ScenarioError
+from fedcil.errors import ScenarioError, described
 from fedcil.keys import Key
 from fedcil.messages import Tensors
+from fedcil.methods import METHODS
 from fedcil.methods.base import Method, Phase, Samples
 from fedcil.models import make_architecture
 from fedcil.models.network import snapshot
@@ -155,7 +156,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     architecture = make_architecture(scenario.model, (channels, height, width), key.at("backbone"))
     manners = try_out(architecture, scenario.model.name)
     scenario.method.check_model(architecture)
-    method = scenario.method.build()
+    method = build_method(scenario, stream)
     refuse_idle_rule(scenario, method, stream)
     execution = resolve_execution(scenario.engine.lanes, device, manners.draws)
     refuse_processes(scenario)
@@ -172,6 +173,26 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
         compute=Compute(architecture, device, precision),
         execution=execution,
         frozen=manners.frozen,
+    )
+
+
+def build_method(scenario: Scenario, stream: Stream) -> Method:
+    """ScenarioError if a person's own settings class builds none, or one without phases."""
+    problem = ""
+    try:
+        method = scenario.method.build()
+        if not isinstance(method, Method):
+            problem = f"build() gave {type(method).__name__}, not a fedcil.methods.base.Method"
+        elif not all(method.phases(task, scenario.training.rounds) for task in stream.tasks):
+            problem = "phases gave none for a task"
+        else:
+            return method
+    except Exception as error:
+        if scenario.method.name in METHODS:
+            raise
+        problem = described(error)
+    raise ScenarioError(
+        f"{scenario.method.name!r}: {problem}", where="method.name", next="mend it; docs/extending.md has the contract"
     )
 
 

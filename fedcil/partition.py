@@ -118,7 +118,7 @@ def _share_task(
         _refuse_empty_client(counts, owners, section)
     except ScenarioError as error:  # the rules do not know which task they share
         raise ScenarioError(
-            f"task {task.index}: {error.what}", where=error.where, allowed=error.allowed, next=error.next
+            f"task {task.index + 1}: {error.what}", where=error.where, allowed=error.allowed, next=error.next
         ) from None
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
     return TaskPartition(members[np.concatenate(shares)].astype(np.int32), offsets)

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedcil.dotted import load_dotted
+from fedcil.dotted import load_dotted, sources_of
 from fedcil.errors import ScenarioError
 from fedcil.methods import METHODS
 from fedcil.rule import FoldName, Rule
@@ -444,6 +444,10 @@ class Scenario(Section):
         plain = flatten(self.to_dict())
         idle = {"data.root", "server.checkpoint_every"} | {key for key in YOUNGER if plain[key] == YOUNGER[key]}
         return {key: value for key, value in plain.items() if key not in idle and not key.startswith("engine.")}
+
+    def own_code(self) -> dict[str, str]:
+        """Digests of the files in which a person's own method, model, data set and partition are, by module."""
+        return sources_of((self.method.name, self.model.name, self.data.name, self.partition.name))
 
 
 YOUNGER: dict[str, Any] = {"server.fold": "mean", "server.byzantine": 0}

@@ -146,7 +146,7 @@ def _explain(problem: Any, table: Mapping[str, Any]) -> tuple[str, str]:
         return f"{place} is missing", ""
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(given, Mapping | Section) else f" = {given!r:.200}"
-    hint = did_you_mean(str(given), re.findall(r"'([^']+)'", message))
+    hint = did_you_mean(str(given), [word for word in re.findall(r"'([^']+)'", message) if word not in str(given)])
     return f"{place}{shown}: {message}{hint}", ""
 
 

@@ -77,7 +77,7 @@ def _order(section: StreamSection, classes: int, key: Key) -> tuple[int, ...]:
     order = tuple(section.class_order)
     if sorted(order) != list(range(classes)):
         raise ScenarioError(
-            f"stream.class_order lists {len(order)} classes but the data have {classes}",
+            f"stream.class_order does not list each of the {classes} classes of the data once",
             where="stream.class_order",
             allowed=f"natural, seeded, or each of 0..{classes - 1} exactly once",
             next="list every class once, or set data.classes to the number of classes wanted",

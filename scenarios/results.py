@@ -124,7 +124,10 @@ def print_table(group: str, output: Path) -> None:
         mine = [run for run in runs if run.scenario.name == name]
         if not mine:
             continue
-        (rows,) = compare(mine)
+        rows, *others = compare(mine)
+        if others:
+            print(f"| {name} | runs with other settings or data lie in {output}, too: give another --output |")
+            continue
         cells = [
             " +- ".join(
                 f"{100 * value:.1f}" for value in (rows.mean[key], (rows.std or {}).get(key)) if value is not None
@@ -146,6 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-seconds", type=float, default=float("inf"))
     parser.add_argument("--set", action="append", default=[], dest="more", metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
+    unknown = [group for group in options.groups if group not in TABLES]
+    if unknown:
+        parser.error(f"no table {unknown[0]!r}; there are {', '.join(TABLES)}")
+    if not all(seed.isdecimal() for seed in options.seeds.split(",")):
+        parser.error(f"--seeds {options.seeds!r} is no list of numbers, like 0,1,2")
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
     options.output.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + options.max_seconds
     work = [(row, seed) for group in options.groups for seed in options.seeds.split(",") for row in TABLES[group]]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedcil.data.augment import normalise
+from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
 from fedcil.messages import Tensors
 from fedcil.models.network import Network, load_state
@@ -77,6 +78,13 @@ class Evaluator:
         for index in seen.rows.split(BATCH):
             images, labels = normalise(self.images[index], self.mean, self.std), self.labels[index]
             scores = self.experiment.method.predict(seen.network, state.memory, images)
+            if scores.shape != (len(images), task.seen):
+                raise RunFailed(
+                    f"predict gave scores of shape {tuple(scores.shape)} for {len(images)} images",
+                    where=f"the method, task {task.index + 1}",
+                    allowed=f"(images, classes seen), here ({len(images)}, {task.seen})",
+                    next="mend the method's predict and `fedcil resume RUN`",
+                )
             own = task_of[labels]
             guess = scores.argmax(1)
             aware = scores.masked_fill(task_of[None, :] != own[:, None], -torch.inf).argmax(1)

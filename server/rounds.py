@@ -40,6 +40,7 @@ from server.late import (
 )
 
 LOG = logging.getLogger("fedcil.border")
+BRING_BACK = "bring clients back and `fedcil resume RUN`"
 
 
 class Watcher(Protocol):
@@ -117,7 +118,7 @@ def open_session(
 def run_tasks(session: Session, state: RunState) -> RunState:
     """From ``state`` to the end of the stream. Stopped and TooFewClients leave a checkpoint behind."""
     experiment = session.experiment
-    for note in experiment.compute.notes:
+    for note in (*experiment.data.notes, *experiment.compute.notes):
         warnings.warn(note, stacklevel=2)
     torch.set_num_threads(experiment.scenario.server.threads)
     forget_peak()
@@ -334,9 +335,10 @@ def refuse_broken_method(outcome: Outcome, asked: int) -> None:
 
 def too_few(rounds: int, task: Task, quorum: float, outcome: Outcome) -> TooFewClients:
     reasons = Counter(f"{failure.stage}: {failure.reason}" for failure in outcome.failures).most_common(1)
+    diverged = bool(outcome.failures) and all(failure.stage == "training" for failure in outcome.failures)
     return TooFewClients(
         f"{rounds} rounds in a row without enough clients" + "".join(f" ({reason})" for reason, _ in reasons),
         where=f"task {task.index + 1}",
         allowed=f"at least one answer and server.quorum = {quorum:g} of the answers wanted",
-        next="bring clients back and `fedcil resume RUN`",
+        next="mend the loss, or begin anew with a lower training.lr" if diverged else BRING_BACK,
     )

@@ -162,3 +162,18 @@ def test_a_label_is_no_markup(tmp_path: Path) -> None:
     """A list in a label has square brackets, which rich would swallow."""
     runs = [make_run(tmp_path / f"{a}", f"[stream]\ntasks = 2\nsizes = [{a}, {b}]\n") for a, b in ((4, 6), (5, 5))]
     assert "[4, 6]" in printed(compare(runs), width=120)
+
+
+def test_runs_on_other_data_are_no_runs_of_the_same(tmp_path: Path) -> None:
+    runs = [scored(tmp_path / name, 0, 0.5) for name in "ab"]
+    for run, digest in zip(runs, ("1" * 32, "2" * 32), strict=True):
+        (run.path / "environment.json").write_text(json.dumps({"identity": {"data": digest}}))
+    groups = compare(runs)
+    assert [group.label for group in groups] == ["trial (data.digest=11111111)", "trial (data.digest=22222222)"]
+    assert differences(groups) == ["data.digest differs: 11111111 in trial; 22222222 in trial"]
+
+
+def test_options_that_differ_within_one_method_are_named(tmp_path: Path) -> None:
+    mfcl = '[method]\nname = "mfcl"\npreset = "small"\nw_ie = {}\n'
+    runs = [make_run(tmp_path / name, mfcl.format(w), name=name) for name, w in (("one", "5.0"), ("two", "20.0"))]
+    assert differences(compare(runs)) == ["method.w_ie differs: 5 in one; 20 in two"]

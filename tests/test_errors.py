@@ -164,3 +164,10 @@ def test_what_is_left_of_a_deadline() -> None:
     left = remaining(100.0, now)
     assert left is not None
     assert 90 < left <= 100
+
+
+def test_an_error_in_a_library_is_placed_where_a_persons_code_called_it() -> None:
+    with pytest.raises(ValueError, match="Expecting property name") as caught:
+        json.loads("{")
+    assert errors.described(caught.value).startswith("JSONDecodeError: Expecting property name")
+    assert errors.described(caught.value).split(" (")[-1].startswith("test_errors.py:")

@@ -239,7 +239,7 @@ def test_equal_sizes_or_a_refusal(clients: int, each: int, classes: int) -> None
 def test_the_refusal_says_what_would_do() -> None:
     """100 = 2 * 2 * 5 * 5: around 30 the divisors are 25 and 50; 100 mod 30 = 10."""
     error = failure(30, balanced(10, 10))
-    assert error["what"] == "task 0: 100 samples cannot be shared equally among 30 clients"
+    assert error["what"] == "task 1: 100 samples cannot be shared equally among 30 clients"
     assert error["where"] == "partition.remainder"
     assert "clients.count that divides 100 (nearest: 25 or 50)" in error["allowed"]
     assert 'partition.remainder = "spread"' in error["allowed"]
@@ -277,7 +277,7 @@ def test_dirichlet_redraws_until_all_have_enough() -> None:
 def test_dirichlet_gives_up_with_advice() -> None:
     """50 samples of 5 classes at alpha = 0.01 are nearly always with 5 clients at most, never with 50."""
     error = failure(50, balanced(5, 10), name="dirichlet", alpha=0.01)
-    assert error["what"].startswith("task 0: 1000 draws never gave each of 50 clients at least 1")
+    assert error["what"].startswith("task 1: 1000 draws never gave each of 50 clients at least 1")
     assert error["where"] == "partition.alpha"
     assert "allow_empty = true" in error["next"]
     part = share(50, balanced(5, 10), name="dirichlet", alpha=0.01, allow_empty=True)
@@ -316,7 +316,7 @@ def test_shards_hold_few_labels() -> None:
 def test_more_shards_than_samples_leave_somebody_empty() -> None:
     """12 samples in 40 shards for 10 clients: 28 shards are empty; with seed 0 so is somebody."""
     error = failure(10, balanced(2, 6), name="shards", shards_per_client=4)
-    assert error["what"].startswith("task 0: client ")
+    assert error["what"].startswith("task 1: client ")
     assert "of 10 would be without samples" in error["what"]
     assert error["where"] == "partition"
     assert "allow_empty" in error["allowed"]
@@ -380,14 +380,14 @@ def test_quantity_gives_everyone_the_least() -> None:
 @pytest.mark.parametrize("name", PARTITIONS)
 def test_more_clients_than_samples(name: str) -> None:
     error = failure(11, balanced(2, 5), name=name)
-    assert error["what"] == "task 0: 11 clients cannot share 10 samples"
+    assert error["what"] == "task 1: 11 clients cannot share 10 samples"
     assert error["allowed"] == "1 to 10 clients, or partition.allow_empty = true"
     part = share(11, balanced(2, 5), name=name, allow_empty=True, remainder="spread")
     assert part.counts().sum() == 10
 
 
 def test_a_task_without_samples_is_named() -> None:
-    with pytest.raises(ScenarioError, match="task 1: no training sample"):
+    with pytest.raises(ScenarioError, match="task 2: no training sample"):
         make_partition(PartitionSection(name="iid"), 2, stream_of(2, 2), balanced(2, 5), Key(0))
 
 
@@ -436,7 +436,7 @@ BAD_SHARES = {
 @pytest.mark.parametrize("what", BAD_SHARES)
 def test_an_own_rule_that_is_no_partition(own: Callable[[Any], str], what: str) -> None:
     error = failure(2, balanced(2, 2), name=own(lambda *_: BAD_SHARES[what]))
-    assert error["what"].startswith("task 0: the partition rule gives")
+    assert error["what"].startswith("task 1: the partition rule gives")
     assert what in error["what"]
     assert error["where"] == "partition.name"
 
@@ -444,7 +444,7 @@ def test_an_own_rule_that_is_no_partition(own: Callable[[Any], str], what: str) 
 def test_an_own_rule_that_leaves_a_client_empty(own: Callable[[Any], str]) -> None:
     name = own(lambda labels, *_: [np.arange(len(labels)), [], []])
     error = failure(3, balanced(2, 2), name=name)
-    assert error["what"] == "task 0: client 1 and 1 more of 3 would be without samples"
+    assert error["what"] == "task 1: client 1 and 1 more of 3 would be without samples"
     assert share(3, balanced(2, 2), name=name, allow_empty=True).counts().tolist() == [4, 0, 0]
 
 

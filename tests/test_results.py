@@ -102,3 +102,21 @@ def test_a_key_press_stops_it_between_runs_without_a_traceback(tmp_path: Path) -
     assert running.returncode == 130
     assert said == "digits_fedavg seed 0: stopped\n"
     assert complaint == "stopped: the same command goes on from there\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nonsense"], "no table 'nonsense'; there are digits,"),
+        (["digits", "--jobs", "0"], "--jobs must be at least 1"),
+        (["digits", "--seeds", "a"], "--seeds 'a' is no list of numbers"),
+    ],
+)
+def test_wrong_words_are_refused_before_anything_runs(
+    words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        results.main([*words, "--output", str(tmp_path / "out")])
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ import typer
 from fedcil.cli import deploy
 from fedcil.cli.guard import guarded, stoppable
 from fedcil.cli.options import DataRoot, Json, MaxSeconds, Sets
-from fedcil.cli.runs import Options, continue_run, identity_of, new_run, print_runs, reuse, wanted_runs
+from fedcil.cli.runs import Options, continue_run, identity_of, new_run, print_runs, refuse_idle, reuse, wanted_runs
 from fedcil.errors import InputError, located
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Run scenarios. With several (or --seeds), runs below --output that are finished already are skipped."""
+    _check_picture(figure)
     wanted = wanted_runs(scenarios, [*(overrides or []), *_engine_override(engine)], seeds)
     done: list[Run] = []
     with stoppable(max_seconds) as stop:
@@ -67,6 +68,7 @@ def run(
     print_runs(done, json=json)
     if figure:
         _draw_comparison(done, figure)
+    refuse_idle(done)
 
 
 @app.command()
@@ -87,6 +89,7 @@ def resume(
         options = Options(data_root, figures, stop, json, (*(overrides or []), *_engine_override(engine)))
         finished = continue_run(open_run(run), options)
     print_runs([finished], json=json)
+    refuse_idle([finished])
 
 
 @app.command()
@@ -101,6 +104,7 @@ def compare(
     from fedcil.record.compare import differences, to_json, to_table
     from fedcil.record.run import open_run
 
+    _check_picture(figure)
     opened = [open_run(path) for path in runs]
     groups = group(opened)
     if json:
@@ -186,6 +190,14 @@ def schema(
 
 def _engine_override(engine: str | None) -> list[str]:
     return [f"engine.name={engine}"] if engine else []
+
+
+def _check_picture(path: Path | None) -> None:
+    """Before anything is computed for it."""
+    if path is not None:
+        from fedcil.record.figures import refuse_other_pictures
+
+        refuse_other_pictures(path)
 
 
 def _draw_comparison(runs: Sequence[Run], path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcil.errors import FedcilError, FolderBusy, NotResumable, ScenarioError, located
+from fedcil.errors import FedcilError, FolderBusy, NotResumable, RunFailed, ScenarioError, located
 
 if TYPE_CHECKING:
     from fedcil.port import StopSignal
@@ -106,7 +106,8 @@ def _earlier_runs(scenario: Scenario, identity: Mapping[str, Any], output: Path)
         run = Run(path)
         try:
             begun = run.finished or any((path / "checkpoints").glob("state-*.json"))
-            if begun and run.identity == identity and run.versions == versions():
+            same = run.identity == identity and run.own_code == scenario.own_code()
+            if begun and same and run.versions == versions():
                 found.append(run)
         except (FedcilError, OSError, LookupError):
             continue
@@ -163,15 +164,24 @@ def print_runs(done: Sequence[Run], *, json: bool) -> None:
             print(f"  pictures: {', '.join(p.name for p in sorted((run.path / 'figures').glob('*.png')))}")
 
 
+def refuse_idle(done: Sequence[Run]) -> None:
+    """Numbers of a model that nobody has trained are no result."""
+    idle = [str(run.path) for run in done if run.summary["short_rounds"] == run.summary["rounds"]]
+    if idle:
+        raise RunFailed(
+            "no round changed the model: its accuracies are those of a model that nobody has trained",
+            where=", ".join(idle),
+            next=f"`fedcil report {idle[0]}` shows who failed in each round, and why",
+        )
+
+
 def _warn_of_failures(run: Run) -> None:
     """A run that came to its end may still have trained little."""
     short, failures = run.summary["short_rounds"], run.summary["client_failures"]
     if not short and not failures:
         return
     first = next((failure for line in run.kind("round") for failure in line["failures"]), None)
-    reason = f", first: {first['stage']}: {first['reason']}" if first else ""
-    print(
-        f"warning: {run.path}: {short} of {run.summary['rounds']} rounds changed nothing (too few answers), "
-        f"{failures} client failures{reason}",
-        file=sys.stderr,
-    )
+    parts = [f"{short} of {run.summary['rounds']} rounds changed nothing (too few answers)"] if short else []
+    parts += [f"{failures} client failures"] if failures else []
+    parts += [f"first: {first['stage']}: {first['reason']}"] if first else []
+    print(f"warning: {run.path}: {', '.join(parts)}", file=sys.stderr)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,6 +65,9 @@ class Batch:
     task: Task
     anchor: tuple[Tensor, ...]
 
+
+DataOf = Literal["task", "so_far"]
+"""Whose samples a client trains on: of this task, or of all that it has had."""
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """(step, steps, loss terms): called at each step of a boundary; may raise Stopped."""
@@ -162,7 +165,7 @@ class Method:
         predict: scores for evaluation.
     """
 
-    data: Literal["task", "so_far"] = "task"
+    data: DataOf = "task"
     takes_old_labels: bool = True
     phases: Callable[[Task, int], tuple[Phase, ...]] = train_only
     prepare: Callable[[Compute, Task, Payload | None, Key], Prepared] = nothing_to_prepare
@@ -174,6 +177,10 @@ class Method:
     reduce: Callable[[ServerState, Phase, Total | None], ServerState] = replace_model
     boundary: Callable[[ServerState, Task, Key, Compute, Progress], Boundary] = no_boundary
     predict: Callable[[Network, Tensors, Tensor], Tensor] = predict_with_head
+
+    def __post_init__(self) -> None:
+        if self.data not in get_args(DataOf):
+            raise ValueError(f"Method(data={self.data!r}): allowed are {', '.join(map(repr, get_args(DataOf)))}")
 
 
 def prefixed(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

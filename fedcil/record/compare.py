@@ -103,9 +103,10 @@ def to_table(groups: Sequence[Group]) -> Table:
 
 
 def differences(groups: Sequence[Group]) -> list[str]:
-    """What to know before comparing: settings besides the method that differ, and repeated seeds."""
+    """What to know before comparing: settings that differ (a method's own if all are of one), and repeated seeds."""
     settings = [_settings(group.runs[0]) for group in groups]
-    keys = [key for key in _varying(settings) if key != "name" and not key.startswith("method.")]
+    one_method = len({group.method for group in groups}) == 1
+    keys = [key for key in _varying(settings) if key != "name" and (one_method or not key.startswith("method."))]
     notes = [_difference(key, groups, settings) for key in keys]
     engines = sorted({run.scenario.engine.name for group in groups for run in group.runs})
     if len(engines) > 1:
@@ -124,9 +125,13 @@ def _refuse_unfinished(run: Run) -> None:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """The scenario as dotted keys, without what leaves a result as it is and without the seed."""
+    """The scenario as dotted keys, without what leaves a result as it is and without the seed; and what else decides
+    it: the data themselves, and a person's own modules.
+    """
     flat = flatten(run.scenario.to_dict())
-    return {key: value for key, value in flat.items() if not key.startswith(COSTS_NOTHING)}
+    decided = {"data.digest": str(run.environment.get("identity", {}).get("data"))[:8]}
+    decided |= {f"{module}.py": digest[:8] for module, digest in run.own_code.items()}
+    return {key: value for key, value in flat.items() if not key.startswith(COSTS_NOTHING)} | decided
 
 
 def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -50,10 +50,14 @@ def run_figures(run: Run) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure; folders above it are made. Raises InputError if that is not possible."""
+def refuse_other_pictures(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise InputError("pictures are PNG files", where=str(path), allowed="a name that ends in .png")
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure; folders above it are made. Raises InputError if that is not possible."""
+    refuse_other_pictures(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png_bytes(figure))

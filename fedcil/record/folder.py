@@ -215,6 +215,7 @@ def _environment(experiment: Experiment) -> dict[str, Any]:
         "command": sys.argv,
         "numeric_configuration": experiment.numeric(),
         "identity": identity(experiment),
+        "own_code": experiment.scenario.own_code(),
         "data": {
             "name": experiment.data.name,
             "digest": experiment.data.digest,

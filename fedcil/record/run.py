@@ -65,6 +65,11 @@ class Run:
         """What decided the run's result: scenario by key, data digest, numeric configuration."""
         return dict(self.environment["identity"])
 
+    @property
+    def own_code(self) -> dict[str, str]:
+        """Digests of a person's own modules as they were when it was begun (``Scenario.own_code``)."""
+        return dict(self.environment.get("own_code", {}))
+
     @cached_property
     def environment(self) -> dict[str, Any]:
         """With what and on what machine it was begun."""

@@ -1,0 +1,142 @@
+"""A person's own modules: what is wrong in them is said before a run, and a change of them is not overlooked."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedcil
+from fedcil.errors import RunFailed, ScenarioError
+from fedcil.record.compare import compare, differences
+
+SCENARIO: dict[str, Any] = {
+    "data": {"name": "synthetic", "classes": 4, "samples_per_class": 8},
+    "stream": {"tasks": 2},
+    "partition": {"name": "iid"},
+    "clients": {"count": 2, "per_round": 2},
+    "training": {"rounds": 2, "epochs": 1, "batch_size": 4},
+    "method": {"name": "mine:Mine"},
+}
+SOURCE = """
+import torch
+from fedcil.losses import *
+from fedcil.methods.base import Method
+from fedcil.section import MethodSettings
+
+class Mine(MethodSettings):
+    def build(self):
+        return {}
+"""
+GOOD = "Method()"
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Writes the module whose method ``build`` returns what is given."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+
+    def write(built: str) -> Path:
+        (folder / "mine.py").write_text(SOURCE.format(built))
+        sys.modules.pop("mine", None)
+        importlib.invalidate_caches()
+        sys.path_importer_cache.clear()
+        return folder
+
+    yield write
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize(
+    ("built", "says"),
+    [
+        ("None", "build() gave NoneType, not a fedcil.methods.base.Method"),
+        ("Method(phases=lambda task, rounds: ())", "phases gave none for a task"),
+        ("Method(data='everything')", "allowed are 'task', 'so_far'"),
+        ("Method(nothing=1)", "unexpected keyword argument 'nothing' (mine.py:"),
+    ],
+)
+def test_what_is_no_method_is_said_before_a_run(built: str, says: str, mine: Any, tmp_path: Path) -> None:
+    mine(built)
+    with pytest.raises(ScenarioError) as caught:
+        fedcil.run(SCENARIO, output=tmp_path / "runs")
+    assert says in caught.value.what
+    assert not (tmp_path / "runs").exists()
+
+
+def test_scores_of_another_shape_end_the_run(mine: Any, tmp_path: Path) -> None:
+    mine("Method(predict=lambda network, memory, images: network(images)[:, :1])")
+    with pytest.raises(RunFailed, match=r"predict gave scores of shape \(\d+, 1\)") as caught:
+        fedcil.run(SCENARIO, output=tmp_path / "runs", figures=False)
+    assert "(images, classes seen)" in caught.value.allowed
+
+
+def command(folder: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    tables = ["data={name='synthetic', classes=4, samples_per_class=8}", "method={name='mine:Mine'}", "stream.tasks=2"]
+    tables += ["clients={count=2, per_round=2}"]
+    sets = [*tables, "training.rounds=1", "training.epochs=1"]
+    words = [part for text in sets for part in ("--set", text)]
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "fedcil",
+            "run",
+            "digits_fedavg",
+            *words,
+            "--no-figures",
+            "--output",
+            str(output),
+            *more,
+        ],
+        cwd=folder,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_finished_run_of_other_code_is_not_taken_for_this_one(mine: Any, tmp_path: Path) -> None:
+    """Not by ``run``, and in a comparison it is no second run of the same."""
+    folder, output = mine(GOOD), tmp_path / "runs"
+    assert "finished already" not in command(folder, output, "--seeds", "0").stderr
+    assert "finished already" in command(folder, output, "--seeds", "0").stderr
+    mine("Method(loss=lambda model, prepared, batch, draws: 0 * model(batch.images).sum())")
+    assert "finished already" not in command(folder, output, "--seeds", "0").stderr
+    groups = compare([fedcil.load(path) for path in sorted(output.iterdir())])
+    assert len(groups) == 2
+    assert any(note.startswith("mine.py differs") for note in differences(groups))
+
+
+def test_a_run_that_goes_on_with_other_code_says_so(mine: Any, tmp_path: Path) -> None:
+    folder, output = mine(GOOD), tmp_path / "runs"
+    assert command(folder, output).returncode == 0
+    (run,) = output.iterdir()
+    (run / "summary.json").unlink()  # as if it had been killed at the very end
+    mine("Method(loss=lambda model, prepared, batch, draws: 0 * model(batch.images).sum())")
+    with pytest.warns(UserWarning, match="mine changed since this run began"):
+        fedcil.resume(run, figures=False)
+
+
+def test_a_run_that_never_trained_is_no_success(mine: Any, tmp_path: Path) -> None:
+    folder = mine("Method(loss=lambda model, prepared, batch, draws: model(batch.images).sum() * float('nan'))")
+    done = command(folder, tmp_path / "runs")
+    assert done.returncode == 1, done.stderr
+    assert "no round changed the model" in done.stderr
+
+
+def test_a_name_that_is_not_there_is_not_proposed_again(mine: Any, tmp_path: Path) -> None:
+    mine(GOOD)
+    with pytest.raises(ScenarioError) as caught:
+        fedcil.run(SCENARIO | {"method": {"name": "mine:Mime"}}, output=tmp_path / "runs")
+    assert "did you mean" not in caught.value.what
