@@ -164,13 +164,21 @@ def test_a_label_is_no_markup(tmp_path: Path) -> None:
     assert "[4, 6]" in printed(compare(runs), width=120)
 
 
-def test_runs_on_other_data_are_no_runs_of_the_same(tmp_path: Path) -> None:
-    runs = [scored(tmp_path / name, 0, 0.5) for name in "ab"]
-    for run, digest in zip(runs, ("1" * 32, "2" * 32), strict=True):
-        (run.path / "environment.json").write_text(json.dumps({"identity": {"data": digest}}))
-    groups = compare(runs)
-    assert [group.label for group in groups] == ["trial (data.digest=11111111)", "trial (data.digest=22222222)"]
-    assert differences(groups) == ["data.digest differs: 11111111 in trial; 22222222 in trial"]
+def on_data(run: Run, digest: str) -> Run:
+    (run.path / "environment.json").write_text(json.dumps({"identity": {"data": digest}}))
+    return run
+
+
+def test_runs_of_one_seed_on_other_data_are_named(tmp_path: Path) -> None:
+    runs = [on_data(scored(tmp_path / name, 0, 0.5), name * 32) for name in "ab"]
+    assert differences(compare(runs)) == ["trial: 2 runs with seed 0 count as one, although their data differ"]
+
+
+def test_seeds_may_have_data_of_their_own(tmp_path: Path) -> None:
+    """``data.samples_per_class`` draws them by the seed."""
+    groups = compare([on_data(scored(tmp_path / str(seed), seed, 0.5), str(seed) * 32) for seed in (0, 1)])
+    assert [group.seeds for group in groups] == [[0, 1]]
+    assert not differences(groups)
 
 
 def test_options_that_differ_within_one_method_are_named(tmp_path: Path) -> None:

@@ -20,15 +20,16 @@ Identity = Mapping[str, Any]
 
 
 def identity_of(experiment: Experiment) -> Identity:
-    """Scenario, data, numeric configuration, fedcil itself, and what a user's program may have switched in torch; as
-    JSON would bring it.
+    """Scenario, data, numeric configuration, fedcil itself, a person's own modules, and what their program may have
+    switched in torch; as JSON would bring it.
     """
     switches = {
         "default_dtype": str(torch.get_default_dtype()),
         "mkldnn": torch.backends.mkldnn.enabled,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-    mine = {**identity(experiment), "fedcil": fedcil.__version__, "torch": switches}
+    code = {"fedcil": fedcil.__version__, "own_code": experiment.scenario.own_code()}
+    mine = {**identity(experiment), **code, "torch": switches}
     plain: Identity = json.loads(json.dumps(flatten(mine)))
     return plain
 

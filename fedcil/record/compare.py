@@ -125,13 +125,12 @@ def _refuse_unfinished(run: Run) -> None:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """The scenario as dotted keys, without what leaves a result as it is and without the seed; and what else decides
-    it: the data themselves, and a person's own modules.
+    """The scenario as dotted keys, without what leaves a result as it is and without the seed; and a person's own
+    modules, as digests.
     """
     flat = flatten(run.scenario.to_dict())
-    decided = {"data.digest": str(run.environment.get("identity", {}).get("data"))[:8]}
-    decided |= {f"{module}.py": digest[:8] for module, digest in run.own_code.items()}
-    return {key: value for key, value in flat.items() if not key.startswith(COSTS_NOTHING)} | decided
+    own = {f"{module}.py": digest[:8] for module, digest in run.own_code.items()}
+    return {key: value for key, value in flat.items() if not key.startswith(COSTS_NOTHING)} | own
 
 
 def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -253,5 +252,14 @@ def _difference(key: str, groups: Sequence[Group], settings: Sequence[Mapping[st
 
 
 def _repeated(group: Group) -> list[str]:
-    counts = {seed: len(runs) for seed, runs in by_seed(group.runs).items() if len(runs) > 1}
-    return [f"{group.label}: {n} runs with seed {seed} count as one" for seed, n in counts.items()]
+    repeated = {seed: runs for seed, runs in by_seed(group.runs).items() if len(runs) > 1}
+    return [
+        f"{group.label}: {len(runs)} runs with seed {seed} count as one"
+        + (", although their data differ" if len({_data(run) for run in runs}) > 1 else "")
+        for seed, runs in repeated.items()
+    ]
+
+
+def _data(run: Run) -> str:
+    """Digest of the data; of another seed it may be another (``data.samples_per_class`` draws)."""
+    return str(run.environment.get("identity", {}).get("data"))
