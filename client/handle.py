@@ -35,7 +35,7 @@ from fedcil.messages import (
     Tensors,
     count_bytes,
 )
-from fedcil.methods.base import Phase, Prepared, Samples
+from fedcil.methods.base import TRAINABLE, Phase, Prepared, Samples
 from fedcil.models.network import Network, copy_into, other_buffers, restore_buffers, state_of
 from fedcil.robust import admissible, empty_fold
 from fedcil.rule import Rule
@@ -346,8 +346,10 @@ def _samples_of(
 
 def _given(state: Tensors, trained: Trained, samples: Samples, experiment: Experiment) -> tuple[Contribution, Metrics]:
     """A trained state as a contribution, with its metrics; ClientProblem if it is nothing to give."""
-    if len(samples.labels) < 2:
+    if len(samples.labels) < TRAINABLE:
         raise ClientProblem("too_few_samples", where="samples")
+    if experiment.scenario.training.epochs and not trained.steps:
+        raise ClientProblem("fewer samples than a batch, and training.batches = 'drop_last'", where="samples")
     if trained.steps and not (math.isfinite(trained.loss) and finite(state)):
         raise ClientProblem("training diverged: loss or weights are not finite; lower training.lr", where="training")
     metrics = {"loss": trained.loss, "steps": trained.steps} if trained.steps else {}

@@ -13,7 +13,7 @@ from torch.optim.sgd import sgd
 
 from fedcil.gradients import as_stored, gradients
 from fedcil.keys import Key, global_draws, rng_state
-from fedcil.methods.base import Batch, Draws, Method, Prepared, Samples
+from fedcil.methods.base import TRAINABLE, Batch, Draws, Method, Prepared, Samples
 from fedcil.models.network import Network, set_norm_updates, trained_parameters
 from fedcil.scenario import TrainingSection
 from fedcil.stream import Task
@@ -70,7 +70,7 @@ def cut_epoch(count: int, batch_size: int, mode: str) -> list[int]:
     ``even``: equal parts of at most batch_size; ``ragged``: full batches and a rest; ``drop_last``: full batches
     only. Batch norm needs two samples: a rest of one joins the batch before it, and one in all is no batch.
     """
-    if count < 2:
+    if count < TRAINABLE:
         return []
     full, rest = divmod(count, batch_size)
     if mode == "drop_last":

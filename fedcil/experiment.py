@@ -26,7 +26,7 @@ from fedcil.errors import ScenarioError, described
 from fedcil.keys import Key
 from fedcil.messages import Tensors
 from fedcil.methods import METHODS
-from fedcil.methods.base import Method, Phase, Samples
+from fedcil.methods.base import TRAINABLE, Method, Phase, Samples
 from fedcil.models import make_architecture
 from fedcil.models.network import snapshot
 from fedcil.models.own import try_out
@@ -85,6 +85,10 @@ class Experiment:
             behind = sorted(self.population.behind[task.index])
             counts[behind] = [len(self.indices(client, task)) for client in behind]
         return counts
+
+    def least_samples(self, phase: Phase) -> int:
+        """Of its own, without which a client is not asked. Who keeps old ones may have enough with those."""
+        return TRAINABLE if phase.work == "train" and self.method.client_memory is None else 1
 
     def counts_at(self, task: Task, number: int) -> NDArray[np.int64]:
         """Samples of each member in a round of this task, (clients,); 0 for who is no member then."""

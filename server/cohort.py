@@ -11,9 +11,9 @@ from fedcil.keys import Key
 from fedcil.methods.base import Phase
 
 
-def eligible(present: Collection[int], counts: NDArray[np.int64]) -> list[int]:
-    """Clients that are there and have samples in this task, sorted."""
-    return sorted(client for client in present if counts[client] > 0)
+def eligible(present: Collection[int], counts: NDArray[np.int64], least: int) -> list[int]:
+    """Clients that are there and have at least so many samples in this task, sorted."""
+    return sorted(client for client in present if counts[client] >= least)
 
 
 def choose(candidates: list[int], phase: Phase, per_round: int, key: Key) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedcil.clock import Devices, Schedule, close_round
 from fedcil.experiment import Experiment
-from fedcil.messages import Broadcast, Failure, Job, Outcome, Request, Total, count_bytes
+from fedcil.messages import Broadcast, Failure, Job, Outcome, Request, Tensors, Total, count_bytes
 from fedcil.methods.base import Phase
 from fedcil.port import remaining
 from fedcil.rule import PLAIN, Rule
@@ -39,6 +39,11 @@ class Answered:
     def count(self) -> int:
         """Answers that count in this round."""
         return len(self.outcome.reports) + len(self.arrived)
+
+    def held_back(self) -> Answered:
+        """A round that changes nothing takes in no late update: what came arrives in the next."""
+        waiting = tuple(replace(late, left_s=0.0) for late in self.arrived)
+        return replace(self, arrived=(), pending=(*waiting, *self.pending))
 
 
 def make_schedule(
@@ -114,7 +119,7 @@ def hold_round(
         failed += [too_late(client, taken, schedule) for client, taken in schedule.late.items()]
     outcome = replace(
         outcome,
-        total=with_late(outcome.total, arrived, number, clock.staleness),
+        total=with_late(outcome.total, arrived, number, clock.staleness, state.server.model),
         failures=tuple(sorted(failed, key=lambda failure: failure.client)),
         wire_bytes=sum(each.wire_bytes for each in (outcome, *made)),
         cpu_elsewhere=sum(each.cpu_elsewhere for each in (outcome, *made)),
@@ -170,12 +175,17 @@ def stale_weight(late: Pending, number: int, staleness: float) -> float:
     return float((1 + number - late.number) ** -staleness)
 
 
-def with_late(total: Total | None, arrived: Sequence[Pending], number: int, staleness: float) -> Total | None:
-    """The round's sum plus the late ones, one after the other in the order in which they were asked for."""
+def with_late(
+    total: Total | None, arrived: Sequence[Pending], number: int, staleness: float, model: Tensors
+) -> Total | None:
+    """The round's sum plus the late ones, one after the other in the order in which they were asked for. What an update
+    has lost of its weight is the present model's, so that one which arrives alone moves it by what is left (FedAsync).
+    """
     for late in arrived:
-        factor = stale_weight(late, number, staleness)
-        tensors = {name: tensor * factor for name, tensor in late.total.tensors.items()}
+        factor, weight = stale_weight(late, number, staleness), late.total.weight
+        rest = weight * (1 - factor)
+        tensors = {name: tensor * factor + model[name] * rest for name, tensor in late.total.tensors.items()}
         if total is not None:
             tensors = {name: total.tensors[name] + tensor for name, tensor in tensors.items()}
-        total = Total(tensors, late.total.weight * factor + (total.weight if total else 0.0))
+        total = Total(tensors, weight + (total.weight if total else 0.0))
     return total

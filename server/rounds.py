@@ -155,6 +155,8 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     server = state.server
     if status == "ok":
         server = unchanged(experiment.method.reduce(server, phase, outcome.total), server, experiment.frozen)
+    else:
+        answered = answered.held_back()
     stopwatch.stage("reduce")
     line = round_line(state, task, phase, answered, status)
     if evaluation_due(cursor, phase, scenario.server.evaluate_every):
@@ -194,7 +196,8 @@ def choose_cohort(session: Session, state: RunState, task: Task, phase: Phase) -
     here = session.availability(cursor.task, cursor.phase, cursor.round)
     busy = {late.client for late in state.pending}
     present = (here & session.port.reachable()) - busy
-    candidates = eligible(present, experiment.counts_at(task, experiment.number(cursor)))
+    counts = experiment.counts_at(task, experiment.number(cursor))
+    candidates = eligible(present, counts, experiment.least_samples(phase))
     place = ("task", cursor.task, "phase", cursor.phase, "round", cursor.round, "cohort")
     asked = asked_clients(clients.per_round, clients.over_sample)
     return choose(candidates, phase, asked, experiment.key.at(*place))

@@ -112,6 +112,24 @@ def test_a_memory_is_never_too_large_and_holds_own_past_samples_only(
         assert kept["images"].dtype == torch.uint8
 
 
+def test_a_memory_of_fewer_images_than_classes_keeps_those_of_the_older_ones(small: Any) -> None:
+    first = remember(small, FedER(memory=3), stored([0] * 5 + [1] * 5), None)
+    assert first["labels"].tolist() == [0, 1]
+    second = remember(small, FedER(memory=3), stored([2] * 5 + [3] * 5, seed=1), first)
+    assert second["labels"].tolist() == [0, 1, 2]
+    third = remember(small, FedER(memory=3), stored([4] * 5, seed=2), second)
+    assert third["labels"].tolist() == [0, 1, 2]
+
+
+def test_who_stays_behind_trains_on_each_image_once() -> None:
+    """Its own samples are those that its exemplars were chosen from."""
+    own = stored([0] * 4)
+    kept = {"images": torch.cat([own.images[:2], stored([1], seed=1).images]), "labels": torch.tensor([0, 0, 1])}
+    joined = join(own, kept)
+    assert joined.labels.tolist() == [0, 0, 0, 0, 1]
+    assert len(joined.images.flatten(1).unique(dim=0)) == 5
+
+
 def test_each_class_gets_its_share_and_old_lists_are_cut(small: Any) -> None:
     """12 images: 6 for each of 2 classes, then 3 for each of 4; the first three of a list stay."""
     options = FedER(memory=12)
@@ -168,12 +186,10 @@ def test_exemplars_come_from_a_file_to_where_the_samples_are(tmp_path: Path) -> 
     images, labels = (tensor.to("meta") for tensor in (stored([2, 3]).images, stored([2, 3]).labels))
     store = StateStore(tmp_path)
     name = store.save({"images": stored([0]).images, "labels": stored([0]).labels})
-    experiment = SimpleNamespace(method=FedER().build(), compute=SimpleNamespace(device=images.device))
-    shared = SimpleNamespace(experiment=experiment, states=store, images=images, labels=labels)
-    shared.kept = lambda job: handle.Shared.kept(shared, job)  # type: ignore[arg-type]
-    joined = handle._with_memory(Samples(images, labels), Job(0, 0, name), shared)  # type: ignore[arg-type]
-    assert joined.images.device.type == joined.labels.device.type == "meta"
-    assert len(joined.labels) == 3
+    shared: Any = SimpleNamespace(states=store, images=images, labels=labels)
+    kept = handle.Shared.kept(shared, Job(0, 0, name))
+    assert kept is not None
+    assert kept["images"].device.type == kept["labels"].device.type == "meta"
 
 
 # --- training ---------------------------------------------------------------------------------------------

@@ -176,15 +176,20 @@ def pending(client: int, number: int, value: float, weight: float) -> Pending:
     return Pending(client=client, number=number, left_s=0.0, samples=3, total=total)
 
 
+MODEL = {"w": torch.full((2,), 7.0)}
+
+
 def test_a_late_update_counts_less_the_older_it_is() -> None:
-    """Two rounds late with a = 0.5: weight 1 / sqrt(3). (2 * 5 + 6 * 4 / sqrt 3) / (2 + 6 / sqrt 3) by hand."""
+    """Two rounds late with a = 0.5: f = 1 / sqrt(3) of its weight, the rest is that of the present model, 7. By hand:
+    (2 * 5 + 6 * (4 f + 7 (1 - f))) / (2 + 6).
+    """
     fresh = Total({"w": torch.full((2,), 10.0)}, 2.0)
     late = pending(1, 7, 4.0, 6.0)
     assert stale_weight(late, 9, 0.5) == pytest.approx(3**-0.5)
     assert stale_weight(late, 9, 0.0) == 1.0
-    total = with_late(fresh, [late], 9, 0.5)
+    total = with_late(fresh, [late], 9, 0.5, MODEL)
     assert total is not None
-    expected = (10.0 + 24.0 / 3**0.5) / (2.0 + 6.0 / 3**0.5)
+    expected = (10.0 + 24.0 / 3**0.5 + 42.0 * (1 - 3**-0.5)) / 8.0
     torch.testing.assert_close(total.mean()["w"], torch.full((2,), expected))
     assert torch.equal(fresh.tensors["w"], torch.full((2,), 10.0))  # nobody's memory is written to
 
@@ -219,10 +224,29 @@ def test_a_rounds_real_deadline_is_one_for_all_that_it_asks(
 
 
 def test_late_updates_alone_are_a_round_too() -> None:
-    total = with_late(None, [pending(1, 3, 4.0, 6.0), pending(2, 4, 8.0, 6.0)], 4, 1.0)
+    total = with_late(None, [pending(1, 3, 4.0, 6.0), pending(2, 4, 8.0, 6.0)], 4, 1.0, MODEL)
     assert total is not None
-    torch.testing.assert_close(total.mean()["w"], torch.full((2,), (4.0 / 2 + 8.0) / 1.5))
-    assert with_late(None, [], 4, 1.0) is None
+    torch.testing.assert_close(total.mean()["w"], torch.full((2,), ((4.0 + 7.0) / 2 + 8.0) / 2))
+    assert with_late(None, [], 4, 1.0, MODEL) is None
+
+
+@pytest.mark.parametrize("staleness", [0.5, 50.0, 5000.0])
+def test_an_old_update_that_arrives_alone_does_not_replace_the_model(staleness: float) -> None:
+    """Ten rounds late: the model moves by 11 ** -a of the way, or stays, and is never 0 / 0."""
+    total = with_late(None, [pending(1, 0, 4.0, 6.0)], 10, staleness, MODEL)
+    assert total is not None
+    torch.testing.assert_close(total.mean()["w"], torch.full((2,), 7.0 + (4.0 - 7.0) * 11.0**-staleness))
+
+
+def test_a_round_without_quorum_leaves_what_came_late_for_the_next(tmp_path: Path) -> None:
+    tables = {"clock": FOLD | {"deadline_s": 3.0}, "server": {"quorum": 0.9, "patience": 99}}
+    few = {"count": 9, "per_round": 3, "dropout": 0.3}
+    finished = run(tmp_path, "fedavg", "training.rounds=12", clients=few, **tables)
+    idle = [line for line in finished.kind("round") if line["status"] == "no_quorum"]
+    assert idle
+    assert all(not line["arrived"] for line in idle)
+    arrived, _ = account(finished)
+    assert arrived
 
 
 def account(finished: Run) -> tuple[int, int]:

@@ -627,7 +627,11 @@ class NoNorm(Backbone):
 
 @pytest.mark.parametrize(
     ("options", "model", "word"),
-    [({"upsamplings": 4}, "cnn", "4 up-samplings"), ({}, f"{__name__}:NoNorm", "no batch norm")],
+    [
+        ({"upsamplings": 4}, "cnn", "4 up-samplings"),
+        ({"upsamplings": 3, "generator_batch": 1}, "cnn", "first maps have one pixel"),
+        ({}, f"{__name__}:NoNorm", "no batch norm"),
+    ],
 )
 def test_a_generator_that_cannot_be_trained_is_refused_before_any_training(
     options: dict[str, int], model: str, word: str

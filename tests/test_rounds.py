@@ -261,15 +261,15 @@ def test_a_phase_for_all_asks_everyone_who_is_there(start: Start) -> None:
         assert set(line["cohort"]) <= set(everyone)
 
 
-def test_clients_without_samples_are_never_asked(start: Start) -> None:
-    """4 images of a task for 6 clients: at least 2 have none."""
-    overrides = ["data.samples_per_class=2", "partition.allow_empty=true", "clients.per_round=6"]
+def test_clients_that_cannot_train_are_never_asked(start: Start) -> None:
+    """8 images of a task for 6 clients: at least 2 have less than two."""
+    overrides = ["data.samples_per_class=4", "partition.allow_empty=true", "clients.per_round=6"]
     opened = experiment(*overrides)
     ran = start(opened, Table())
     for line in ran.rounds():
         counts = opened.counts(opened.stream.tasks[line["task"]])
-        assert line["cohort"] == [client for client in range(6) if counts[client] > 0]
-        assert len(line["cohort"]) <= 4
+        assert line["cohort"] == [client for client in range(6) if counts[client] >= 2]
+        assert 0 < len(line["cohort"]) <= 4
 
 
 # Payload, client states

@@ -26,10 +26,11 @@ from fedcil.experiment import Experiment, open_experiment
 from fedcil.gradients import as_stored, gradients
 from fedcil.keys import Key
 from fedcil.messages import Answer, Broadcast, Contribution, Failure, Job, Report, Request, Tensors, content_hash
-from fedcil.methods.base import Batch, Method, Samples
+from fedcil.methods.base import Batch, Method, Phase, Samples
 from fedcil.models.network import Network, grow_head, snapshot, state_of
 from fedcil.scenario import TrainingSection
 from fedcil.scenario_file import load_scenario
+from server.cohort import eligible
 
 # --- schedule ---------------------------------------------------------------------------------------------
 
@@ -440,7 +441,7 @@ def test_the_rate_restarts_with_every_task(tmp_path: Path, monkeypatch: pytest.M
 
     def record(model: Network, recipe: Recipe, samples: Samples, key: Key) -> Trained:
         rates.append(recipe.lr)
-        return Trained(0, float("nan"))
+        return Trained(1, 0.5)
 
     monkeypatch.setattr(handle, "local_sgd", record)
     experiment = experiment_of()
@@ -471,6 +472,21 @@ def test_one_sample_is_too_few(tmp_path: Path) -> None:
     )
     answer = do_job(Round(broadcast_of(experiment), worker_of(experiment, tmp_path)), Job(1, 0))
     assert answer == Answer(Failure(1, "samples", "too_few_samples"))
+
+
+def test_a_client_without_a_whole_batch_gives_nothing_where_rests_are_dropped(tmp_path: Path) -> None:
+    """The model that it was sent is no update."""
+    experiment = experiment_of(training={"batch_size": 64, "batches": "drop_last"})
+    answer = do_job(Round(broadcast_of(experiment), worker_of(experiment, tmp_path)), Job(0, 0))
+    assert answer == Answer(Failure(0, "samples", "fewer samples than a batch, and training.batches = 'drop_last'"))
+
+
+def test_who_has_one_sample_is_asked_for_statistics_and_not_for_training() -> None:
+    counts = np.array([0, 1, 2, 3])
+    experiment = experiment_of()
+    train, remember = Phase(name="train", rounds=1), Phase(name="remember", rounds=1, work="remember")
+    assert eligible({0, 1, 2, 3}, counts, experiment.least_samples(train)) == [2, 3]
+    assert eligible({0, 1, 2, 3}, counts, experiment.least_samples(remember)) == [1, 2, 3]
 
 
 def test_a_loss_that_is_not_finite_gives_nothing(tmp_path: Path) -> None:

@@ -86,12 +86,15 @@ def forecast_task(
 
 
 def present_clients(experiment: Experiment, task: Task, phase: int, there: Availability) -> list[int]:
-    """Of each round of a phase: how many members are there and have samples. No expectation: the run's own draws."""
-    timeline, counts = experiment.timeline, experiment.counts(task)
+    """Of each round of a phase: how many members are there and have enough samples. No expectation: the run's own
+    draws.
+    """
+    timeline, least = experiment.timeline, experiment.least_samples(experiment.phases(task)[phase])
+    enough = experiment.counts(task) >= least
     found = []
     for round_ in range(timeline.lengths(task.index)[phase]):
         number = timeline.number(task.index, phase, round_)
-        ready = np.flatnonzero(experiment.population.present(number) & (counts > 0)).tolist()
+        ready = np.flatnonzero(experiment.population.present(number) & enough).tolist()
         found.append(len(there(task.index, phase, round_).intersection(ready)))
     return found
 

@@ -66,6 +66,8 @@ class Batch:
     anchor: tuple[Tensor, ...]
 
 
+TRAINABLE = 2  # samples: batch norm cannot train on one
+
 DataOf = Literal["task", "so_far"]
 """Whose samples a client trains on: of this task, or of all that it has had."""
 

@@ -63,9 +63,12 @@ class FedER(MethodSettings):
         """Equal quota for each class the client has seen; old lists are cut, new classes are herded."""
         old = {} if kept is None else _by_class(kept["images"], kept["labels"])
         new = _by_class(own.images, own.labels)
-        quota = self.memory // max(1, len(old.keys() | new.keys()))
-        chosen = {label: stack[:quota] for label, stack in old.items()}
+        labels = [*old, *sorted(new.keys() - old.keys())][: self.memory]  # if not one of each fits, the older classes
+        quota = self.memory // max(1, len(labels))
+        chosen = {label: stack[:quota] for label, stack in old.items() if label in labels}
         for label, stack in new.items():
+            if label not in labels:
+                continue
             features = F.normalize(network.features(images(stack)), dim=1)
             chosen[label] = stack[herding(features, min(quota, len(stack)))]
         return _as_tensors(chosen, own.images)
@@ -79,10 +82,13 @@ def train_then_remember(task: Task, rounds: int) -> tuple[Phase, ...]:
 
 
 def join(own: Samples, kept: Tensors | None) -> Samples:
-    """New samples followed by the exemplars."""
+    """New samples followed by the exemplars, without those of classes that the new ones are of: a client that stays
+    behind with its samples has them already.
+    """
     if kept is None:
         return own
-    return Samples(torch.cat([own.images, kept["images"]]), torch.cat([own.labels, kept["labels"]]))
+    old = ~torch.isin(kept["labels"], own.labels)
+    return Samples(torch.cat([own.images, kept["images"][old]]), torch.cat([own.labels, kept["labels"][old]]))
 
 
 def herding(features: Tensor, count: int) -> Tensor:

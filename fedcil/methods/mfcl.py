@@ -134,6 +134,13 @@ class MFCL(MethodSettings):
                 allowed=f"square images whose side is a multiple of 2^{ups}",
                 next="set data.image_size, or method.upsamplings",
             )
+        if self.steps and height >> ups == 1 and self.generator_batch < 2:
+            raise ScenarioError(
+                "the generator's first maps have one pixel, and its batch norm needs more than one of them",
+                where="method.generator_batch",
+                allowed="at least 2",
+                next="set method.generator_batch, or lower method.upsamplings",
+            )
         if self.steps and self.w_bn and not running_norms(architecture.build(1)):
             raise ScenarioError(
                 "the model has no batch norm with running statistics for the generator's norm term to hold on to",
