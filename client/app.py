@@ -40,12 +40,13 @@ def hello(message: Message, context: Context) -> Message:
     asked = message.content["hello"]
     home = client_home(context)
     experiment = open_worker(str(asked["scenario"]), os.environ.get(ROOT_VARIABLE), home).shared.experiment
+    data, precision = experiment.data.digest, experiment.compute.precision
     own = own_clients(context.node_config, experiment.scenario.clients.count)
     offer = [int(client) for client in asked["offer"]]
     share = own if own is not None else offer[: int(context.node_config.get("clients", 1))]
     counts = experiment.task_counts()
     samples = {client: tuple(counts[client].tolist()) for client in share}
-    packet = pack_hello(Hello(samples, experiment.data.digest, fixed=own is not None))
+    packet = pack_hello(Hello(samples, data, precision, fixed=own is not None))
     return Message(RecordDict({"hello": packet_record(packet)}), reply_to=message)
 
 

@@ -18,6 +18,7 @@ from client.lanes import Lane, local_sgd_in_lanes
 from client.states import StateStore
 from client.training import Recipe, Trained, learning_rate, local_sgd
 from fedcil.data.augment import make_batch, normalise
+from fedcil.data.store import Images
 from fedcil.errors import FedcilError, MessageRefused, Stopped, described
 from fedcil.experiment import Experiment
 from fedcil.keys import Key
@@ -48,9 +49,9 @@ class Shared:
     def __init__(self, experiment: Experiment, states: StateStore) -> None:
         self.experiment = experiment
         self.states = states
-        device = experiment.compute.device
+        self.device = device = experiment.compute.device
         data = experiment.data
-        self.images = torch.from_numpy(data.train.images).to(device)
+        self.images = Images(data.train, device)
         self.labels = torch.from_numpy(experiment.stream.relabel(data.train.labels)).to(device)
         self.mean = torch.tensor(data.mean, device=device)
         self.std = torch.tensor(data.std, device=device)
@@ -72,14 +73,14 @@ class Shared:
 
     def samples(self, client: int, task: Task) -> Samples:
         """A client's own stored samples of this task."""
-        index = torch.from_numpy(self.experiment.indices(client, task)).to(self.images.device)
-        return Samples(self.images.index_select(0, index), self.labels.index_select(0, index))
+        index = torch.from_numpy(self.experiment.indices(client, task)).to(self.device)
+        return Samples(self.images.take(index), self.labels.index_select(0, index))
 
     def kept(self, job: Job) -> Tensors | None:
         """What the client kept, on the device; None if it keeps nothing yet."""
         if job.state is None:
             return None
-        return {name: tensor.to(self.images.device) for name, tensor in self.states.load(job.state).items()}
+        return {name: tensor.to(self.device) for name, tensor in self.states.load(job.state).items()}
 
     def normalised(self, images: Tensor) -> Tensor:
         """Stored images (n, h, w, c) uint8 -> (n, c, h, w), not augmented."""
@@ -184,7 +185,7 @@ Answered = tuple[Job, Answer]
 
 def handle(request: Request, worker: Worker) -> Reply:
     """Do every job of a request. A client that breaks becomes a Failure; only Stopped is raised."""
-    broadcast = request.broadcast.to(worker.shared.images.device)  # from elsewhere a model comes on the CPU
+    broadcast = request.broadcast.to(worker.shared.device)  # from elsewhere a model comes on the CPU
     fold = empty_fold(request.cohort, request.rule)
     reports: list[Report] = []
     failures: list[Failure] = []
@@ -215,7 +216,7 @@ def do_jobs(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> Iterat
     """Answers as they come, of as many clients at the same time as the scenario's execution has. A contribution's
     tensors are the worker's memory until the next answer is asked for.
     """
-    round_ = Round(broadcast.to(worker.shared.images.device), worker)
+    round_ = Round(broadcast.to(worker.shared.device), worker)
     size = worker.shared.experiment.execution.at_once
     for start in range(0, len(jobs), size):
         run = jobs[start : start + size]

@@ -117,7 +117,8 @@ def _carry_on(
             if figures:
                 draw(finished)
     except FedcilError as error:
-        raise in_folder(error, folder.path) from None
+        again = f"fedcil resume {folder.path}" + (f" --data-root {data_root}" if data_root else "")
+        raise in_folder(error, folder.path, again) from None
     finally:
         folder.close()
     return finished
@@ -129,9 +130,9 @@ def draw(finished: Run) -> None:
     draw_figures(finished)
 
 
-def in_folder(error: FedcilError, path: Path) -> FedcilError:
-    """An error that ended a run says where the run is and how to go on with it."""
+def in_folder(error: FedcilError, path: Path, again: str) -> FedcilError:
+    """An error that ended a run says where the run is and by which command it goes on."""
     if not isinstance(error, NotResumable):
         error.where = f"{error.where}, {path}" if error.where else str(path)
-        error.next = error.next.replace("RUN", str(path)) or f"`fedcil resume {path}`"
+        error.next = error.next.replace("fedcil resume RUN", again).replace("RUN", str(path)) or f"`{again}`"
     return error

@@ -156,7 +156,7 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     stream = make_stream(scenario.stream, len(data.class_names), key)
     refuse_untested_tasks(stream, data)
     labels = stream.relabel(data.train.labels)
-    height, width, channels = data.train.images.shape[1:]
+    height, width, channels = data.train.stored.shape[1:]
     architecture = make_architecture(scenario.model, (channels, height, width), key.at("backbone"))
     manners = try_out(architecture, scenario.model.name)
     scenario.method.check_model(architecture)

@@ -15,10 +15,13 @@ Share = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """``samples``: by client, the training samples of each task. ``data``: digest of the data set it has."""
+    """``samples``: by client, the training samples of each task. ``data``: digest of the data set it has.
+    ``precision``: what it computes in, which ``training.precision = "auto"`` leaves to each machine.
+    """
 
     samples: Mapping[int, tuple[int, ...]]
     data: str
+    precision: str
     fixed: bool  # the clients are the node's own, not some of those that it was offered
 
     @property
@@ -28,18 +31,19 @@ class Hello:
 
 def pack_hello(hello: Hello) -> bytes:
     samples = {str(client): list(counts) for client, counts in hello.samples.items()}
-    return pack({"samples": samples, "data": hello.data, "fixed": hello.fixed}, {})
+    about = {"data": hello.data, "precision": hello.precision, "fixed": hello.fixed}
+    return pack({"samples": samples, **about}, {})
 
 
 def unpack_hello(packet: bytes, *, tasks: int, limit: int) -> Hello:
     """MessageRefused for anything that is not the hello of a node in a run of so many tasks."""
     header, _ = unpack(packet, limit=limit)
-    samples, data, fixed = header.get("samples"), header.get("data"), header.get("fixed")
-    if not isinstance(data, str) or type(fixed) is not bool or not isinstance(samples, dict):
-        raise MessageRefused("a hello without samples, data and fixed")
+    samples, data, precision, fixed = map(header.get, ("samples", "data", "precision", "fixed"))
+    if not (isinstance(data, str) and isinstance(precision, str) and type(fixed) is bool and isinstance(samples, dict)):
+        raise MessageRefused("a hello without samples, data, precision and fixed")
     if not all(client.isdecimal() and _are_counts(counts, tasks) for client, counts in samples.items()):
         raise MessageRefused(f"a hello whose samples are not {tasks} counts of each client")
-    return Hello({int(client): tuple(counts) for client, counts in samples.items()}, data, fixed)
+    return Hello({int(client): tuple(counts) for client, counts in samples.items()}, data, precision, fixed)
 
 
 def _are_counts(value: Any, tasks: int) -> bool:

@@ -82,8 +82,17 @@ def parse_scenario(table: dict[str, Any], overrides: Sequence[str] = (), *, wher
             "\n".join(text for text, _ in problems),
             where=where + (", with " + " ".join(f"--set {text}" for text in overrides) if overrides else ""),
             allowed="; ".join(dict.fromkeys(allowed for _, allowed in problems if allowed)),
-            next="`fedcil schema` prints every key with its type and range",
+            next=_way_out(overrides),
         ) from None
+
+
+def _way_out(overrides: Sequence[str]) -> str:
+    """Options and presets are of one method, so another one needs a table of its own."""
+    renamed = next((text for text in overrides if text.replace(" ", "").startswith("method.name=")), None)
+    if renamed:
+        name = renamed.partition("=")[2].strip(" '\"")
+        return f"another method replaces the whole table: --set 'method={{name = \"{name}\"}}'"
+    return "`fedcil schema` prints every key with its type and range"
 
 
 def _refuse_unwritable(value: Any, keys: tuple[str, ...], where: str) -> None:

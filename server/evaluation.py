@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedcil.data.augment import normalise
+from fedcil.data.store import Images
 from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
 from fedcil.messages import Tensors
@@ -48,7 +49,7 @@ class Evaluator:
         device = experiment.compute.device
         data = experiment.data
         labels = torch.from_numpy(experiment.stream.relabel(data.test.labels))
-        self.images = torch.from_numpy(data.test.images).to(device)
+        self.images = Images(data.test, device)
         self.labels = labels.to(device)
         self.mean = torch.tensor(data.mean, device=device)
         self.std = torch.tensor(data.std, device=device)
@@ -76,7 +77,7 @@ class Evaluator:
         confusion = torch.zeros(tasks, tasks, dtype=torch.int64)
         right = torch.zeros(2, tasks, dtype=torch.int64)
         for index in seen.rows.split(BATCH):
-            images, labels = normalise(self.images[index], self.mean, self.std), self.labels[index]
+            images, labels = normalise(self.images.take(index), self.mean, self.std), self.labels[index]
             scores = self.experiment.method.predict(seen.network, state.memory, images)
             if scores.shape != (len(images), task.seen):
                 raise RunFailed(

@@ -42,7 +42,7 @@ class Nodes:
     def __init__(self, grid: Grid, experiment: Experiment, scenario: str, known: Mapping[int, Share]) -> None:
         self._grid, self._tasks, self._scenario = grid, len(experiment.stream.tasks), scenario
         samples = [tuple(row) for row in experiment.task_counts().tolist()]
-        self._roster = Roster(samples, experiment.data.digest, known)
+        self._roster = Roster(samples, experiment.data.digest, experiment.compute.precision, known)
         self._here: set[int] = set()
         self._welcome: set[int] = set()  # nodes that said what they serve
         self._spare: set[int] = set()  # nodes that are here for clients that nobody serves yet

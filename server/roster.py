@@ -16,8 +16,10 @@ from fedcil.hello import Hello, Share
 class Roster:
     """Shares by node; clients are 0..count - 1. ``samples``: by client, what the server knows that it has."""
 
-    def __init__(self, samples: Sequence[tuple[int, ...]], data: str, shares: Mapping[int, Share]) -> None:
-        self._samples, self._data = samples, data
+    def __init__(
+        self, samples: Sequence[tuple[int, ...]], data: str, precision: str, shares: Mapping[int, Share]
+    ) -> None:
+        self._samples, self._data, self._precision = samples, data, precision
         self.shares: dict[int, Share] = dict(shares)
 
     def offers(self, nodes: Collection[int], reserved: Collection[int] = ()) -> dict[int, Share]:
@@ -34,6 +36,10 @@ class Roster:
         share = hello.clients
         if hello.data != self._data:
             raise MessageRefused(f"it has other data: digest {hello.data}", allowed=self._data)
+        if hello.precision != self._precision:
+            raise MessageRefused(
+                f"it computes in {hello.precision}, the server in {self._precision}: give training.precision a name"
+            )
         self._refuse_strangers(hello)
         if not hello.fixed and not set(share) <= set(offer):
             raise MessageRefused(f"it takes {_some(set(share) - set(offer))}, which it was not offered")

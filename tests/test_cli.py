@@ -28,6 +28,7 @@ SMALL = [
 ]
 PRINTED = {
     "run_dir",
+    "name",
     "method",
     "seed",
     "average_incremental_accuracy",
@@ -55,6 +56,10 @@ def test_a_warning_is_told_without_lines_of_the_program(tmp_path: Path) -> None:
     first, *_ = done.stderr.splitlines()
     assert first.startswith("warning: training.precision = 'bf16', but this machine has no instructions for it")
     assert "UserWarning" not in done.stderr
+
+
+def test_version(tmp_path: Path) -> None:
+    assert call("--version", cwd=tmp_path).stdout == f"fedcil {fedcil.__version__}\n"
 
 
 def test_help_loads_neither_torch_nor_flwr_nor_ray(tmp_path: Path) -> None:
@@ -200,7 +205,9 @@ def test_too_few_clients_is_exit_code_4_and_can_be_resumed(tmp_path: Path) -> No
 
 
 def test_a_changed_scenario_is_not_resumed(tmp_path: Path) -> None:
-    call("run", "digits_fedavg", *SMALL, "--max-seconds=0", cwd=tmp_path, expect=5)
+    stopped = call("run", "digits_fedavg", *SMALL, "--max-seconds=0", "--data-root=here", cwd=tmp_path, expect=5)
+    assert "`fedcil resume runs/digits_fedavg-0-" in stopped.stderr
+    assert "--data-root here`" in stopped.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     done = call("resume", str(folder), "--set=training.lr=0.5", "--json", cwd=tmp_path, expect=3)
     assert json.loads(done.stdout)["error"]["kind"] == "not_resumable"
@@ -216,7 +223,7 @@ def test_a_signal_saves_and_a_resume_ends_with_the_same_metrics(number: int, cod
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
-    assert "fedcil resume" in stderr
+    assert f"continue it with `fedcil resume {folder.relative_to(tmp_path)}`" in stderr
     call("resume", str(folder), "--no-figures", cwd=tmp_path)
     assert metrics(folder) == metrics(tmp_path / whole["run_dir"])
 

@@ -136,7 +136,7 @@ def test_json_has_the_names_of_a_summary(tmp_path: Path) -> None:
     runs = [scored(tmp_path / str(seed), seed, 0.2 + 0.2 * seed) for seed in (0, 1)]
     (element,) = json.loads(json.dumps(to_json(compare(runs)), allow_nan=False))
     assert element["runs"][1] == {
-        "run_dir": str(tmp_path / "1"), "method": "fedavg", "seed": 1, **SUMMARY, "final_accuracy": 0.4
+        "run_dir": str(tmp_path / "1"), "name": "trial", "method": "fedavg", "seed": 1, **SUMMARY, "final_accuracy": 0.4
     }  # fmt: skip
     assert set(element["runs"][0]) | {"name", "label", "seeds", "runs", "mean", "std"} == set(element)
     assert element["final_accuracy"] == element["mean"]["final_accuracy"] == pytest.approx(0.3)

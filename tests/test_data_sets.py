@@ -36,6 +36,8 @@ from fedcil.data.cache import Blocks, Recipe, cached, fingerprint
 from fedcil.data.mnist import read_idx
 from fedcil.data.pickles import read_pickle
 from fedcil.data.resize import resize
+from fedcil.data.select import select
+from fedcil.data.store import Images
 from fedcil.errors import DataMissing, InputError, ScenarioError
 from fedcil.keys import Key
 from fedcil.scenario import DataSection
@@ -209,6 +211,20 @@ def test_samples_come_from_what_validation_left() -> None:
     held = load(name="digits", validation=0.2)
     np.testing.assert_array_equal(data.test.images, held.test.images)
     assert rows(data.train) <= rows(held.train)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "meta"])
+def test_a_part_of_a_set_is_read_where_the_set_lies(kind: str) -> None:
+    """Nothing is copied, so that processes share one memory-mapped file; a GPU gets the part alone."""
+    full = load(name="digits")
+    part = select(full, classes=4, validation=0.2, per_class=30, seed=5)
+    assert np.shares_memory(part.train.stored, full.train.stored)
+    assert np.shares_memory(part.test.stored, full.train.stored)
+    assert part.train.nbytes == part.train.images.nbytes == 120 * 64
+    images = Images(part.train, torch.device(kind)).take(torch.tensor([7, 0, 119], device=kind))
+    assert images.shape == (3, 8, 8, 1)
+    if kind == "cpu":
+        np.testing.assert_array_equal(images.numpy(), part.train.images[[7, 0, 119]])
 
 
 def test_too_many_samples_name_the_class() -> None:

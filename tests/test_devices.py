@@ -31,7 +31,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(client, "do_job", give_back)
     monkeypatch.setattr(client, "try_at_once", lambda *_: [])
     experiment = SimpleNamespace(execution=SimpleNamespace(at_once=1))
-    return SimpleNamespace(shared=SimpleNamespace(experiment=experiment, images=torch.zeros(1, device=META)))
+    return SimpleNamespace(shared=SimpleNamespace(experiment=experiment, device=META))
 
 
 def test_clients_start_from_the_model_on_their_device(worker: Any) -> None:

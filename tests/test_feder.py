@@ -183,10 +183,9 @@ def test_a_memory_survives_its_file(small: Any, tmp_path: Path) -> None:
 
 def test_exemplars_come_from_a_file_to_where_the_samples_are(tmp_path: Path) -> None:
     """States are loaded on the CPU; samples may be on a GPU, for which the meta device stands in here."""
-    images, labels = (tensor.to("meta") for tensor in (stored([2, 3]).images, stored([2, 3]).labels))
     store = StateStore(tmp_path)
     name = store.save({"images": stored([0]).images, "labels": stored([0]).labels})
-    shared: Any = SimpleNamespace(states=store, images=images, labels=labels)
+    shared: Any = SimpleNamespace(states=store, device=torch.device("meta"))
     kept = handle.Shared.kept(shared, Job(0, 0, name))
     assert kept is not None
     assert kept["images"].device.type == kept["labels"].device.type == "meta"

@@ -164,7 +164,10 @@ def test_comparison_of_many_groups(tmp_path: Path) -> None:
         for n in range(1, 10)
         for seed in (0, 1)
     ]
-    figures.save_png(figures.compare_figure(compare(runs)), tmp_path / "new" / "all.png")
+    figure = figures.compare_figure(compare(runs))
+    bars = axes_of(figure)[1].patches
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == 9
+    figures.save_png(figure, tmp_path / "new" / "all.png")
     content = (tmp_path / "new" / "all.png").read_bytes()
     assert len(content) < 150_000
     assert pixels(content).std() > 5

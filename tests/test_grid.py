@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +303,7 @@ def test_a_node_with_other_data_is_refused_with_the_reason(tmp_path: Path, monke
 
     def lying(hello: Any) -> bytes:
         other = {client: (1, *counts[1:]) for client, counts in hello.samples.items()}
-        return honest(type(hello)(other if 1 in other else hello.samples, hello.data, hello.fixed))
+        return honest(replace(hello, samples=other if 1 in other else hello.samples))
 
     monkeypatch.setattr(client_app, "pack_hello", lying)
     lines, _ = train(Nodes(three(), tmp_path / "home"), tmp_path / "runs", min_clients=4)

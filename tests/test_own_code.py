@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import fedcil
+from fedcil.engines import alike
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.record.compare import compare, differences
 
@@ -140,3 +141,17 @@ def test_a_name_that_is_not_there_is_not_proposed_again(mine: Any, tmp_path: Pat
     with pytest.raises(ScenarioError) as caught:
         fedcil.run(SCENARIO | {"method": {"name": "mine:Mime"}}, output=tmp_path / "runs")
     assert "did you mean" not in caught.value.what
+
+
+def test_workers_of_one_version_but_other_files_differ(tmp_path: Path) -> None:
+    """Two commits of fedcil may have the same version."""
+    for name in ("fedcil", "client", "server"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("x = 1\n")
+    before = alike.digest_of_files(tmp_path)
+    alike.digest_of_files.cache_clear()
+    assert alike.digest_of_files(tmp_path) == before
+    (tmp_path / "client" / "a.py").write_text("x = 2\n")
+    alike.digest_of_files.cache_clear()
+    changed = alike.digest_of_files(tmp_path)
+    assert changed != before

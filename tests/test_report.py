@@ -171,6 +171,13 @@ def test_class_coverage_has_a_bar_per_class(page: Page) -> None:
     assert "two: 1 images, 25.0 %" in page.text
 
 
+def test_a_method_without_a_generator_has_no_section_of_its_classes(tmp_path: Path) -> None:
+    boundary = {"kind": "boundary", "task": 0, "warnings": [], "cost": COST}
+    text = render_report(make_run(tmp_path / "run", [*LINES[:3], boundary], finished=False))
+    assert "Class coverage" not in text
+    assert "#coverage" not in text
+
+
 def test_scenario_and_environment(run: Run, page: Page) -> None:
     text = page.words()
     assert 'name = "trial" [stream] tasks = 2' in text
@@ -193,7 +200,7 @@ def test_an_unfinished_run_says_so_and_how_to_go_on(tmp_path: Path) -> None:
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [], finished=False)
     page = Page(render_report(run))
-    assert [section["id"] for section in page.all("section")] == SECTIONS
+    assert [section["id"] for section in page.all("section")] == [name for name in SECTIONS if name != "coverage"]
     assert not page.all("img")
     assert "No task has ended yet" in page.text
 

@@ -14,11 +14,11 @@ SAMPLES = [(10, 20), (11, 21), (12, 22), (13, 23), (14, 24), (15, 25)]
 
 
 def roster(**shares: tuple[int, ...]) -> Roster:
-    return Roster(SAMPLES, "digest", {int(node[1:]): share for node, share in shares.items()})
+    return Roster(SAMPLES, "digest", "fp32", {int(node[1:]): share for node, share in shares.items()})
 
 
 def hello(*clients: int, fixed: bool = False, data: str = "digest") -> Hello:
-    return Hello({client: SAMPLES[client] for client in clients}, data, fixed)
+    return Hello({client: SAMPLES[client] for client in clients}, data, "fp32", fixed)
 
 
 def test_newcomers_share_out_what_is_free() -> None:
@@ -51,8 +51,9 @@ def test_a_node_with_its_own_clients_takes_them_from_one_that_is_away_only() -> 
     ("said", "reason"),
     [
         (hello(0, data="other"), "other data"),
-        (Hello({0: (1, 1)}, "digest", True), r"client 0 has \[1, 1\] samples"),
-        (Hello({99: (1, 1)}, "digest", True), "client 99"),
+        (Hello({0: SAMPLES[0]}, "digest", "bf16", True), "computes in bf16, the server in fp32"),
+        (Hello({0: (1, 1)}, "digest", "fp32", True), r"client 0 has \[1, 1\] samples"),
+        (Hello({99: (1, 1)}, "digest", "fp32", True), "client 99"),
         (hello(5), "not offered"),
     ],
 )
@@ -81,7 +82,7 @@ def test_no_client_ever_has_two_nodes_and_nobody_forgets_its_own(visits: list[tu
 
 @given(st.dictionaries(st.integers(0, 10**6), st.tuples(st.integers(0, 10**9), st.integers(0, 10**9))), st.booleans())
 def test_a_hello_survives_the_wire(samples: dict[int, tuple[int, int]], fixed: bool) -> None:
-    said = Hello(samples, "digest", fixed)
+    said = Hello(samples, "digest", "fp32", fixed)
     assert unpack_hello(pack_hello(said), tasks=2, limit=1 << 24) == said
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import time
 import tomllib
 from pathlib import Path
@@ -117,6 +118,14 @@ def test_overrides_leave_the_mapping_that_was_given_alone() -> None:
     mine = {"method": {"name": "fedavg"}, "training": {"rounds": 1}}
     assert load_scenario(mine, ["training.rounds=7", "data.classes=2"]).training.rounds == 7
     assert mine == {"method": {"name": "fedavg"}, "training": {"rounds": 1}}
+
+
+def test_another_method_by_name_alone_is_refused_with_what_does_it() -> None:
+    with pytest.raises(ScenarioError) as error:
+        load_scenario("digits_mfcl", ["method.name=fedavg"])
+    told = re.search(r"--set '(.*)'", error.value.next)
+    assert told
+    assert load_scenario("digits_mfcl", [told[1]]).method.name == "fedavg"
 
 
 # What an error says: (tables, words that must stand in it)

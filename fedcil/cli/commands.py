@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedcil import __version__
 from fedcil.cli import deploy
 from fedcil.cli.guard import guarded, stoppable
 from fedcil.cli.options import DataRoot, Json, MaxSeconds, Sets
@@ -18,6 +19,13 @@ from fedcil.errors import InputError, located
 
 if TYPE_CHECKING:
     from fedcil.record.run import Run
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedcil {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,12 +37,18 @@ app = typer.Typer(
 
 app.add_typer(deploy.app, name="deploy")
 
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end.")]
 Engine = Annotated[str | None, typer.Option(help="inline, ray or flower.")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]
 Figure = Annotated[Path | None, typer.Option(help="Draw the comparison into this PNG.")]
 ScenarioName = Annotated[str, typer.Argument(metavar="SCENARIO", help="A TOML file or a shipped name.")]
 
 KINDS = ("methods", "datasets", "models", "scenarios", "runs")
+
+
+@app.callback()
+def root(version: Version = False) -> None:
+    pass
 
 
 @app.command()

@@ -13,7 +13,7 @@ import typer
 from fedcil.cli.guard import guarded, stoppable
 from fedcil.cli.options import DataRoot, Json, MaxSeconds, Sets
 from fedcil.cli.run_folders import run_folder
-from fedcil.cli.runs import print_runs
+from fedcil.cli.runs import print_runs, refuse_idle
 from fedcil.errors import FedcilError
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def local(
     def work(stop: StopSignal, progress: Callable[[], None]) -> Run:
         return deploy_local(folder, nodes, stop, say, progress)
 
-    conclude(folder, work, max_seconds, figures=figures, json=json)
+    again = f"fedcil deploy local {folder}" + (f" --data-root {data_root}" if data_root else "")
+    conclude(folder, work, again, max_seconds, figures=figures, json=json)
 
 
 @app.command()
@@ -128,7 +129,8 @@ def supervise(
         enrol(control, keys, register, stop)
         return Supervisor(control, folder, min_clients, say).run(stop, lambda: None, progress)
 
-    conclude(folder, work, None, figures=figures, json=json)
+    again = f"fedcil deploy supervise {folder} --superlink {superlink} --pki {pki}"
+    conclude(folder, work, again, None, figures=figures, json=json)
 
 
 def give_data_root(path: Path | None) -> None:
@@ -146,12 +148,13 @@ def say(text: str) -> None:
 def conclude(
     folder: Path,
     work: Callable[[StopSignal, Callable[[], None]], Run],
+    again: str,
     max_seconds: float | None,
     *,
     figures: bool,
     json: bool,
 ) -> None:
-    """Work while showing what is recorded, then draw and print."""
+    """Work while showing what is recorded, then draw and print. ``again`` is the command that goes on with it."""
     from fedcil.api import draw, in_folder
     from fedcil.cli.display import display
     from fedcil.record.folder import METRICS
@@ -167,7 +170,8 @@ def conclude(
 
             run = work(stop, progress)
     except FedcilError as error:
-        raise in_folder(error, folder) from None
+        raise in_folder(error, folder, again) from None
     if figures:
         draw(run)
     print_runs([run], json=json)
+    refuse_idle([run])

@@ -110,7 +110,7 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     their gradients. A robust fold keeps the models of a whole round.
     """
     scenario, task = experiment.scenario, experiment.stream.tasks[-1]
-    stored = experiment.data.train.images.nbytes + experiment.data.test.images.nbytes
+    stored = experiment.data.train.nbytes + experiment.data.test.nbytes
     _, added = scenario.method.extra_images(scenario.training.batch_size, task)
     activations = 2 * (scenario.training.batch_size + added) * activation_bytes(experiment)
     at_once = worker_count(experiment) * experiment.execution.at_once

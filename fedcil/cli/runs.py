@@ -16,18 +16,6 @@ if TYPE_CHECKING:
     from fedcil.record.run import Run
     from fedcil.scenario import Scenario
 
-PRINTED = (
-    "run_dir",
-    "method",
-    "seed",
-    "average_incremental_accuracy",
-    "final_accuracy",
-    "forgetting",
-    "seconds",
-    "bytes_up",
-    "bytes_down",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -146,16 +134,16 @@ def continue_run(unfinished: Run, options: Options) -> Run:
 
 def print_runs(done: Sequence[Run], *, json: bool) -> None:
     """One object for one run, a list for several; a table for people."""
+    from fedcil.record.compare import compare as group
+    from fedcil.record.compare import run_entry, to_table
+
     for run in done:
         _warn_of_failures(run)
     if json:
-        rows = [{name: run.summary[name] for name in PRINTED} for run in done]
+        rows = [run_entry(run) for run in done]
         print(jsonlib.dumps(rows[0] if len(rows) == 1 else rows))
         return
     from rich.console import Console
-
-    from fedcil.record.compare import compare as group
-    from fedcil.record.compare import to_table
 
     Console().print(to_table(group(done)))
     for run in done:

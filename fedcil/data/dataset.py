@@ -17,10 +17,21 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Images and their classes, row by row."""
+    """Images and their classes, row by row. A part of a set keeps hold of all its images and says which are its own."""
 
-    images: Bytes  # (n, height, width, channels), C-contiguous; may be memory-mapped
+    stored: Bytes  # (all, height, width, channels), C-contiguous; may be memory-mapped
     labels: Labels  # (n,), 0 .. classes - 1
+    rows: Labels | None = None  # (n,), of ``stored``; None: all of them
+
+    @property
+    def images(self) -> Bytes:
+        """(n, height, width, channels); a copy if the split is a part."""
+        return self.stored if self.rows is None else self.stored[self.rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its own images."""
+        return len(self.labels) * int(self.stored[:1].nbytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Which images of a full set a run uses: first classes, fixed hold-out, a drawn number per class."""
+"""Which images of a full set a run uses: first classes, fixed hold-out, a drawn number per class. None is copied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Index = Labels  # row numbers, increasing
 
 
 def select(data: Dataset, *, classes: int | None, validation: float, per_class: int | None, seed: int) -> Dataset:
-    """``data`` reduced to what is asked for; where nothing is, the same arrays without a copy.
+    """``data`` reduced to what is asked for; where nothing is, as it is.
 
     1. ``classes``: the first n by the set's own numbering.
     2. ``validation``: that share of each class's training images becomes the test split; the real test
@@ -93,10 +93,8 @@ def _named(data: Dataset, label: int) -> str:
 
 
 def _take(split: Split, rows: Index) -> Split:
-    """The rows of a split; all of them is the split itself, still shared between processes."""
-    if len(rows) == len(split.labels):
-        return split
-    return Split(split.images[rows], split.labels[rows])
+    """The rows of a whole split; all of them is the split itself."""
+    return split if len(rows) == len(split.labels) else Split(split.stored, split.labels[rows], rows)
 
 
 def _digest(source: str, train: Index, test: Index, *, held_out: bool) -> str:

@@ -60,7 +60,7 @@ def worker_bytes(experiment: Experiment, step_bytes: int) -> int:
     model = experiment.first_state().server.model
     payload = scenario.method.payload_bytes(model, experiment.compute)
     models = COPIES * experiment.execution.at_once * count_bytes(model)
-    held = experiment.data.train.images.nbytes + models + 2 * payload + experiment.pool_bytes()
+    held = experiment.data.train.nbytes + models + 2 * payload + experiment.pool_bytes()
     return int(MARGIN * (held + step_bytes)) + CONTEXT_BYTES
 
 

@@ -183,8 +183,7 @@ class RayPort:
         model = ray.put(flatten_tensors(request.broadcast.tensors))
         payload = self._put_payload(request.broadcast.payload)
         if deadline_s is None:
-            todo = [Piece(part.jobs) for part in self._cut(request)]
-            todo.sort(key=lambda piece: self._costs.of(piece.jobs), reverse=True)
+            todo = self._longest_first(Piece(part.jobs) for part in self._cut(request))
         else:  # a piece answers as a whole, and who is late must take no other along
             todo = [Piece((job,)) for job in request.jobs]
         asleep = list(self._asleep.values())
@@ -204,7 +203,8 @@ class RayPort:
             ready, _ = ray.wait(list(busy), num_returns=1, timeout=LOOK_S)
             for reference in ready:
                 worker, given = busy.pop(reference)
-                todo += self._collect(reference, worker, given, gathered, idle)
+                if again := self._collect(reference, worker, given, gathered, idle):
+                    todo = self._longest_first([*todo, *again])
         self._restart([worker for worker, piece in busy.values() if piece])
         self._asleep |= {answer: worker for answer, (worker, piece) in busy.items() if not piece}
         return gathered.outcome()
@@ -218,6 +218,10 @@ class RayPort:
         shared = self._costs.jobs_worth(LEAST_SHARED_S, request.jobs) < len(request.jobs)
         least = self._costs.jobs_worth(LEAST_PIECE_S, request.jobs)
         return cut(request, len(self._crew.workers) if shared else 1, max(self._at_once, least))
+
+    def _longest_first(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """By what their clients took in earlier rounds; where nothing is known, as they are."""
+        return sorted(pieces, key=lambda piece: self._costs.of(piece.jobs), reverse=True)
 
     def _collect(
         self, reference: Any, worker: Any, piece: Piece | None, gathered: Gathered, idle: list[Any]

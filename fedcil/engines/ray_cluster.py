@@ -78,7 +78,7 @@ def cluster(
             signal.signal(number, handler)
     try:
         refuse_too_little(least, share)
-        with contextlib.nullcontext() if address else ray_head.watched(stop, others):
+        with ray_head.last_words(ray_head.LAST) if address else ray_head.watched(stop, others):
             yield
     finally:
         ray.shutdown()

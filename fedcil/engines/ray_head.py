@@ -1,5 +1,5 @@
 """Watching over the Ray that was started here. Left alone, Ray ends this process 16 to 61 s after its head died,
-without a word that a person could use.
+without a word that a person could use. Of a cluster that was attached to only the last words are ours.
 """
 
 from __future__ import annotations

@@ -102,6 +102,13 @@ def to_table(groups: Sequence[Group]) -> Table:
     return table
 
 
+def run_entry(run: Run) -> dict[str, Any]:
+    """A run's name, numbers and costs, and where its folder is now (not where it was made)."""
+    scenario = run.scenario
+    own = {"run_dir": str(run.path), "name": scenario.name, "method": scenario.method.name, "seed": scenario.seed}
+    return own | {name: run.summary[name] for name in METRICS}
+
+
 def differences(groups: Sequence[Group]) -> list[str]:
     """What to know before comparing: settings that differ (a method's own if all are of one), and repeated seeds."""
     settings = [_settings(group.runs[0]) for group in groups]
@@ -200,7 +207,7 @@ def _over(rows: Sequence[Mapping[str, Any]], statistic: Any) -> Values:
 
 
 def _element(group: Group) -> dict[str, Any]:
-    runs = [_run_entry(run) for run in group.runs]
+    runs = [run_entry(run) for run in group.runs]
     return {
         "name": group.name,
         "label": group.label,
@@ -213,12 +220,6 @@ def _element(group: Group) -> dict[str, Any]:
         "mean": group.mean,
         "std": group.std,
     }
-
-
-def _run_entry(run: Run) -> dict[str, Any]:
-    """Where the folder is now, not where it was made."""
-    own = {"run_dir": str(run.path), "method": run.scenario.method.name, "seed": run.scenario.seed}
-    return own | {name: run.summary[name] for name in METRICS}
 
 
 def _cells(group: Group) -> list[str]:

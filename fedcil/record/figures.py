@@ -28,6 +28,7 @@ INK, GREY, FAINT = "#222222", "#777777", "#dddddd"
 # Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
+HATCHES = ("", "//", "..", "xx")
 NAMED_TASKS = 12  # more task names than that would overlap
 ANNOTATED_TASKS = 20  # larger matrices have no room for numbers
 SINGLE_CLIENTS = 60  # more clients are sorted by their main class, so that a pattern can be seen
@@ -355,7 +356,7 @@ def _draw_curve(axes: Any, group: Group, place: int) -> None:
         tasks,
         mean,
         color=colour,
-        linestyle=_dash(place),
+        linestyle=_again(place, DASHES),
         linewidth=2.0,
         marker="o",
         markersize=5,
@@ -379,7 +380,8 @@ def _draw_bars(axes: Any, group: Group, place: int, groups: int) -> None:
             continue
         std = (group.std[name] if group.std else None) or 0.0
         centre = bar + (place - (groups - 1) / 2) * width
-        axes.bar(centre, 100 * mean, 0.92 * width, color=PALETTE[place % len(PALETTE)])
+        colour, hatch = PALETTE[place % len(PALETTE)], _again(place, HATCHES)
+        axes.bar(centre, 100 * mean, 0.92 * width, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
         if std:
             axes.errorbar(centre, 100 * mean, 100 * std, color=INK, linewidth=1.2, capsize=3)
         if groups <= 4:
@@ -387,9 +389,9 @@ def _draw_bars(axes: Any, group: Group, place: int, groups: int) -> None:
             axes.text(centre, top + 1, f"{100 * mean:.1f}", ha="center", va="bottom", fontsize=8)
 
 
-def _dash(place: int) -> str:
-    """Colours begin again after the seventh group, then with another kind of line."""
-    return DASHES[place // len(PALETTE) % len(DASHES)]
+def _again(place: int, styles: Sequence[str]) -> str:
+    """Colours begin again after the seventh group, then with another line or hatch."""
+    return styles[place // len(PALETTE) % len(styles)]
 
 
 def _clean(axes: Any, grid: str) -> None:

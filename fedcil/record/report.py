@@ -66,7 +66,7 @@ def render_report(run: Run) -> str:
         figures=list(_figures(run)),
         matrix=[[None if np.isnan(value) else float(value) for value in row] for row in run.accuracy_matrix],
         tasks=[_task_row(run, task) for task in range(_tasks_begun(run))],
-        boundaries=[_boundary(run, line) for line in run.kind("boundary")],
+        boundaries=[_boundary(run, line) for line in run.kind("boundary") if _has_coverage(line)],
         rounds=[_rounds_of(run, task) for task in range(_tasks_begun(run))],
         toml=(run.path / "scenario.toml").read_text(encoding="utf-8"),
         environment=_rows(run.environment),
@@ -150,6 +150,11 @@ def _task_row(run: Run, task: int) -> dict[str, Any]:
             "classes": len(end["classes"]),
         }
     return row
+
+
+def _has_coverage(line: Mapping[str, Any]) -> bool:
+    """A method without a generator has neither."""
+    return bool(line.get("histogram") or line["warnings"])
 
 
 def _boundary(run: Run, line: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class Bench:
             yield running["ours"], {name: running.get(name) for name in (*LOOPS, *peers)}
 
     def overhead(self) -> Rows:
-        sizes = (((10, 100), 1),) if self.quick else (((10, 100, 1000), 1), ((10,), 45), ((100, 1000), 45))
+        sizes = (((10, 100), 1),) if self.quick else (((10, 100, 1000), 1), ((10, 100), 45), ((1000,), 45))
         rows: Rows = {}
         for clients, megabytes in sizes:
             rows |= overhead.measure(clients, megabytes, self.repeats, self.log)

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from scenarios.benchmarks.peers.session import Session, sessions
 from scenarios.benchmarks.timing import Figure, against, in_turn
 
 ENGINES = ("inline", "ray")
 LIMIT_S = 20.0  # for the repeats of one row; the last one begun is finished
-FLOWER_MB = 1000  # it holds all replies, more than once
+FLOWER_HOLDS = 2.5  # times all replies of a round: 10 GB with 100 of 45 MB
 
 
 def measure(
@@ -26,7 +28,7 @@ def measure(
     much for Flower only what ours cost.
     """
     programs = {name: (sys.executable, "engine", str(megabytes), name) for name in engines}
-    if max(clients) * megabytes <= FLOWER_MB:
+    if FLOWER_HOLDS * max(clients) * megabytes * 1e6 < psutil.virtual_memory().available:
         programs["flower"] = (sys.executable, "flower_empty", str(megabytes))
     figures: dict[str, Figure] = {}
     with sessions(log, programs) as sides:
