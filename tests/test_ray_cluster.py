@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ SHORT = ["data.classes=4", "stream.tasks=1", "training.rounds=2", "training.epoc
 
 # ``node``, ``cluster`` with one of them, and ``run(folder, *overrides)``; a refusal is printed.
 CLUSTER = """
-import json, os, sys, time
+import json, os, sys, threading, time
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from pathlib import Path
 import ray
@@ -28,14 +29,16 @@ from ray.cluster_utils import Cluster
 from fedcil import api
 from fedcil.engines import ray as engine
 from fedcil.errors import FedcilError
+from fedcil.port import StopSignal
 
+stop = StopSignal()
 node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args=node)
 
 def run(folder, *overrides):
     settings = ["engine.name='ray'", f"engine.address='{cluster.address}'", *overrides]
     try:
-        api.run("digits_fedavg", overrides=settings, output=folder, figures=False)
+        api.run("digits_fedavg", overrides=settings, output=folder, figures=False, stop=stop)
     except FedcilError as error:
         print(error)
     finally:
@@ -67,6 +70,7 @@ ray.put, ray.wait = ask, lose_answers
 run(sys.argv[1], "engine.workers=2", *sys.argv[2:])
 """
 
+# Whoever starts while the file ``broken`` is there fails; a node joins, and meets it, after the first round.
 BROKEN = """
 broken = Path(sys.argv[2])
 
@@ -84,8 +88,29 @@ def break_the_next_node(crew):
         cluster.add_node(**node)
     return newcomers(crew)
 
+def go_on_for_a_while(message, **_):
+    print(message)
+    print("lines then:", len(next(Path(sys.argv[1]).glob("*/metrics.jsonl")).read_text().splitlines()))
+    threading.Timer(4.0, stop.set, (5,)).start()
+
 newcomers, engine.Crew.newcomers = engine.Crew.newcomers, break_the_next_node
+engine.warnings.warn = go_on_for_a_while
 run(sys.argv[1], *sys.argv[3:])
+"""
+
+# After the first round.
+HEADLESS = """
+killed = False
+
+def kill_the_head(crew):
+    global killed
+    if not killed and any(path.stat().st_size for path in Path(sys.argv[1]).glob("*/metrics.jsonl")):
+        killed = True
+        cluster.head_node.kill_gcs_server()
+    return newcomers(crew)
+
+newcomers, engine.Crew.newcomers = engine.Crew.newcomers, kill_the_head
+run(sys.argv[1], *sys.argv[2:])
 """
 
 # Somebody else has the CPU of the first node.
@@ -184,11 +209,27 @@ def test_workers_that_cannot_start_end_the_run_with_their_reason(tmp_path: Path)
     assert "`fedcil resume" in said
 
 
-def test_a_node_that_joins_and_cannot_train_is_said(tmp_path: Path) -> None:
-    said = on_a_cluster(BROKEN, tmp_path / "ray", tmp_path / "broken", *SHORT, "training.rounds=10000")
-    assert "a Ray worker could not start: fedcil.errors.FedcilError: no data here\n" in said
+def test_a_node_that_joins_and_cannot_train_is_said_and_done_without(tmp_path: Path) -> None:
+    """Nor is it tried again and again."""
+    said = on_a_cluster(BROKEN, tmp_path / "ray", tmp_path / "broken", *SHORT, "training.rounds=10000").splitlines()
+    assert said[0] == (
+        "the run goes on without one of its workers: "
+        "a Ray worker could not start: fedcil.errors.FedcilError: no data here"
+    )
+    assert said[2] == "the run was stopped"
     (folder,) = (tmp_path / "ray").iterdir()
-    assert api.load(folder).lines  # and can be resumed without it
+    assert len(api.load(folder).lines) > int(said[1].removeprefix("lines then: "))
+
+
+def test_the_death_of_a_cluster_that_was_there_before_is_said(tmp_path: Path) -> None:
+    """Ray ends the process from C++, here after 3 instead of 60 seconds."""
+    command = [sys.executable, "-c", CLUSTER + HEADLESS, str(tmp_path / "ray"), *SHORT, "training.rounds=10000"]
+    soon = os.environ | {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}
+    done = subprocess.run(command, env=soon, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    assert "error: this process was ended from outside: killed, or by Ray, whose head died\n" in done.stderr
+    (folder,) = (tmp_path / "ray").iterdir()
+    assert len(api.load(folder).lines) > 0
 
 
 def test_a_cluster_without_room_is_not_waited_for_in_silence(tmp_path: Path) -> None:

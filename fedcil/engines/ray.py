@@ -26,7 +26,7 @@ from fedcil.engines.alike import Identity, differences, identity_of
 from fedcil.engines.costs import Costs
 from fedcil.engines.flat import Flat, FlatReply, Row, flatten_tensors, row_of_job
 from fedcil.engines.ray_cluster import cluster, share_of_worker, store_bytes
-from fedcil.engines.ray_room import free_cpus, room
+from fedcil.engines.ray_room import free_cpus, node_names, room
 from fedcil.engines.workers import CpuSeconds, Share, worker_count
 from fedcil.errors import RunFailed
 from fedcil.experiment import open_experiment
@@ -120,6 +120,7 @@ class Crew:
         self._limit = scenario.engine.workers or scenario.clients.per_round
         self._share = share
         self._looked = 0.0
+        self._no_use: frozenset[str] = frozenset()  # nodes that were there when one could not train
         held = {"num_cpus": share.cpus, "num_gpus": share.gpus}
         actor = ray.remote(**held, max_restarts=-1, max_task_retries=0)(ClientWorker)
         root = setting.data_root.absolute() if setting.data_root else None
@@ -130,9 +131,17 @@ class Crew:
         if len(self.workers) >= self._limit or time.monotonic() - self._looked < LOOK_FOR_NODES_S:
             return []
         self._looked = time.monotonic()
+        if self._no_use and node_names() <= self._no_use:
+            return []
         hired = [self._hire() for _ in range(min(self._limit, room(self._share)) - len(self.workers))]
         self.workers += hired
         return hired
+
+    def dismiss(self, worker: Any) -> None:
+        """Its place stays empty until another node joins: Ray would put the next one there, too."""
+        ray.kill(worker)
+        self.workers.remove(worker)
+        self._no_use = node_names()
 
     def refuse_stranger(self, there: Identity) -> None:
         differing = differences(there, self.identity)
@@ -234,9 +243,10 @@ class RayPort:
             answer = ray.get(reference)
         except (RayActorError, ObjectLostError) as error:
             if getattr(error, "actor_init_failed", False):
-                raise could_not_start(error) from None
-            time.sleep(LOOK_S)  # it is being restarted; asking it without a pause would spin
-            self._greet([worker])
+                self._go_on_without(worker, could_not_start(error))
+            else:
+                time.sleep(LOOK_S)  # it is being restarted; asking it without a pause would spin
+                self._greet([worker])
             return self._again(piece, gathered) if piece else []
         except RayError as error:
             idle.append(worker)
@@ -245,14 +255,25 @@ class RayPort:
             for job in piece.jobs if piece else ():
                 gathered.fail(job.client, "worker", str(getattr(error, "cause", error)))
             return []
-        idle.append(worker)
         if piece:
             reply = answer.reply()
             gathered.add(reply)
             self._costs.learn(reply.reports)
         else:
-            self._crew.refuse_stranger(answer)
+            try:
+                self._crew.refuse_stranger(answer)
+            except RunFailed as problem:
+                self._go_on_without(worker, problem)
+                return []
+        idle.append(worker)
         return []
+
+    def _go_on_without(self, worker: Any, problem: RunFailed) -> None:
+        """Others can do its work; where there are none, its problem is the run's."""
+        if len(self._crew.workers) == 1:
+            raise problem from None
+        self._crew.dismiss(worker)
+        warnings.warn(f"the run goes on without one of its workers: {problem.what}", stacklevel=1)
 
     def _again(self, piece: Piece, gathered: Gathered) -> list[Piece]:
         if piece.attempts + 1 < ATTEMPTS:

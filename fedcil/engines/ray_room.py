@@ -33,6 +33,10 @@ def nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def node_names() -> frozenset[str]:
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
 def room_on(node: Mapping[str, float], share: Share) -> int:
     """A worker's CPUs are of one node, and a part of a GPU is of one GPU."""
     by_cpu, gpus = int(node.get("CPU", 0.0)) // share.cpus, node.get("GPU", 0.0)
