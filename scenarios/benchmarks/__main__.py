@@ -2,7 +2,8 @@
 
     python -m scenarios.benchmarks [--quick] [--only step,rounds,...] [--repeats N] [--output DIR]
 
-Parts: step, floor, boundary, rounds, overhead, workers, memory, whole; the JSON is written after each of them. Peers
+Parts: step, floor, boundary, rounds, overhead, workers, memory, whole; the JSON is written after each of them. Only
+when named: resnet18_ten, the rounds of ResNet-18 with ten clients instead of two, a quarter of an hour by itself. Peers
 get virtual environments below ``--output``/peers; one that cannot be installed is reported as not measured.
 """
 
@@ -30,6 +31,7 @@ from scenarios.benchmarks.timing import NOT_MEASURED, Figure
 
 Rows = dict[str, Any]
 LOOPS = {"plain": (), "plain_kept": ("kept",)}
+BY_NAME_ONLY = ("resnet18_ten",)
 
 
 class Bench:
@@ -51,6 +53,7 @@ class Bench:
                 "workers": self.workers,
                 "memory": memory.measure,
                 "whole": lambda: whole.measure(("digits_fedavg", "digits_mfcl", "digits_oracle"), 3),
+                "resnet18_ten": lambda: self.resnet18(self.peers(), clients=10, limit_s=600),
             }
 
     def rows(self, name: str) -> Rows:
@@ -81,12 +84,13 @@ class Bench:
         peers = {name: python if sides[name] else None for name, python in peers.items()}
         with self.sides(peers, data) as (ours, sides):
             rows |= rounds.measure("cnn4", ours, sides, self.repeats, self.precisions)
-        if self.quick:
-            return rows
-        data = rounds.write_data(self.output / "round2.npz", clients=2)
-        with self.sides(peers, data) as (ours, sides):  # two clients and a limit: a round of one side takes seconds
-            some = {"clients": 2, "limit_s": 180}
-            return rows | rounds.measure("resnet18", ours, sides, self.repeats, self.precisions, **some)
+        return rows if self.quick else rows | self.resnet18(peers, clients=2, limit_s=180)
+
+    def resnet18(self, peers: Mapping[str, Path | None], clients: int, limit_s: float) -> Rows:
+        """Few clients, and a limit: a client takes seconds."""
+        data = rounds.write_data(self.output / f"round{clients}.npz", clients)
+        with self.sides(peers, data) as (ours, sides):
+            return rounds.measure("resnet18", ours, sides, self.repeats, self.precisions, clients, limit_s)
 
     def weights(self, data: Path, sides: dict[str, Session | None]) -> Rows:
         """Of all but the plain loop against it; a side whose weights are others, or that cannot start, becomes None."""
@@ -143,7 +147,7 @@ def main() -> int:
     keep_freed_memory()  # as ``fedcil run`` does; whatever it is held against is a process of its own
     options.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.quick, options.repeats, options.output.absolute())
-    wanted = options.only.split(",") if options.only else list(bench.parts)
+    wanted = options.only.split(",") if options.only else [name for name in bench.parts if name not in BY_NAME_ONLY]
     if strange := [name for name in wanted if name not in bench.parts]:
         raise SystemExit(f"--only: no part {', '.join(strange)} here; allowed: {', '.join(bench.parts)}")
     path = options.output / ("quick.json" if options.quick else "bench.json")
