@@ -36,7 +36,7 @@ def test_a_peer_is_driven_line_by_line_and_ends_with_its_session(tmp_path: Path)
     data = write_data(tmp_path / "data.npz")
     with sessions(tmp_path / "log", {"plain": (sys.executable, "plain", data)}) as sides:
         for _ in range(2):  # what was begun before leaves nothing behind
-            assert weights_differ(data, sides["plain"]) == 0.0
+            assert weights_differ(data, sides["plain"]) <= AGREE
             cpu, wall = sides["plain"].round()
             assert cpu > 0
             assert wall > 0

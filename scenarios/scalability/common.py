@@ -199,7 +199,7 @@ def fill(axis: Axes, panel: Panel) -> None:
     if panel.log[1]:
         axis.set_yscale("log")
     if panel.zero:  # and room for the legend above what is flat
-        axis.set_ylim(0, 1.4 * max(max(ys) for _, ys in [*panel.points.values(), *panel.ideal.values()]))
+        axis.set_ylim(0, 1.7 * max(max(ys) for _, ys in [*panel.points.values(), *panel.ideal.values()]))
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
 
