@@ -56,8 +56,7 @@ def local(
     def work(stop: StopSignal, progress: Callable[[], None]) -> Run:
         return deploy_local(folder, nodes, stop, say, progress)
 
-    again = f"fedcil deploy local {folder}" + (f" --data-root {data_root}" if data_root else "")
-    conclude(folder, work, again, max_seconds, figures=figures, json=json)
+    conclude(folder, work, "fedcil deploy local", data_root, max_seconds, figures=figures, json=json)
 
 
 @app.command()
@@ -129,8 +128,8 @@ def supervise(
         enrol(control, keys, register, stop)
         return Supervisor(control, folder, min_clients, say).run(stop, lambda: None, progress)
 
-    again = f"fedcil deploy supervise {folder} --superlink {superlink} --pki {pki}"
-    conclude(folder, work, again, None, figures=figures, json=json)
+    command = f"fedcil deploy supervise --superlink {superlink} --pki {pki}"
+    conclude(folder, work, command, data_root, None, figures=figures, json=json)
 
 
 def give_data_root(path: Path | None) -> None:
@@ -148,13 +147,14 @@ def say(text: str) -> None:
 def conclude(
     folder: Path,
     work: Callable[[StopSignal, Callable[[], None]], Run],
-    again: str,
+    command: str,
+    data_root: Path | None,
     max_seconds: float | None,
     *,
     figures: bool,
     json: bool,
 ) -> None:
-    """Work while showing what is recorded, then draw and print. ``again`` is the command that goes on with it."""
+    """Work while showing what is recorded, then draw and print. ``command`` goes on with it."""
     from fedcil.api import draw, in_folder
     from fedcil.cli.display import display
     from fedcil.record.folder import METRICS
@@ -170,7 +170,7 @@ def conclude(
 
             run = work(stop, progress)
     except FedcilError as error:
-        raise in_folder(error, folder, again) from None
+        raise in_folder(error, folder, command, data_root) from None
     if figures:
         draw(run)
     print_runs([run], json=json)
