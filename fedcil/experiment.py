@@ -60,6 +60,11 @@ class Experiment:
     def timeline(self) -> Timeline:
         return self.population.timeline
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of this scenario, its data and this machine."""
+        return (*self.scenario.notes, *self.data.notes, *self.compute.notes)
+
     def number(self, cursor: Cursor) -> int:
         """Of the round that the cursor stands before, counted from the start of the run."""
         return self.timeline.number(cursor.task, cursor.phase, cursor.round)

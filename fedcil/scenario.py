@@ -151,7 +151,7 @@ class PopulationSection(Section):
     name: Literal["fixed", "turnover", "growing"] = Field(
         "fixed", description="the same all the time, replaced by newcomers, or more at each task border"
     )
-    size: Positive | None = Field(None, description="turnover: members at any time; growing: members in the first task")
+    size: Positive | None = Field(None, description="turnover, growing: members at any time; in the first task")
     replaced_per_task: Share = Field(0.0, description="turnover: share that newcomers replace at each task border")
     replaced_per_round: Share = Field(
         0.0, description="turnover: share that newcomers replace before each round but a phase's first"
@@ -193,7 +193,7 @@ class AvailabilitySection(Section):
     period: Above0 = Field(24.0, description="diurnal: rounds of a day")
     spread: Share = Field(1.0, description="diurnal: part of a period that the clients' phases are spread over")
     file: str | None = Field(
-        None, description="recorded: a metrics.jsonl to replay; trace: a CSV file with client,from,to"
+        None, description="recorded, trace: a metrics.jsonl to replay; a CSV file with client,from,to"
     )
 
     @model_validator(mode="after")
@@ -244,7 +244,7 @@ class ModelSection(Section):
     width: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         None, description="channels of the first stage; default: the model's own"
     )
-    stem: Literal["3x3", "3x3_stride2", "7x7"] = Field("3x3", description="resnets: first layer")
+    stem: Literal["3x3", "3x3_stride2", "7x7"] = Field("3x3", description="resnet8, resnet18: first layer")
 
 
 class TrainingSection(Section):
@@ -310,8 +310,8 @@ class EngineSection(Section):
     )
     processes: bool | None = Field(
         None,
-        description="inline, Linux: workers but one are processes; default: for small models and long runs without "
-        "server.deadline_s",
+        description="inline: all workers but one are processes (Linux); default: for small models and long runs "
+        "without server.deadline_s",
     )
     lanes: Annotated[int, Field(ge=0, le=64)] | None = Field(
         None,
@@ -430,6 +430,16 @@ class Scenario(Section):
                 f" {self.stream.tasks} tasks needs {'at least ' * bool(self.population.replaced_per_round)}{needed}"
                 " (newcomers are clients never seen before)"
             )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Settings that do nothing: what was meant may be something else."""
+        parts = {key: part for key, part in self if isinstance(part, Section)}
+        return tuple(
+            f"{table}.{key} does nothing with {table}.name = {name!r}; it is for {', '.join(map(repr, users))}"
+            for table, part in parts.items()
+            for name, key, users in part.idle()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those that are not set (TOML has no null)."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
-from fedcil.methods.base import Notice, Progress
+from fedcil.methods.base import Boundary, Notice, Progress, returned
 from fedcil.models.network import grow_head
 from fedcil.state import ServerState
 from fedcil.stream import Task
@@ -26,7 +26,7 @@ def cross(state: ServerState, task: Task, experiment: Experiment, progress: Prog
     server, so that all clients of the next task start from the same new rows. RunFailed if what was made is not finite.
     """
     key = experiment.key.at("boundary", task.index)
-    made = experiment.method.boundary(state, task, key, experiment.compute, progress)
+    made = returned(experiment.method.boundary(state, task, key, experiment.compute, progress), Boundary, "boundary")
     refuse_diverged(made.state, task)
     after = experiment.stream.tasks[task.index + 1]
     model = grow_head(made.state.model, after.seen, key.at("head").torch())

@@ -21,7 +21,7 @@ from fedcil.clock import Devices, asked_clients, make_devices
 from fedcil.errors import RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment
 from fedcil.messages import BORDER, UNEXPECTED, Outcome, Payload, Request, count_bytes
-from fedcil.methods.base import Phase
+from fedcil.methods.base import Phase, returned
 from fedcil.port import Port, StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.state import Cursor, RunState, ServerState
@@ -118,7 +118,7 @@ def open_session(
 def run_tasks(session: Session, state: RunState) -> RunState:
     """From ``state`` to the end of the stream. Stopped and TooFewClients leave a checkpoint behind."""
     experiment = session.experiment
-    for note in (*experiment.data.notes, *experiment.compute.notes):
+    for note in experiment.notes:
         warnings.warn(note, stacklevel=2)
     torch.set_num_threads(experiment.scenario.server.threads)
     forget_peak()
@@ -154,7 +154,8 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     status = round_status(answered.count, wanted, scenario.server.quorum, rule_of(experiment, phase).least)
     server = state.server
     if status == "ok":
-        server = unchanged(experiment.method.reduce(server, phase, outcome.total), server, experiment.frozen)
+        reduced = returned(experiment.method.reduce(server, phase, outcome.total), ServerState, "reduce")
+        server = unchanged(reduced, server, experiment.frozen)
     else:
         answered = answered.held_back()
     stopwatch.stage("reduce")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
+from uuid import uuid4
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -128,6 +132,34 @@ def stopped_run() -> Callable[..., Path]:
         return folder
 
     return run
+
+
+@pytest.fixture
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Fails if a process that this test has started is still there after so many seconds, whoever its parent is by
+    then: it is known by a mark in its environment.
+    """
+    mark = uuid4().hex
+    monkeypatch.setenv("FEDCIL_TEST", mark)
+    monkeypatch.setenv("SPT_NOENV", "1")  # or Ray's processes write their names over it
+
+    def check(within: float) -> None:
+        until = time.monotonic() + within
+        while (left := marked(mark)) and time.monotonic() < until:
+            time.sleep(0.2)
+        assert not left
+
+    return check
+
+
+def marked(mark: str) -> list[str]:
+    """Commands of the running processes whose environment has it."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it ends just now, or is another user's
+            if process.environ().get("FEDCIL_TEST") == mark:
+                found.append(f"{process.pid}: {' '.join(process.cmdline())}")
+    return found
 
 
 @pytest.fixture(scope="session")

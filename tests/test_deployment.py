@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
 import pytest
 
 from fedcil.deploy.control import Control, ControlFailed, wait_healthy
@@ -31,7 +30,7 @@ from fedcil.deploy.processes import (
 )
 from fedcil.port import StopSignal
 
-pytestmark = [pytest.mark.slow, pytest.mark.engines, pytest.mark.timeout(290)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
 LOOPBACK = ("127.0.0.1", "localhost")
 T = TypeVar("T")
 
@@ -182,19 +181,13 @@ def metrics(folder: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
 
 
-def flowers() -> set[int]:
-    """Flower's processes on this machine."""
-    found = psutil.process_iter(["pid", "cmdline"])
-    return {
-        p.info["pid"] for p in found if any("flower-" in word or "flwr-" in word for word in p.info["cmdline"] or ())
-    }
-
-
-def test_deploy_local_gives_the_metrics_of_the_simulation_and_leaves_nothing(tmp_path: Path) -> None:
-    sets, before = [word for text in SMALL for word in ("--set", text)], flowers()
+def test_deploy_local_gives_the_metrics_of_the_simulation_and_leaves_nothing(
+    nothing_left: Callable[[float], None], tmp_path: Path
+) -> None:
+    sets = [word for text in SMALL for word in ("--set", text)]
     done = fedcil("deploy", "local", "deploy_digits", "--nodes", "3", *sets, folder=tmp_path / "servers")
     assert done.returncode == 0, done.stderr
-    assert flowers() <= before
+    nothing_left(1.0)
     for engine in ("inline", "ray"):
         assert fedcil("run", "deploy_digits", "--engine", engine, *sets, folder=tmp_path / engine).returncode == 0
         assert metrics(tmp_path / "servers") == metrics(tmp_path / engine)
@@ -203,16 +196,18 @@ def test_deploy_local_gives_the_metrics_of_the_simulation_and_leaves_nothing(tmp
     assert stat.S_IMODE(next((tmp_path / "servers").glob("*/deployment/pki/server/server.key")).stat().st_mode) == 0o600
 
 
-def test_ctrl_c_leaves_no_process_and_the_run_goes_on_anywhere(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_process_and_the_run_goes_on_anywhere(
+    nothing_left: Callable[[float], None], tmp_path: Path
+) -> None:
     """Stopped on real servers; finished in simulation, and on other servers with another number of nodes."""
-    sets, before = [word for text in SMALL for word in ("--set", text)], flowers()
+    sets = [word for text in SMALL for word in ("--set", text)]
     words = ["deploy", "local", "deploy_digits", "--nodes", "2", *sets, "--output", str(tmp_path / "a"), "--no-figures"]
     process = subprocess.Popen([sys.executable, "-m", "fedcil", *words], stderr=subprocess.PIPE, text=True)
     assert wait_for(lambda: any(path.stat().st_size for path in (tmp_path / "a").glob("*/metrics.jsonl")), 150.0)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in errors) == (130, False), errors
-    assert flowers() <= before
+    nothing_left(1.0)
     (run,) = (tmp_path / "a").iterdir()
     shutil.copytree(run, tmp_path / "b" / run.name)
     for more in (["deploy", "local", str(run), "--nodes", "3"], ["resume", str(tmp_path / "b" / run.name)]):

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +26,9 @@ from fedcil.messages import Broadcast, Job, Report, Request, count_bytes
 from fedcil.port import StopSignal
 from fedcil.scenario_file import load_scenario
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.engines]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
+Left = Callable[[float], None]
 METHODS = {
     "mfcl": "{name='mfcl', preset='small', steps=5, pool=64}",
     "feder": "{name='feder', memory=20}",
@@ -34,7 +36,6 @@ METHODS = {
 }
 SMALL = ["data.classes=4", "stream.tasks=2", "training.rounds=2", "training.epochs=1"]
 ENGINES = [("inline", 2), ("ray", 1), ("ray", 2), ("flower", 2)]
-DAEMONS = ("raylet", "gcs_server", "ray::", "default_worker.py", "flower-", "flwr-")
 
 
 def start(method: str, engine: str, workers: int, cwd: Path, *more: str) -> list[str]:
@@ -102,21 +103,21 @@ def test_robust_folds_and_limits_agree_bit_for_bit(engine: str, rule: str, tmp_p
 
 
 @pytest.mark.parametrize("engine", ["ray", "flower"])
-def test_no_process_is_left_behind(engine: str, tmp_path: Path) -> None:
-    before = daemons()
+def test_no_process_is_left_behind(engine: str, nothing_left: Left, tmp_path: Path) -> None:
     run("afcl", engine, 1, tmp_path)
-    assert_gone(before)
+    nothing_left(20.0)
 
 
 @pytest.mark.parametrize("engine", ["ray", "flower"])
-def test_a_stopped_engine_leaves_nothing_and_resumes_on_another(engine: str, reference: Any, tmp_path: Path) -> None:
+def test_a_stopped_engine_leaves_nothing_and_resumes_on_another(
+    engine: str, reference: Any, nothing_left: Left, tmp_path: Path
+) -> None:
     """--max-seconds is Ctrl-C without a race: the signal is set when the run has hardly begun."""
-    before = daemons()
     command = [*start("mfcl", engine, 2, tmp_path), "--max-seconds=25"]
     stopped = [*command[:-1], "--max-seconds=0"]
     done = subprocess.run(stopped, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 5, done.stderr
-    assert_gone(before)
+    nothing_left(20.0)
     (folder,) = (tmp_path / "runs").iterdir()
     command = [sys.executable, "-m", "fedcil", "resume", str(folder), "--engine", "inline", "--no-figures"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=200, stdout=subprocess.DEVNULL)
@@ -124,8 +125,7 @@ def test_a_stopped_engine_leaves_nothing_and_resumes_on_another(engine: str, ref
 
 
 @pytest.mark.parametrize("engine", ["ray", "flower"])
-def test_sigterm_saves_and_ends_with_its_code(engine: str, reference: Any, tmp_path: Path) -> None:
-    before = daemons()
+def test_sigterm_saves_and_ends_with_its_code(engine: str, reference: Any, nothing_left: Left, tmp_path: Path) -> None:
     command = [*start("mfcl", engine, 2, tmp_path, "training.rounds=2"), "--output", str(tmp_path / "out")]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         for _ in range(1800):
@@ -137,7 +137,7 @@ def test_sigterm_saves_and_ends_with_its_code(engine: str, reference: Any, tmp_p
         _, stderr = process.communicate(timeout=100)
     assert process.returncode == 143, stderr
     assert "fedcil resume" in stderr
-    assert_gone(before)
+    nothing_left(20.0)
     (folder,) = (tmp_path / "out").iterdir()
     command = [sys.executable, "-m", "fedcil", "resume", str(folder), "--engine", "inline", "--no-figures"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=200, stdout=subprocess.DEVNULL)
@@ -165,15 +165,14 @@ def test_a_killed_ray_worker_changes_nothing(tmp_path: Path) -> None:
     assert metrics(folder) == expected
 
 
-def test_a_node_comes_and_goes_in_a_run_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_node_comes_and_goes_in_a_run_and_changes_nothing(nothing_left: Left, tmp_path: Path) -> None:
     """Ray's own cluster of several nodes on one machine: the newcomer's worker gets jobs, and loses them again."""
     script = Path(__file__).parent.parent / "scenarios" / "scalability" / "nodes.py"
-    before = daemons()
     command = [sys.executable, str(script), "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search("same metrics as inline: yes, over [1-9]", done.stdout)
-    assert_gone(before)
+    nothing_left(20.0)
 
 
 def test_the_longest_jobs_come_first_once_their_cost_is_known() -> None:
@@ -290,21 +289,3 @@ def kill_a_worker(process: subprocess.Popen[bytes], output: Path) -> None:
                 child.kill()
                 return
     raise AssertionError("no Ray worker was found")
-
-
-def daemons() -> set[int]:
-    """Processes of Ray and Flower, by id."""
-    found = set()
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if any(name in words for name in DAEMONS) and "pytest" not in words:
-            found.add(process.info["pid"])
-    return found
-
-
-def assert_gone(before: set[int]) -> None:
-    for _ in range(100):
-        if daemons() <= before:
-            return
-        time.sleep(0.2)
-    raise AssertionError(f"still running: {daemons() - before}")

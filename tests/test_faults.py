@@ -104,7 +104,6 @@ def test_a_run_that_ends_before_the_fault_passes(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.engines
 @pytest.mark.timeout(290)
 @pytest.mark.parametrize("name", RAY)
 def test_a_process_of_ray_that_dies_has_the_outcome_that_is_required(name: str, tmp_path: Path) -> None:

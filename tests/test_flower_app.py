@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ["data.classes=4", "stream.tasks=2", "training.rounds=1", "training.epochs=1", "method.steps=3"]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(290), pytest.mark.engines]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
 
 
 def free_port() -> int:

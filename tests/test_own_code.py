@@ -80,6 +80,24 @@ def test_scores_of_another_shape_end_the_run(mine: Any, tmp_path: Path) -> None:
     assert "(images, classes seen)" in caught.value.allowed
 
 
+@pytest.mark.parametrize(
+    ("built", "says"),
+    [
+        ("Method(reduce=lambda state, phase, total: None)", "reduce returned NoneType, not a fedcil.state.ServerState"),
+        (
+            "Method(boundary=lambda state, *_: state)",
+            "boundary returned ServerState, not a fedcil.methods",
+        ),
+    ],
+)
+def test_what_a_method_must_return_is_said_where_it_returns_something_else(
+    built: str, says: str, mine: Any, tmp_path: Path
+) -> None:
+    mine(built)
+    with pytest.raises(RunFailed, match=f"the method's {says}"):
+        fedcil.run(SCENARIO, output=tmp_path / "runs", figures=False)
+
+
 def command(folder: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
     tables = ["data={name='synthetic', classes=4, samples_per_class=8}", "method={name='mine:Mine'}", "stream.tasks=2"]
     tables += ["clients={count=2, per_round=2}"]

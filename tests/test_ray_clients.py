@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.engines]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 # Of 33 samples client 0 has 5, in one batch, and the others 4.
 MODULE = """

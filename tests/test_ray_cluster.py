@@ -15,7 +15,7 @@ import pytest
 from fedcil import api
 from fedcil.record.run import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280), pytest.mark.engines]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 SHORT = ["data.classes=4", "stream.tasks=1", "training.rounds=2", "training.epochs=1"]
 

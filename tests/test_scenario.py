@@ -253,6 +253,30 @@ def test_a_misspelt_name_is_guessed() -> None:
 # Frozen values
 
 
+@pytest.mark.parametrize(
+    ("tables", "says"),
+    [
+        ({"partition": {"name": "iid", "alpha": 0.1}}, ["partition.alpha does nothing with partition.name = 'iid'"]),
+        ({"partition": {"name": "dirichlet", "alpha": 0.1}}, []),
+        ({"partition": {"name": "iid", "alpha": 1.0}}, []),  # as it comes
+        ({"partition": {"name": "my.module:shares", "alpha": 0.1}}, []),  # may use it
+        ({"model": {"name": "cnn", "stem": "7x7"}}, ["it is for 'resnet8', 'resnet18'"]),
+        ({"population": {"name": "fixed", "move_on": 0.5}, "engine": {"address": "auto"}}, ["move_on", "address"]),
+        ({"population": {"name": "growing", "size": 5}, "clients": {"count": 60}}, []),
+        ({"availability": {"name": "trace", "file": "when.csv"}}, []),
+        ({"clock": {"tiers": [[1.0, 9.0, 9.0, 9.0]], "name": "tiers", "samples_per_s": 3.0}}, ["'lognormal'"]),
+    ],
+)
+def test_a_key_that_does_nothing_under_its_name_is_said(tables: dict[str, Any], says: list[str]) -> None:
+    notes = scenario(**tables).notes
+    assert len(notes) == len(says)
+    assert all(part in note for part, note in zip(says, notes, strict=True))
+
+
+def test_no_shipped_scenario_sets_what_does_nothing() -> None:
+    assert not [note for name in TEXTS for note in load_scenario(name).notes]
+
+
 def test_no_part_of_a_scenario_can_be_changed() -> None:
     made = scenario()
     sections = [getattr(made, name) for name in Scenario.model_fields if isinstance(getattr(made, name), Section)]

@@ -51,7 +51,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         "tasks": tasks,
         "predicted_memory_mb": predicted_memory(experiment, count_bytes(model)),
         "processes_memory_mb": processes_memory(experiment, count_bytes(model)),
-        "notes": [*experiment.data.notes, *experiment.compute.notes],
+        "notes": list(experiment.notes),
     }
 
 

@@ -13,6 +13,8 @@ HEAD = """# Every key of a scenario file
 
 Written by `fedcil schema --tables`. A key that is left out has its default, one that has none is not set;
 `fedcil run SCENARIO --set training.rounds=20` changes one. What is not allowed is refused before anything is computed.
+A key whose description begins with names (`shards: ...`) is for these values of the table's `name` alone; set
+under another, it does nothing, and `plan` and `run` say so.
 """
 COLUMNS = "| key | default | allowed | what it is |\n|---|---|---|---|"
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}

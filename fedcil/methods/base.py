@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedcil.compute import Compute
+from fedcil.errors import RunFailed
 from fedcil.keys import Key
 from fedcil.messages import Contribution, Payload, Tensors, Total
 from fedcil.models.network import Network
@@ -23,6 +24,7 @@ Prepared = Any
 """Whatever a method's ``prepare`` returned; only that method looks inside."""
 Draws = Any
 """Whatever a method's ``draw`` returned."""
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,3 +196,14 @@ def part(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
     """The inverse of ``prefixed``."""
     start = f"{prefix}."
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def returned(made: object, kind: type[Made], function: str) -> Made:
+    """What a method's ``function`` returned; RunFailed if that is not what the contract says."""
+    if isinstance(made, kind):
+        return made
+    raise RunFailed(
+        f"the method's {function} returned {type(made).__name__}, not a {kind.__module__}.{kind.__name__}",
+        where="method",
+        next="mend it, then `fedcil resume RUN`; docs/extending.md has the contract",
+    )
