@@ -125,7 +125,7 @@ class PartitionSection(Section):
     )
     alpha: Above0 = Field(1.0, description="dirichlet_equal, dirichlet: concentration")
     remainder: Literal["refuse", "spread"] = Field(
-        "refuse", description="dirichlet_equal: what to do when samples do not divide by clients"
+        "refuse", description="what to do when the samples of dirichlet_equal do not divide by clients"
     )
     min_size: Count = Field(1, description="dirichlet, quantity: samples that each client has at least")
     shards_per_client: Positive = Field(2, description="shards: pieces of the sorted samples that each client gets")
