@@ -16,10 +16,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fedcil.allowed import allowed
 from fedcil.errors import ScenarioError
 from fedcil.scenario import Scenario, did_you_mean, method_settings
 from fedcil.section import Section
 
+PYDANTIC_SAYS = "Input should be "
 SHIPPED = Path(__file__).resolve().parent.parent / "scenarios"
 
 
@@ -81,7 +83,7 @@ def parse_scenario(table: dict[str, Any], overrides: Sequence[str] = (), *, wher
         raise ScenarioError(
             "\n".join(text for text, _ in problems),
             where=where + (", with " + " ".join(f"--set {text}" for text in overrides) if overrides else ""),
-            allowed="; ".join(dict.fromkeys(allowed for _, allowed in problems if allowed)),
+            allowed="; ".join(dict.fromkeys(text for _, text in problems if text)),
             next=_way_out(overrides),
         ) from None
 
@@ -145,7 +147,7 @@ def _explain(problem: Any, table: Mapping[str, Any]) -> tuple[str, str]:
     kind = problem["type"]
     if kind == "extra_forbidden":
         *above, key = keys
-        valid = _fields(above, table)
+        valid = list(_section(above, table).model_fields)
         return (
             f"unknown key {'.'.join(keys)}{did_you_mean(key, valid)}",
             f"keys of {'.'.join(above) or 'a scenario'}: {', '.join(valid)}",
@@ -156,7 +158,18 @@ def _explain(problem: Any, table: Mapping[str, Any]) -> tuple[str, str]:
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(given, Mapping | Section) else f" = {given!r:.200}"
     hint = did_you_mean(str(given), [word for word in re.findall(r"'([^']+)'", message) if word not in str(given)])
-    return f"{place}{shown}: {message}{hint}", ""
+    if kind == "value_error":
+        return f"{place}{shown}: {message}{hint}", ""
+    said = message.removeprefix(PYDANTIC_SAYS) if message.startswith(PYDANTIC_SAYS) and kind != "model_type" else ""
+    return f"{place}{shown} {f'must be {said}' if said else 'is not allowed'}{hint}", _allowed_at(keys, table)
+
+
+def _allowed_at(keys: Sequence[str], table: Mapping[str, Any]) -> str:
+    """What may stand in this place, and what it is; in a list, or a branch of a union, what may stand for the whole."""
+    *above, key = keys[:2]
+    what = _section(above, table).model_json_schema()["properties"][key]
+    described = f" ({what['description']})" if "description" in what else ""
+    return f"{'.'.join([*above, key])}: {allowed(what)}{described}"
 
 
 def _is_type_tag(part: str) -> bool:
@@ -164,14 +177,14 @@ def _is_type_tag(part: str) -> bool:
     return "[" in part or part.startswith(("literal", "tuple"))
 
 
-def _fields(keys: Sequence[str], table: Mapping[str, Any]) -> list[str]:
-    """The valid keys of a table of the scenario."""
+def _section(keys: Sequence[str], table: Mapping[str, Any]) -> type[Section]:
+    """The class of a table of the scenario; of the scenario itself without keys."""
     if list(keys) == ["method"]:
-        return list(method_settings(table["method"]["name"]).model_fields)
+        return method_settings(table["method"]["name"])
     section: type[Section] = Scenario
     for key in keys:
         section = section.model_fields[key].annotation  # type: ignore[assignment]
-    return list(section.model_fields)
+    return section
 
 
 def to_toml(scenario: Scenario) -> str:

@@ -15,6 +15,7 @@ BOTTOM = ("fedcil.errors", "fedcil.dotted", "fedcil.keys", "fedcil.rule", "fedci
 VALUES = (*BOTTOM, "fedcil.messages", "fedcil.fold", "fedcil.state", "fedcil.stream", "fedcil.losses")
 EXPERIMENT = (
     *VALUES,
+    "fedcil.allowed",
     "fedcil.capture",
     "fedcil.compute",
     "fedcil.cpu",
@@ -70,7 +71,8 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.clock": (("fedcil.keys",), ("numpy",)),
     "fedcil.availability": ((*BOTTOM, "fedcil.timeline", "fedcil.traces"), ("numpy",)),
     "fedcil.scenario": ((*BOTTOM, "fedcil.methods"), ("pydantic",)),
-    "fedcil.scenario_file": ((*BOTTOM, "fedcil.scenario"), ("pydantic",)),
+    "fedcil.allowed": (("fedcil.scenario",), ()),
+    "fedcil.scenario_file": ((*BOTTOM, "fedcil.allowed", "fedcil.scenario"), ("pydantic",)),
     "fedcil.data": (
         (*BOTTOM, "fedcil.data", "fedcil.files"),
         ("torch", "numpy", "PIL", "filelock", "rich"),

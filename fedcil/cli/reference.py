@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
+from fedcil.allowed import Schema, allowed
 from fedcil.methods import METHODS
-from fedcil.scenario import NAME, method_settings, scenario_schema
+from fedcil.scenario import method_settings, scenario_schema
 
 HEAD = """# Every key of a scenario file
 
@@ -17,16 +17,11 @@ A key whose description begins with names (`shards: ...`) is for these values of
 under another, it does nothing, and `plan` and `run` say so.
 """
 COLUMNS = "| key | default | allowed | what it is |\n|---|---|---|---|"
-BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-
-WORDS = {":": "package.module:name", NAME: "letters, digits, dot, dash, underscore"}
 METHOD = """## `[method]`
 
 `name`, which must be given: one of the methods below, with its options, or your own as `package.module:Class`.
 `preset`: a name for values of options that are not given; presets stand below their method.
 """
-
-Schema = Mapping[str, Any]
 
 
 def reference() -> str:
@@ -56,24 +51,9 @@ def _table(title: str, keys: Schema, what: str = "") -> Iterator[str]:
     if keys:
         yield COLUMNS
         for name, key in keys.items():
-            yield f"| {name} | {_toml(key.get('default'))} | {_allowed(key)} | {key['description']} |"
+            yield f"| {name} | {_toml(key.get('default'))} | {allowed(key)} | {key['description']} |"
         yield ""
 
 
 def _toml(value: object) -> str:
     return "" if value is None else json.dumps(value)
-
-
-def _allowed(key: Schema) -> str:
-    if "anyOf" in key:
-        return " or ".join(_allowed(each) for each in key["anyOf"] if each.get("type") != "null")
-    if "enum" in key:
-        return ", ".join(map(_toml, key["enum"]))
-    if key["type"] == "array":
-        return "a list"
-    if key["type"] == "string":
-        return WORDS.get(key.get("pattern", ""), "text")
-    if key["type"] == "boolean":
-        return "true, false"
-    bounds = [f"{word} {key[bound]}" for bound, word in BOUNDS.items() if bound in key]
-    return " ".join([key["type"], *bounds])
