@@ -13,6 +13,7 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 
 from fedcil import errors
 from fedcil.errors import FedcilError, InputError, ScenarioError, Stopped
@@ -107,6 +108,18 @@ def test_with_json_the_error_is_on_stdout_too(capsys: pytest.CaptureFixture[str]
     error = ScenarioError("seed = '3'", where="x.toml")
     assert ended(error, json=True) == 2
     assert json.loads(capsys.readouterr().out) == {"error": error.as_dict()}
+
+
+def test_too_little_memory_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(1 << 50)
+    for error in (refused.value, torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
+        assert ended(error) == 1
+        told = capsys.readouterr().err
+        assert "fedcil plan" in told
+        assert not {"Traceback", "bug"} & set(told.split())
+    assert ended(RuntimeError("oops")) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_no_error_and_ctrl_c_is_130() -> None:

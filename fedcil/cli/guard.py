@@ -39,16 +39,23 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             sys.exit(0)
         except KeyboardInterrupt:
             sys.exit(130)
-        except Exception as error:  # ours to mend: say so, with the trace
-            traceback.print_exc()
-            unforeseen = FedcilError(
-                f"{type(error).__name__}: {error}",
-                next="this is a bug in fedcil or in your own code; the trace above says where",
-            )
+        except Exception as error:
+            unforeseen = explained(error)
             show_error(unforeseen, as_json=bool(kwargs.get("json")))
             sys.exit(unforeseen.exit_code)
 
     return inner
+
+
+def explained(error: Exception) -> FedcilError:
+    """Too little memory is a person's to mend; all else is ours, with the trace."""
+    what = f"{type(error).__name__}: {error}"
+    no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if no_memory or "can't allocate memory" in what:  # torch says so of a CPU's in a RuntimeError
+        lower = "`fedcil resume RUN --set engine.workers=1`, or a new run with smaller batches or fewer engine.lanes"
+        return FedcilError(what, allowed="what the machine has; `fedcil plan` says how much a run needs", next=lower)
+    traceback.print_exc()
+    return FedcilError(what, next="this is a bug in fedcil or in your own code; the trace above says where")
 
 
 def show_error(error: FedcilError, *, as_json: bool) -> None:
