@@ -98,6 +98,7 @@ class Worker:
     buffers: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)  # what else it had when it was made
     parameters: tuple[str, ...] = ()
     lanes: list[Lane] = field(default_factory=list)
+    no_lanes: int = -1  # the task in which they cannot be had: not tried again until the next
 
     def lanes_for(self, classes: int) -> list[Lane]:
         """As many as the scenario has; made anew only when the head has grown."""
@@ -240,7 +241,8 @@ def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
     """All these clients trained at the same time; nothing if that cannot be, and then each is done by itself: who
     breaks alone must not take others along.
     """
-    if round_.phase.work != "train" or not round_.shared.experiment.execution.lanes:
+    worker, task = round_.worker, round_.task.index
+    if round_.phase.work != "train" or not round_.shared.experiment.execution.lanes or worker.no_lanes == task:
         return []
     torch.set_num_threads(round_.shared.experiment.scenario.training.threads)
     try:
@@ -248,10 +250,12 @@ def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
     except Stopped:
         raise
     except Exception as error:
-        round_.worker.drop_lanes()  # their memory is needed now
-        reason = _failure(jobs[0], error).reason
-        warnings.warn(f"clients are trained one by one, not in lanes (engine.lanes): {reason}", stacklevel=2)
-        return []
+        reason, lasts = _failure(jobs[0], error).reason, isinstance(error, torch.OutOfMemoryError | TypeError)
+    worker.drop_lanes()  # their memory is needed now, and no trace holds them any more
+    if lasts:
+        worker.no_lanes = task
+    warnings.warn(f"clients are trained one by one, not in lanes (engine.lanes): {reason}", stacklevel=2)
+    return []
 
 
 class ClientProblem(FedcilError):

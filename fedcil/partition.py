@@ -30,7 +30,8 @@ Floats = NDArray[np.float64]
 Rng = np.random.Generator
 Rule = Callable[[Ints, int, "PartitionSection", Rng], Sequence[Ints]]
 
-TRIES = 1000  # draws of the dirichlet rule before it gives up
+TRIES = 1000  # draws of the dirichlet rule before it gives up,
+HOPELESS_TRIES, HOPELESS_CLIENTS = 10, 100  # or after so few, if each left more clients than this with too little
 EPS = 1e-5  # what the MFCL authors add to every class that still has samples
 
 
@@ -272,13 +273,16 @@ def _dirichlet(labels: Ints, clients: int, section: PartitionSection, rng: Rng) 
     """Each class is cut among the clients by p ~ Dirichlet(alpha * 1_clients), so sizes differ as well."""
     least = _least(len(labels), clients, section)
     in_class = np.unique(labels, return_counts=True)[1]
-    for _ in range(TRIES):
+    tries, fewest = 0, clients  # draws, and clients with too little in the best of them
+    while tries < TRIES and not (tries == HOPELESS_TRIES and fewest > HOPELESS_CLIENTS):
+        tries += 1
         counts = _dirichlet_counts(in_class, clients, section.alpha, rng)
-        if counts.sum(axis=0).min() >= least:
+        fewest = min(fewest, int(np.count_nonzero(counts.sum(axis=0) < least)))
+        if fewest == 0:
             owners = np.repeat(np.tile(np.arange(clients), len(in_class)), counts.ravel())
             return _by_owner(_sorted_by_label(labels, rng), owners, clients)
     raise ScenarioError(
-        f"{TRIES} draws never gave each of {clients} clients at least {least} of {len(labels)} samples",
+        f"{tries} draws never gave each of {clients} clients at least {least} of {len(labels)} samples",
         where="partition.alpha",
         allowed=f"an alpha well above {section.alpha}, fewer clients, or partition.allow_empty = true",
         next="raise partition.alpha, lower clients.count or partition.min_size, or set partition.allow_empty = true",

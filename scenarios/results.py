@@ -136,7 +136,7 @@ def print_table(group: str, output: Path) -> None:
         ]
         up, down = (rows.mean[key] / 1e6 for key in ("bytes_up", "bytes_down"))
         cpu = sum(run.summary["cpu_seconds"] for run in mine) / len(mine)
-        print(f"| {name} | {len(mine)} | {' | '.join(cells)} | {up:.0f} / {down:.0f} | {cpu:.0f} |")
+        print(f"| {name} | {len(rows.seeds)} | {' | '.join(cells)} | {up:.0f} / {down:.0f} | {cpu:.0f} |")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + options.max_seconds
     work = [(row, seed) for group in options.groups for seed in options.seeds.split(",") for row in TABLES[group]]
+    work = list(dict.fromkeys(work))  # a row may stand in two tables
     try:
         with ThreadPoolExecutor(options.jobs) as pool:
             codes = set(pool.map(lambda pair: run_one(*pair, options.output, options.more, until), work))

@@ -46,8 +46,9 @@ class Roster:
         for other in sorted(set(present) - {node}):
             if taken := set(self.shares.get(other, ())) & set(share):
                 raise MessageRefused(f"node {other} serves {_some(taken)} already")
+        mine = set(share)
         for other, theirs in self.shares.items():  # nodes that are away give way to the owner of a fixed share
-            self.shares[other] = tuple(client for client in theirs if client not in share)
+            self.shares[other] = tuple(client for client in theirs if client not in mine)
         self.shares[node] = share
         return share
 

@@ -67,7 +67,7 @@ def federate(small: Any, options: AFCL, shares: Shares) -> ServerState:
 def features(options: AFCL, images: Tensor) -> np.ndarray[Any, Any]:
     x = images.flatten(1).double().numpy()
     if options.expansion:
-        x = np.maximum(x @ projection(PIXELS, options.expansion).numpy(), 0)
+        x = np.maximum(x @ projection(PIXELS, options.expansion, torch.device("cpu")).numpy(), 0)
     return np.concatenate([x, np.ones((len(x), 1))], axis=1)
 
 
@@ -242,7 +242,8 @@ def test_a_matrix_that_is_not_definite_is_solved_all_the_same(small: Any) -> Non
 def test_the_random_layer_is_the_same_everywhere() -> None:
     """From a key of its own: N(0, 1 / inputs), whatever the run's seed and the global generator."""
     state = torch.get_rng_state()
-    one, same = projection(20, 500), projection(20, 500)
+    cpu = torch.device("cpu")
+    one, same = projection(20, 500, cpu), projection.__wrapped__(20, 500, cpu)
     assert torch.equal(one, same)
     assert torch.equal(state, torch.get_rng_state())
     assert one.std().item() == pytest.approx(20**-0.5, rel=0.05)

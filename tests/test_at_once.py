@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,47 @@ def test_where_it_cannot_be_clients_are_trained_one_by_one(tmp_path: Path, monke
         found = answers({"lanes": 3}, tmp_path, (0, 1))
     alone = answers({}, tmp_path, (0,))
     assert all(torch.equal(found[0][2][name], tensor) for name, tensor in alone[0][2].items())
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [(torch.OutOfMemoryError("full"), 1), (TypeError("draws"), 1), (ZeroDivisionError("a client's"), 2)],
+)
+def test_lanes_that_cannot_be_had_are_not_tried_again_in_the_task(
+    error: Exception, tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def refuse(*_: object) -> None:
+        tried.append(1)
+        raise error
+
+    monkeypatch.setattr("client.handle.local_sgd_in_lanes", refuse)
+    with pytest.warns(UserWarning, match="one by one"):
+        found = answers({"lanes": 3}, tmp_path)  # six clients: twice three
+    assert len(tried) == tries
+    assert all(state is not None for _, _, state, _ in found)
+
+
+def test_when_lanes_are_dropped_nothing_holds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Least of all the trace of the error: the memory is for who is trained alone next."""
+    made: list[weakref.ref[Any]] = []
+
+    def refuse(lanes: list[Any], *_: object) -> None:
+        made.extend(map(weakref.ref, lanes))
+        for lane in lanes:
+            lane.itself = lane  # as a step that could not be captured
+        raise torch.OutOfMemoryError("full")
+
+    def alone(*given: Any, **named: Any) -> Any:
+        assert made
+        assert not any(lane() for lane in made)
+        return local_sgd(*given, **named)
+
+    monkeypatch.setattr("client.handle.local_sgd_in_lanes", refuse)
+    monkeypatch.setattr("client.handle.local_sgd", alone)
+    with pytest.warns(UserWarning, match="one by one"):
+        assert len(answers({"lanes": 3}, tmp_path, (0, 1))) == 2
 
 
 def test_a_run_in_lanes_goes_on_after_it_was_stopped_in_mid_training(tmp_path: Path) -> None:

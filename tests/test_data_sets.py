@@ -139,6 +139,12 @@ def test_synthetic_defaults_and_options() -> None:
     assert_same(data, load(seed=9, name="synthetic"))
 
 
+def test_synthetic_is_drawn_in_pieces_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load(name="synthetic")
+    monkeypatch.setattr("fedcil.data.synthetic.PIECE", 7)
+    assert_same(whole, load(name="synthetic"))
+
+
 def test_synthetic_separation_is_the_distance_of_centres_in_deviations() -> None:
     """With 3,000 images a mean is off by 1 / sqrt(3000) of a deviation per pixel; 64 pixels make 0.15."""
     data = load(name="synthetic", classes=4, samples_per_class=3000, separation=3.0)

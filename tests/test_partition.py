@@ -284,6 +284,12 @@ def test_dirichlet_gives_up_with_advice() -> None:
     assert part.counts().min() == 0
 
 
+def test_dirichlet_gives_up_at_once_where_hundreds_go_without() -> None:
+    """A thousand draws for 100,000 clients took half a minute."""
+    error = failure(2_000, balanced(5, 400), name="dirichlet", alpha=0.1)
+    assert error["what"].startswith("task 1: 10 draws never gave each of 2000 clients at least 1")
+
+
 @pytest.mark.parametrize("name", ["dirichlet", "quantity"])
 def test_a_min_size_that_cannot_be(name: str) -> None:
     """10 clients with 11 samples each need 110 of 100."""

@@ -104,6 +104,14 @@ def test_a_key_press_stops_it_between_runs_without_a_traceback(tmp_path: Path) -
     assert complaint == "stopped: the same command goes on from there\n"
 
 
+def test_a_row_of_two_tables_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[tuple[str, str]] = []
+    monkeypatch.setattr(results, "run_one", lambda row, seed, *_: run.append((row.name, seed)) or 0)
+    assert results.main(["--output", str(tmp_path)]) == 0
+    assert len(run) == len(set(run))
+    assert ("cifar100_small_mfcl", "1") in run
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

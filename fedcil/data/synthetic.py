@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedcil.scenario import DataSection
 
 CLASSES, PER_CLASS, SIZE = 10, 100, 8  # where the scenario does not say
+PIECE = 4096  # images
 GREY, NOISE = 128.0, 32.0  # mean and standard deviation of a pixel, in grey levels
 
 Centres = NDArray[np.float64]
@@ -48,7 +49,7 @@ def _centres(classes: int, size: int, separation: float) -> Centres:
     cannot be orthogonal; they are then as far apart on average only.
     """
     shape = (classes, size, size)
-    white = np.stack([_noise("centre", label, (size, size)) for label in range(classes)])
+    white = np.stack([_draws("centre", label).standard_normal((size, size)) for label in range(classes)])
     flat = _smooth(white).reshape(classes, -1)
     if classes <= size * size:
         flat = np.linalg.qr(flat.T)[0].T
@@ -65,11 +66,16 @@ def _smooth(patterns: Centres) -> Centres:
 
 
 def _draw(split: str, centres: Centres, count: int) -> Split:
-    """``count`` images of each class, class after class."""
-    clouds = [centre + _noise(split, label, (count, *centre.shape)) for label, centre in enumerate(centres)]
-    pixels = np.clip(np.rint(GREY + NOISE * np.concatenate(clouds)), 0, 255).astype(np.uint8)
-    return Split(pixels[..., None], np.repeat(np.arange(len(centres), dtype=np.int64), count))
+    """``count`` images of each class, class after class; a piece at a time is in float64."""
+    pixels = np.empty((len(centres), count, *centres.shape[1:], 1), dtype=np.uint8)
+    for label, centre in enumerate(centres):
+        draws = _draws(split, label)
+        for start in range(0, count, PIECE):
+            piece = pixels[label, start : start + PIECE, ..., 0]
+            grey = GREY + NOISE * (centre + draws.standard_normal(piece.shape))
+            piece[:] = np.clip(np.rint(grey), 0, 255)
+    return Split(pixels.reshape(-1, *pixels.shape[2:]), np.repeat(np.arange(len(centres), dtype=np.int64), count))
 
 
-def _noise(place: str, label: int, shape: tuple[int, ...]) -> Centres:
-    return Key(0).at("synthetic", place, label).numpy().standard_normal(shape)
+def _draws(place: str, label: int) -> np.random.Generator:
+    return Key(0).at("synthetic", place, label).numpy()

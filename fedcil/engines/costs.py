@@ -13,14 +13,15 @@ class Costs:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._mean = 0.0
 
     def learn(self, reports: Iterable[Report]) -> None:
         self._seconds |= {report.client: report.seconds for report in reports}
+        self._mean = sum(self._seconds.values()) / max(1, len(self._seconds))
 
     def of(self, jobs: Iterable[Job]) -> float:
         """Seconds; a client that was never asked counts as the mean of those that were."""
-        unknown = sum(self._seconds.values()) / len(self._seconds) if self._seconds else 0.0
-        return sum(self._seconds.get(job.client, unknown) for job in jobs)
+        return sum(self._seconds.get(job.client, self._mean) for job in jobs)
 
     def jobs_worth(self, seconds: float, jobs: Sequence[Job]) -> int:
         """How many of these jobs take so long together; 1 before anything is known."""

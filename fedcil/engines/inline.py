@@ -122,6 +122,9 @@ class InlinePort:
         self._threads.shutdown(wait=True, cancel_futures=True)
         if self._forks:
             self._forks.close()
+        for worker in self._idle:  # a kept exception, as in a notebook, may hold this port
+            worker.drop_lanes()
+        self._idle.clear()
         sys.setswitchinterval(self._switch_before)
 
     def _cut(self, request: Request) -> list[Request]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -56,7 +57,7 @@ class AFCL(MethodSettings):
         """(n, c, h, w) -> float64 (n, d + 1): features, expanded if asked for, and a 1 for the bias."""
         features = network.features(images).double()
         if self.expansion:
-            features = F.relu(features @ projection(features.shape[1], self.expansion).to(features))
+            features = F.relu(features @ projection(features.shape[1], self.expansion, features.device))
         return F.pad(features, (0, 1), value=1.0)
 
     def _fit(self, network: Network, samples: Samples, task: Task, images: Callable[[Tensor], Tensor]) -> Contribution:
@@ -101,21 +102,22 @@ class AFCL(MethodSettings):
         return F.pad(scores, (0, network.head.out_features - scores.shape[1]), value=-torch.inf)
 
 
-def projection(inputs: int, outputs: int) -> Tensor:
-    """The fixed random layer, the same on every machine: N(0, 1 / inputs), float64 (inputs, outputs)."""
+@lru_cache(maxsize=2)
+def projection(inputs: int, outputs: int, device: torch.device) -> Tensor:
+    """The fixed random layer, the same on every machine: N(0, 1 / inputs), float64 (inputs, outputs); drawn once."""
     generator = Key(0).at("afcl projection", inputs, outputs).torch()
-    return torch.randn(inputs, outputs, generator=generator, dtype=torch.float64) / math.sqrt(inputs)
+    return (torch.randn(inputs, outputs, generator=generator, dtype=torch.float64) / math.sqrt(inputs)).to(device)
 
 
 def upper(matrix: Tensor) -> Tensor:
     """Symmetric (d, d) -> its upper triangle (d (d + 1) / 2,)."""
-    row, column = torch.triu_indices(len(matrix), len(matrix))
+    row, column = torch.triu_indices(len(matrix), len(matrix), device=matrix.device)
     return matrix[row, column]
 
 
 def symmetric(triangle: Tensor, size: int) -> Tensor:
     """The inverse of ``upper``."""
-    row, column = torch.triu_indices(size, size)
+    row, column = torch.triu_indices(size, size, device=triangle.device)
     matrix = triangle.new_zeros(size, size)
     matrix[row, column] = triangle
     matrix[column, row] = triangle

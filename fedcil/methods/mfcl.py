@@ -300,6 +300,7 @@ class Replay:
     @torch.no_grad()
     def mix(self, real: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Real images, then synthetic ones, and the teacher's logits (b + s, q) of all of them."""
+        draws = draws.to(real.device, non_blocking=True)  # indexing with a CPU's tensor would wait for the GPU
         if self.pool is None:
             both = torch.cat([real, self.generator(draws)])
             return both, self.teacher(both)

@@ -78,6 +78,7 @@ class Watch:
         code = self.process.wait(timeout=60)
         if code != STOPPED:
             raise RuntimeError(f"the run ended with exit code {code} instead of {STOPPED}")
+        self.look()  # a round may have ended meanwhile
 
 
 def workers() -> int:
