@@ -1,6 +1,6 @@
 """What a method still knows when its clients have gone: accuracy and forgetting against turnover, by one command.
 
-    python scenarios/turnover.py [--seeds 0,1,2] [--output runs/turnover] [--figure docs/turnover.png]
+    python scenarios/turnover.py [--seeds 0,1,2] [--output runs/turnover] [--figure runs/turnover/turnover.png]
 
 Handwritten digits, 5 tasks of 2 classes. (i) A share of 20 members is replaced at each task border. (ii) A share of 10
 members is replaced before every round inside a task, and takes its data along. It can be stopped and started again:
@@ -151,12 +151,13 @@ def draw(output: Path) -> Figure:
         panels[1][column].set_xlabel(sweep.label)
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
-    figure.supxlabel(CAPTION, fontsize=8, color=INK, x=0.01, ha="left")
+    seeds = {run.scenario.seed for point in POINTS for run in point.runs(output)}
+    figure.supxlabel(CAPTION.format(", ".join(map(str, sorted(seeds)))), fontsize=8, color=INK, x=0.01, ha="left")
     return figure
 
 
 CAPTION = (
-    "Digits, 5 tasks of 2 classes, 5 clients a round, 10 rounds a task; mean and sample deviation over seeds 0, 1, 2.\n"
+    "Digits, 5 tasks of 2 classes, 5 clients a round, 10 rounds a task; mean and sample deviation over seeds {}.\n"
     "MFCL and FedLwF are flat by design: their clients keep nothing, what is known of old classes is on the server.\n"
     "FedER keeps exemplars on the clients: who leaves takes them along, and with all replaced it is where FedAvg is.\n"
     "In (ii) a task's samples are cut among all who come by, so each round sees a smaller part of them."
@@ -190,13 +191,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--output", type=Path, default=Path("runs/turnover"))
-    parser.add_argument("--figure", type=Path, default=Path("docs/turnover.png"))
+    parser.add_argument("--figure", type=Path, help="default: turnover.png in --output")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     for point in POINTS:
         run_point(point, options.seeds, options.output)
     write_csv(options.output)
-    save_png(draw(options.output), options.figure)
+    save_png(draw(options.output), options.figure or options.output / "turnover.png")
     print_tables(options.output)
     return 0
 

@@ -302,6 +302,7 @@ def test_lanes_that_cannot_be_had_are_not_tried_again_in_the_task(
 def test_when_lanes_are_dropped_nothing_holds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Least of all the trace of the error: the memory is for who is trained alone next."""
     made: list[weakref.ref[Any]] = []
+    left: list[int] = []
 
     def refuse(lanes: list[Any], *_: object) -> None:
         made.extend(map(weakref.ref, lanes))
@@ -310,14 +311,15 @@ def test_when_lanes_are_dropped_nothing_holds_them(tmp_path: Path, monkeypatch: 
         raise torch.OutOfMemoryError("full")
 
     def alone(*given: Any, **named: Any) -> Any:
-        assert made
-        assert not any(lane() for lane in made)
+        left.append(sum(lane() is not None for lane in made))
         return local_sgd(*given, **named)
 
     monkeypatch.setattr("client.handle.local_sgd_in_lanes", refuse)
     monkeypatch.setattr("client.handle.local_sgd", alone)
     with pytest.warns(UserWarning, match="one by one"):
-        assert len(answers({"lanes": 3}, tmp_path, (0, 1))) == 2
+        answers({"lanes": 3}, tmp_path, (0, 1))
+    assert len(made) == 3
+    assert left == [0, 0]
 
 
 def test_a_run_in_lanes_goes_on_after_it_was_stopped_in_mid_training(tmp_path: Path) -> None:

@@ -106,8 +106,8 @@ def _limited(present: list[int], phase: Phase, most: int) -> int:
 
 def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     """MB of one process: torch itself, the images, and ``KEPT`` times a pool and what each client at work needs: five
-    copies of the model (parameters, gradients, anchor, contribution, partial sum) and the activations of a batch with
-    their gradients. A robust fold keeps the models of a whole round.
+    copies of the model (parameters, gradients, anchor, contribution, partial sum), or of the statistics that a method
+    sends instead, and the activations of a batch with their gradients. A robust fold keeps the models of a whole round.
     """
     scenario, task = experiment.scenario, experiment.stream.tasks[-1]
     stored = experiment.data.train.nbytes + experiment.data.test.nbytes
@@ -115,7 +115,9 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     activations = 2 * (scenario.training.batch_size + added) * activation_bytes(experiment)
     at_once = worker_count(experiment) * experiment.execution.at_once
     cohort = 0 if scenario.server.fold == "mean" else scenario.clients.per_round * model_bytes
-    work = experiment.pool_bytes() + at_once * (COPIES * model_bytes + activations)
+    fits = [phase for phase in experiment.phases(task) if phase.work == "fit"]
+    largest = max([model_bytes, *(count_bytes(experiment.sent(phase, task, {})) for phase in fits)])
+    work = experiment.pool_bytes() + at_once * (COPIES * largest + activations)
     return int(TORCH_MB + (stored + cohort + KEPT * work) / 2**20)
 
 
