@@ -103,13 +103,17 @@ class Experiment:
         """Training samples of each client in each task, (clients, tasks)."""
         return np.stack([part.counts() for part in self.partition], axis=1)
 
+    @property
+    def label_counts_shape(self) -> tuple[int, int, int]:
+        """(tasks, clients, classes)."""
+        return len(self.partition), self.scenario.clients.count, len(self.stream.order)
+
     def label_counts(self) -> NDArray[np.int32]:
         """Training samples by task, client and label: (tasks, clients, classes)."""
         labels = self.stream.relabel(self.data.train.labels)
-        shape = (self.scenario.clients.count, len(self.stream.order))
-        tables = np.zeros((len(self.partition), *shape), dtype=np.int32)
+        tables = np.zeros(self.label_counts_shape, dtype=np.int32)
         for table, part in zip(tables, self.partition, strict=True):
-            owners = np.repeat(np.arange(shape[0]), part.counts())
+            owners = np.repeat(np.arange(len(table)), part.counts())
             np.add.at(table, (owners, labels[part.indices]), 1)
         return tables
 

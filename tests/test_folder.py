@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from fedcil.errors import FolderBusy, InputError, NotResumable, RunFailed
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.messages import content_hash
 from fedcil.record import folder as record_folder
+from fedcil.record.figures import partition_figure
 from fedcil.record.folder import PACKAGES, RunFolder, revision
 from fedcil.record.run import open_run, ragged
 from fedcil.scenario_file import load_scenario
@@ -80,6 +82,18 @@ def test_a_new_folder_holds_what_is_known_before_round_0(folder: RunFolder) -> N
     assert environment["versions"]["torch"] == version("torch")
     assert environment["data"]["digest"] == opened.data.digest
     assert environment["class_order"] == ["blob 0", "blob 1", "blob 2", "blob 3"]
+
+
+def test_counts_by_client_and_label_are_left_out_where_they_would_fill_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedcil.record.folder.MOST_COUNTS", math.prod(experiment().label_counts_shape) - 1)
+    made = RunFolder.create(tmp_path, experiment())
+    made.close()
+    run = open_run(made.path)
+    assert run.label_counts is None
+    assert run.partition
+    assert partition_figure(run) is None
 
 
 def test_the_revision_is_that_of_our_own_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

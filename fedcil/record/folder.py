@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -30,6 +31,7 @@ PACKAGES = ("fedcil", "torch", "torchvision", "numpy", "flwr", "ray", "pydantic"
 METRICS = "metrics.jsonl"
 PROBLEM = "problem.json"  # what ended a run on a server, for whoever watches it
 CLIENT_STATES = "client_states"
+MOST_COUNTS = 1 << 24  # of samples by task, client and label: 64 MB; more soon fill a disk, and fit no picture
 
 
 class RunFolder:
@@ -70,7 +72,8 @@ class RunFolder:
             folder.write("environment.json", json.dumps(_environment(experiment), indent=1))
             with on_disk(path):
                 save_partition(path / "partition.npz", experiment.partition)
-                np.save(path / "label_counts.npy", experiment.label_counts(), allow_pickle=False)
+                if math.prod(experiment.label_counts_shape) <= MOST_COUNTS:
+                    np.save(path / "label_counts.npy", experiment.label_counts(), allow_pickle=False)
         except BaseException:
             folder.close()
             raise
