@@ -163,9 +163,10 @@ class Execution:
         return "captured" if self.lanes else "fused"
 
 
-def resolve_execution(lanes: int | None, device: torch.device, draws: bool) -> Execution:
+def resolve_execution(lanes: int | None, device: torch.device, draws: bool, alone: bool = False) -> Execution:
     """Where the scenario leaves it open: lanes on a GPU, which one client's small kernels do not fill; on a CPU one
-    client fills a core. ``draws``: the network draws in training, as dropout does, and a lane's step is the same for
+    client fills a core. ``alone``: clients come to a worker one at a time, so it has use for one lane.
+    ``draws``: the network draws in training, as dropout does, and a lane's step is the same for
     every place of a run, so there are no lanes: ScenarioError where some are asked for.
     """
     if lanes and draws:
@@ -176,7 +177,8 @@ def resolve_execution(lanes: int | None, device: torch.device, draws: bool) -> E
             next="leave engine.lanes out",
         )
     if lanes is None:
-        lanes = LANES_ON_GPU if device.type == "cuda" and not draws else 0
+        usual = 1 if alone else LANES_ON_GPU
+        lanes = usual if device.type == "cuda" and not draws else 0
     return Execution(lanes)
 
 

@@ -171,7 +171,8 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
     scenario.method.check_model(architecture)
     method = build_method(scenario, stream)
     refuse_idle_rule(scenario, method, stream)
-    execution = resolve_execution(scenario.engine.lanes, device, manners.draws)
+    alone = scenario.engine.name == "flower" or scenario.server.deadline_s is not None
+    execution = resolve_execution(scenario.engine.lanes, device, manners.draws, alone)
     refuse_processes(scenario)
     clients, timeline = scenario.clients.count, make_timeline(method, stream, scenario.training.rounds)
     population = make_population(scenario.population, clients, timeline, key)

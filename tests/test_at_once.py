@@ -143,6 +143,13 @@ def test_lanes_on_a_gpu_and_one_by_one_on_a_cpu(lanes: int | None, device: str, 
     assert (found, found.name) == (expected, name)
 
 
+def test_where_clients_come_one_at_a_time_there_is_one_lane() -> None:
+    """Flower's nodes, and rounds with a deadline: four lanes more would be memory for nobody."""
+    assert resolve_execution(None, torch.device("cuda"), draws=False, alone=True) == Execution(lanes=1)
+    assert resolve_execution(3, torch.device("cuda"), draws=False, alone=True) == Execution(lanes=3)
+    assert resolve_execution(None, torch.device("cpu"), draws=False, alone=True) == Execution()
+
+
 def test_a_network_that_draws_is_trained_one_by_one() -> None:
     """A captured step would draw the same everywhere, and nobody's seed would have a part in it."""
     assert resolve_execution(None, torch.device("cuda"), draws=True) == Execution()
