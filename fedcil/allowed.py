@@ -22,9 +22,10 @@ def allowed(key: Schema) -> str:
         return ", ".join(map(json.dumps, key["enum"]))
     if "$ref" in key:
         return "a table"
-    if key["type"] == "string":
+    kind = key.get("type", "anything")
+    if kind == "string":
         return WORDS.get(key.get("pattern", ""), "text")
-    if key["type"] in ("array", "boolean"):
-        return {"array": "a list", "boolean": "true, false"}[key["type"]]
+    if kind in ("array", "boolean"):
+        return {"array": "a list", "boolean": "true, false"}[kind]
     bounds = [f"{word} {key[bound]}" for bound, word in BOUNDS.items() if bound in key]
-    return " ".join([key["type"], *bounds])
+    return " ".join([kind, *bounds])

@@ -151,7 +151,7 @@ class PopulationSection(Section):
     name: Literal["fixed", "turnover", "growing"] = Field(
         "fixed", description="the same all the time, replaced by newcomers, or more at each task border"
     )
-    size: Positive | None = Field(None, description="turnover, growing: members at any time; in the first task")
+    size: Positive | None = Field(None, description="turnover, growing: members, at any time or in the first task")
     replaced_per_task: Share = Field(0.0, description="turnover: share that newcomers replace at each task border")
     replaced_per_round: Share = Field(
         0.0, description="turnover: share that newcomers replace before each round but a phase's first"
@@ -193,7 +193,7 @@ class AvailabilitySection(Section):
     period: Above0 = Field(24.0, description="diurnal: rounds of a day")
     spread: Share = Field(1.0, description="diurnal: part of a period that the clients' phases are spread over")
     file: str | None = Field(
-        None, description="recorded, trace: a metrics.jsonl to replay; a CSV file with client,from,to"
+        None, description="recorded, trace: a metrics.jsonl to replay, or a CSV file with client,from,to"
     )
 
     @model_validator(mode="after")
@@ -434,7 +434,7 @@ class Scenario(Section):
     @property
     def notes(self) -> tuple[str, ...]:
         """Settings that do nothing: what was meant may be something else."""
-        parts = {key: part for key, part in self if isinstance(part, Section)}
+        parts = {key: part for key, part in self if isinstance(part, Section) and key != "method"}
         return tuple(
             f"{table}.{key} does nothing with {table}.name = {name!r}; it is for {', '.join(map(repr, users))}"
             for table, part in parts.items()

@@ -14,7 +14,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import PydanticInvalidForJsonSchema, ValidationError
 
 from fedcil.allowed import allowed
 from fedcil.errors import ScenarioError
@@ -167,7 +167,10 @@ def _explain(problem: Any, table: Mapping[str, Any]) -> tuple[str, str]:
 def _allowed_at(keys: Sequence[str], table: Mapping[str, Any]) -> str:
     """What may stand in this place, and what it is; in a list, or a branch of a union, what may stand for the whole."""
     *above, key = keys[:2]
-    what = _section(above, table).model_json_schema()["properties"][key]
+    try:
+        what = _section(above, table).model_json_schema()["properties"][key]
+    except PydanticInvalidForJsonSchema:  # a person's own method may have options of any type
+        return ""
     described = f" ({what['description']})" if "description" in what else ""
     return f"{'.'.join([*above, key])}: {allowed(what)}{described}"
 

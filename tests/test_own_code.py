@@ -27,11 +27,15 @@ SCENARIO: dict[str, Any] = {
 }
 SOURCE = """
 import torch
+from collections.abc import Callable
 from fedcil.losses import *
 from fedcil.methods.base import Method
 from fedcil.section import MethodSettings
 
 class Mine(MethodSettings):
+    how: Callable[[int], int] | None = None  # no JSON schema has a word for it
+    many: int = 1
+
     def build(self):
         return {}
 """
@@ -71,6 +75,14 @@ def test_what_is_no_method_is_said_before_a_run(built: str, says: str, mine: Any
         fedcil.run(SCENARIO, output=tmp_path / "runs")
     assert says in caught.value.what
     assert not (tmp_path / "runs").exists()
+
+
+def test_options_of_any_type_do_no_harm(mine: Any, tmp_path: Path) -> None:
+    """Not to a run, and not to an error about another option."""
+    mine(GOOD)
+    assert fedcil.run(SCENARIO, output=tmp_path / "runs", figures=False).finished
+    with pytest.raises(ScenarioError, match=r"method.many = 'x' must be a valid integer"):
+        fedcil.run(SCENARIO | {"method": {"name": "mine:Mine", "many": "x"}}, output=tmp_path / "more")
 
 
 def test_scores_of_another_shape_end_the_run(mine: Any, tmp_path: Path) -> None:
