@@ -241,10 +241,10 @@ def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
     """All these clients trained at the same time; nothing if that cannot be, and then each is done by itself: who
     breaks alone must not take others along.
     """
-    worker, task = round_.worker, round_.task.index
-    if round_.phase.work != "train" or not round_.shared.experiment.execution.lanes or worker.no_lanes == task:
+    worker, experiment, task = round_.worker, round_.shared.experiment, round_.task.index
+    if round_.phase.work != "train" or not experiment.execution.lanes or worker.no_lanes == task:
         return []
-    torch.set_num_threads(round_.shared.experiment.scenario.training.threads)
+    torch.set_num_threads(experiment.scenario.training.threads)
     try:
         return _train_at_once(round_, jobs)
     except Stopped:
@@ -252,8 +252,7 @@ def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
     except Exception as error:
         reason, lasts = _failure(jobs[0], error).reason, isinstance(error, torch.OutOfMemoryError | TypeError)
     worker.drop_lanes()  # their memory is needed now, and no trace holds them any more
-    if lasts:
-        worker.no_lanes = task
+    worker.no_lanes = task if lasts else -1
     warnings.warn(f"clients are trained one by one, not in lanes (engine.lanes): {reason}", stacklevel=2)
     return []
 

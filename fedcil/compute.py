@@ -165,9 +165,9 @@ class Execution:
 
 def resolve_execution(lanes: int | None, device: torch.device, draws: bool, alone: bool = False) -> Execution:
     """Where the scenario leaves it open: lanes on a GPU, which one client's small kernels do not fill; on a CPU one
-    client fills a core. ``alone``: clients come to a worker one at a time, so it has use for one lane.
-    ``draws``: the network draws in training, as dropout does, and a lane's step is the same for
-    every place of a run, so there are no lanes: ScenarioError where some are asked for.
+    client fills a core. ``alone``: clients come to a worker one at a time, so it has use for one lane. ``draws``: the
+    network draws in training, as dropout does, and a lane's step is the same for every place of a run, so there are no
+    lanes: ScenarioError where some are asked for.
     """
     if lanes and draws:
         raise ScenarioError(
