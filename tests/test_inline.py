@@ -24,15 +24,16 @@ from fedcil.stream import Task
 
 
 class Slow(MethodSettings):
-    """Every step of the clients with an odd number of samples takes ``seconds``."""
+    """Every step of the clients with an odd number of samples, or of the others, takes ``seconds``."""
 
     seconds: float = 0.0
+    odd: bool = True
     breaks: bool = False
     exits: bool = False
 
     def build(self) -> Method:
         def loss(model: Network, prepared: Prepared, batch: Batch, draws: Draws) -> Tensor:
-            if len(batch.labels) % 2:
+            if len(batch.labels) % 2 == self.odd:
                 if self.breaks:
                     raise ValueError("this client is broken")
                 if self.exits:
@@ -66,6 +67,15 @@ def test_who_is_late_is_not_waited_for(engine: str, tmp_path: Path) -> None:
     rounds = run.kind("round")
     assert {failure["stage"] for line in rounds for failure in line["failures"]} == {"deadline"}
     assert all(set(line["answered"]) <= {0, 1} for line in rounds)
+
+
+@pytest.mark.slow
+def test_who_was_late_is_asked_last(tmp_path: Path) -> None:
+    """Of four clients the first two hold the only worker, one in a round, and then the others have it before them."""
+    plain = scenario(seconds=0.2, odd=False) | {"training": {"rounds": 3, "epochs": 40, "batch_size": 8}}
+    sets = ["engine={workers=1}", "server.deadline_s=2.5", "data.classes=2", "stream.tasks=1"]
+    rounds = fedcil.run(plain, overrides=sets, output=tmp_path, figures=False).kind("round")
+    assert [line["answered"] for line in rounds] == [[], [], [2, 3]]
 
 
 def test_a_method_that_breaks_every_client_is_named(tmp_path: Path) -> None:

@@ -69,6 +69,13 @@ def test_who_is_late_takes_no_other_along(tmp_path: Path) -> None:
     assert [[each["stage"] for each in line["failures"]] for line in lines] == [["deadline"]] * 3
 
 
+def test_a_round_waits_for_the_only_worker_that_a_late_client_left(tmp_path: Path) -> None:
+    """It is asked last in the rounds after, and its worker's restart, some seconds, is not taken off their time."""
+    sets = ("method={name='odd:Odd', seconds=60}", "server.deadline_s=10", "engine={name='ray', workers=1}")
+    lines = rounds(tmp_path, *sets)
+    assert [line["answered"] for line in lines] == [[], *[list(range(1, 8))] * 2]
+
+
 def test_who_kills_its_worker_takes_no_other_along(tmp_path: Path) -> None:
     lines = rounds(tmp_path, "method={name='odd:Odd'}")
     assert [line["answered"] for line in lines] == [list(range(1, 8))] * 3

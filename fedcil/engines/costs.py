@@ -1,4 +1,4 @@
-"""What clients cost, so that work is passed on longest first and in pieces that are worth it."""
+"""What clients cost, so that work is passed on longest first and in pieces that are worth it, and who was late."""
 
 from __future__ import annotations
 
@@ -14,9 +14,20 @@ class Costs:
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
         self._mean = 0.0
+        self._late: set[int] = set()
+
+    def missed(self, clients: Iterable[int]) -> None:
+        """These had a worker and no answer when their round's deadline was up."""
+        self._late |= set(clients)
+
+    def was_late(self, jobs: Iterable[Job]) -> bool:
+        """Whether one of them missed a deadline and has not answered since: others should not wait behind it."""
+        return any(job.client in self._late for job in jobs)
 
     def learn(self, reports: Iterable[Report]) -> None:
+        reports = tuple(reports)
         self._seconds |= {report.client: report.seconds for report in reports}
+        self._late -= {report.client for report in reports}
         self._mean = sum(self._seconds.values()) / max(1, len(self._seconds))
 
     def of(self, jobs: Iterable[Job]) -> float:

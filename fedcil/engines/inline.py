@@ -61,10 +61,12 @@ class Work:
     def give_back(self, run: Request) -> None:
         self._runs.appendleft(run)
 
-    def end(self) -> None:
-        """Nobody waits any more for what has not come."""
+    def end(self) -> list[Request]:
+        """Nobody waits any more for what has not come. Returns what was not begun."""
+        left = list(self._runs)
         self._runs.clear()
         self._over.set()
+        return left
 
     def check(self) -> None:
         self._stop.check()
@@ -102,7 +104,10 @@ class InlinePort:
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
         """As they come; what is late is not waited for, and its thread gives up at its next step."""
         started, gathered = time.monotonic(), Gathered(request, done)
-        runs = self._cut(request) if deadline_s is None else cut(request, len(request.jobs))
+        if deadline_s is None:
+            runs = self._cut(request)
+        else:  # each by itself, and last who may hold a worker until the deadline again
+            runs = sorted(cut(request, len(request.jobs)), key=lambda run: self._costs.was_late(run.jobs))
         work = Work(runs, self._setting.stop)
         try:
             self._begin(work, self._processes(request))
@@ -115,7 +120,8 @@ class InlinePort:
         except Empty:
             pass
         finally:
-            work.end()
+            never_begun = {job.client for run in work.end() for job in run.jobs}
+        self._costs.missed(set(gathered.open_clients) - never_begun)
         return gathered.outcome()
 
     def close(self) -> None:

@@ -187,17 +187,17 @@ class RayPort:
         return self._clients
 
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
-        gathered, lull, started = Gathered(request, done), Lull(), time.monotonic()
+        gathered, lull, begun = Gathered(request, done), Lull(), False
         place = replace(request.broadcast, tensors={}, payload=None)
         model = ray.put(flatten_tensors(request.broadcast.tensors))
         payload = self._put_payload(request.broadcast.payload)
-        if deadline_s is None:
-            todo = self._longest_first(Piece(part.jobs) for part in self._cut(request))
-        else:  # a piece answers as a whole, and who is late must take no other along
-            todo = [Piece((job,)) for job in request.jobs]
+        # A piece answers as a whole, and who is late must take no other along.
+        parts = self._cut(request) if deadline_s is None else cut(request, len(request.jobs))
+        todo = self._longest_first(Piece(part.jobs) for part in parts)
         asleep = list(self._asleep.values())
         idle = [worker for worker in self._crew.workers if worker not in asleep]
         busy: dict[Any, tuple[Any, Piece | None]] = {}
+        started = time.monotonic()
         while (todo or any(piece for _, piece in busy.values())) and remaining(deadline_s, started) != 0.0:
             self._stop.check()
             lull.look(any(piece for _, piece in busy.values()))
@@ -209,12 +209,17 @@ class RayPort:
                 jobs = [row_of_job(job) for job in piece.jobs]
                 answer = worker.run.remote(place, model, payload, jobs, request.cohort, request.rule)
                 busy[answer] = (worker, piece)
+                begun = True
+            if not begun:  # all workers are being restarted: the round's time begins with the first that is there
+                started = time.monotonic()
             ready, _ = ray.wait(list(busy), num_returns=1, timeout=LOOK_S)
             for reference in ready:
                 worker, given = busy.pop(reference)
                 if again := self._collect(reference, worker, given, gathered, idle):
                     todo = self._longest_first([*todo, *again])
-        self._restart([worker for worker, piece in busy.values() if piece])
+        late = [(worker, piece) for worker, piece in busy.values() if piece]
+        self._costs.missed(job.client for _, piece in late for job in piece.jobs)
+        self._restart([worker for worker, _ in late])
         self._asleep |= {answer: worker for answer, (worker, piece) in busy.items() if not piece}
         return gathered.outcome()
 
@@ -229,8 +234,10 @@ class RayPort:
         return cut(request, len(self._crew.workers) if shared else 1, max(self._at_once, least))
 
     def _longest_first(self, pieces: Iterable[Piece]) -> list[Piece]:
-        """By what their clients took in earlier rounds; where nothing is known, as they are."""
-        return sorted(pieces, key=lambda piece: self._costs.of(piece.jobs), reverse=True)
+        """By what their clients took in earlier rounds; where nothing is known, as they are. Last those who were late:
+        each may hold a worker until the deadline.
+        """
+        return sorted(pieces, key=lambda piece: (self._costs.was_late(piece.jobs), -self._costs.of(piece.jobs)))
 
     def _collect(
         self, reference: Any, worker: Any, piece: Piece | None, gathered: Gathered, idle: list[Any]
