@@ -72,8 +72,8 @@ def test_who_is_late_is_not_waited_for(engine: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_who_was_late_is_asked_last(tmp_path: Path) -> None:
     """Of four clients the first two hold the only worker, one in a round, and then the others have it before them."""
-    plain = scenario(seconds=0.2, odd=False) | {"training": {"rounds": 3, "epochs": 40, "batch_size": 8}}
-    sets = ["engine={workers=1}", "server.deadline_s=2.5", "data.classes=2", "stream.tasks=1"]
+    plain = scenario(seconds=0.4, odd=False) | {"training": {"rounds": 3, "epochs": 10, "batch_size": 8}}
+    sets = ["engine={workers=1}", "server.deadline_s=3", "data.classes=2", "stream.tasks=1"]
     rounds = fedcil.run(plain, overrides=sets, output=tmp_path, figures=False).kind("round")
     assert [line["answered"] for line in rounds] == [[], [], [2, 3]]
 
