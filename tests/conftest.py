@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from fedcil.models.network import Backbone, Network, freeze, initialise, state_o
 from fedcil.port import StopSignal
 from fedcil.scenario import ModelSection
 from fedcil.stream import Task
+
+REAL = Path(os.environ.get("FEDCIL_DATA_ROOT", "nowhere")).absolute()  # before a test changes the environment
 
 
 class Flat(Backbone):
@@ -117,6 +120,19 @@ class StopAfter:
     def client_done(self, client: int) -> None: ...
 
     def boundary_step(self, step: int, steps: int, terms: Any) -> None: ...
+
+
+@pytest.fixture
+def real_data() -> Callable[..., Path]:
+    """A data root with these folders in it. A test that needs them is skipped where they are not, except in CI."""
+
+    def root(*parts: str) -> Path:
+        if not REAL.joinpath(*parts).exists():
+            missing = pytest.fail if os.environ.get("FEDCIL_REQUIRE_DATA") else pytest.skip
+            missing(f"needs the real files: set FEDCIL_DATA_ROOT to a folder with {'/'.join(parts)}")
+        return REAL
+
+    return root
 
 
 @pytest.fixture

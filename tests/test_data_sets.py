@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from fedcil.errors import DataMissing, InputError, ScenarioError
 from fedcil.keys import Key
 from fedcil.scenario import DataSection
 
-REAL = Path(os.environ.get("FEDCIL_DATA_ROOT", "nowhere"))
+RealData = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
@@ -111,9 +112,9 @@ def test_digits_do_not_import_scikit_learn_or_torchvision(monkeypatch: pytest.Mo
     imported: list[str] = []
     real_import = builtins.__import__
 
-    def watched(name: str, *rest: Any) -> Any:
+    def watched(name: str, *rest: Any, **named: Any) -> Any:
         imported.append(name.partition(".")[0])
-        return real_import(name, *rest)
+        return real_import(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", watched)
     load_dataset(DataSection(), 0)
@@ -916,18 +917,10 @@ def test_fingerprint_sees_edits_moves_and_options(tmp_path: Path) -> None:
 # --- the real files, where they are ----------------------------------------------------------------
 
 
-def real(*parts: str) -> Path:
-    path = REAL.joinpath(*parts)
-    if not path.exists():
-        missing = pytest.fail if os.environ.get("FEDCIL_REQUIRE_DATA") else pytest.skip
-        missing(f"needs the real files: set FEDCIL_DATA_ROOT to a folder with {'/'.join(parts)}")
-    return REAL
-
-
 @pytest.mark.data
 @pytest.mark.parametrize("train", [True, False])
-def test_real_cifar100_equals_torchvision(train: bool) -> None:
-    root = real("cifar-100-python")
+def test_real_cifar100_equals_torchvision(train: bool, real_data: RealData) -> None:
+    root = real_data("cifar-100-python")
     data = load(name="cifar100", root=root)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its reader is older than NumPy's
@@ -941,8 +934,8 @@ def test_real_cifar100_equals_torchvision(train: bool) -> None:
 
 
 @pytest.mark.data
-def test_real_cifar100_coarse() -> None:
-    root = real("cifar-100-python")
+def test_real_cifar100_coarse(real_data: RealData) -> None:
+    root = real_data("cifar-100-python")
     fine, coarse = load(name="cifar100", root=root), load(name="cifar100_coarse", root=root)
     np.testing.assert_array_equal(fine.test.images, coarse.test.images)
     assert len(coarse.class_names) == 20
@@ -955,8 +948,8 @@ def test_real_cifar100_coarse() -> None:
 
 @pytest.mark.data
 @pytest.mark.parametrize(("name", "kind"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
-def test_real_mnist_equals_torchvision(name: str, kind: str) -> None:
-    root = real(kind)
+def test_real_mnist_equals_torchvision(name: str, kind: str, real_data: RealData) -> None:
+    root = real_data(kind)
     data = load(name=name, root=root)
     from torchvision import datasets
 

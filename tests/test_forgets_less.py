@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
-DATA = Path(os.environ.get("FEDCIL_DATA_ROOT", "nowhere"))
 
 
 def average(scenario: str, cwd: Path, *more: str) -> float:
@@ -30,10 +29,7 @@ def test_on_digits(tmp_path: Path) -> None:
 
 
 @pytest.mark.data
-def test_on_fashion_mnist(tmp_path: Path) -> None:
+def test_on_fashion_mnist(real_data: Callable[..., Path], tmp_path: Path) -> None:
     """Measured over three seeds: 28 points, deviation 2."""
-    if not (DATA / "FashionMNIST").exists():
-        missing = pytest.fail if os.environ.get("FEDCIL_REQUIRE_DATA") else pytest.skip
-        missing("needs the real files: set FEDCIL_DATA_ROOT to a folder with FashionMNIST")
-    where = f"--data-root={DATA.absolute()}"
+    where = f"--data-root={real_data('FashionMNIST')}"
     assert average("fashion_mfcl", tmp_path, where) - average("fashion_fedavg", tmp_path, where) >= 0.22
