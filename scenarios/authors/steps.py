@@ -49,21 +49,25 @@ class Fed(nn.Module):
         return images
 
 
-def client_step(classifier: Any, generator: nn.Module) -> float:
-    """How far the two models are from each other after local training."""
+def client_step(classifier: Any, generator: nn.Module) -> tuple[float, float]:
+    """How far the two models are from each other after local training, and from where they began."""
     from clients.MFCL import MFCL_client
 
     student = deepcopy(classifier)
     student.Incremental_learning(TASK.seen)
     batches = [(torch.randn(n, 3, 32, 32), torch.randint(TASK.old, TASK.seen, (n,))) for n in REAL]
     latents = [torch.randn(SYNTHETIC, LATENT) for _ in batches]
-    ours = train_ours(student, classifier, generator, batches, latents)
+    start, ours = deepcopy(student), train_ours(student, classifier, generator, batches, latents)
 
     theirs = MFCL_client(0, 1, [], [], SETTINGS.w_kd, SETTINGS.w_ft, SYNTHETIC, "CIFAR100")
     theirs.train_loader, theirs.last_valid_dim, theirs.valid_dim = batches, TASK.old, TASK.seen
     teacher = teacher_of_the_program(deepcopy(classifier), Fed(generator, latents), TASK.old)
     theirs.train(student, LR, (teacher, deepcopy(classifier.fc)), None, 0)
-    return max(relative(there, here) for there, here in zip(tensors(student), tensors(ours), strict=True))
+    apart, moved = (
+        max(relative(there, here) for there, here in zip(tensors(other), tensors(student), strict=True))
+        for other in (ours, start)
+    )
+    return apart, moved
 
 
 def train_ours(
@@ -164,7 +168,8 @@ def main() -> int:
         classifier.train()(torch.randn(64, 3, 32, 32))
         generator.train()(torch.randn(64, LATENT))
     print("largest difference over the largest number, float64")
-    print(f"a client's model after {len(REAL)} steps: {client_step(classifier, generator):.1e}")
+    apart, moved = client_step(classifier, generator)
+    print(f"a client's model after {len(REAL)} steps: {apart:.1e} (from where it began: {moved:.1e})")
     train, fixed = generator_step(classifier, generator)
     print(f"a generator's images after {len(REAL)} steps: {train:.1e} in train mode, {fixed:.1e} in eval mode")
     return 0
