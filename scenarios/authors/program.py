@@ -45,8 +45,8 @@ def open_program(folder: Path) -> None:
     for name in ("tqdm", "pandas"):  # a progress bar, and lists of ImageNet
         if find_spec(name) is None:
             sys.modules[name] = stand_in(name)
-    torch.Tensor.to = on_cpu(torch.Tensor.to)  # type: ignore[method-assign]
-    nn.Module.to = on_cpu(nn.Module.to)  # type: ignore[method-assign]
+    torch.Tensor.to = on_cpu(torch.Tensor.to)
+    nn.Module.to = on_cpu(nn.Module.to)
     torch.ones = on_cpu(torch.ones)
     warnings.filterwarnings("ignore", message="torch.meshgrid")
 
@@ -70,7 +70,7 @@ def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 class Pictures:
     """In place of ``torchvision.datasets.CIFAR100``, which would download it."""
 
-    def __init__(self, root: str, train: bool, download: bool, transform: Callable[[Any], Tensor]) -> None:  # noqa: ARG002
+    def __init__(self, root: str, train: bool, transform: Callable[[Any], Tensor], **_: bool) -> None:
         data = load_dataset(DataSection(name="cifar100", classes=CLASSES), 0, root=Path(root))
         split = data.train if train else data.test
         self.images, self.targets, self.transform = split.images, split.labels.tolist(), transform
