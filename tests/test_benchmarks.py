@@ -324,11 +324,13 @@ def test_the_command_prints_a_table_and_the_path_of_its_json(
     monkeypatch.setattr(Bench, "workers", lambda _: workers.measure("lenet", 1))
     arguments = ["benchmarks", "--only", "workers,memory", "--repeats", "1", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
+    held = b"1" * (1_200 << 20)  # by the benchmark itself: no run's peak
     assert main() == 0
     *table, path = capsys.readouterr().out.splitlines()
     rows = json.loads(Path(path).read_text())
     assert {"ratio", "wall_ratio", "median_s", "spread", "repeats"} == rows["two_workers_lenet"].keys()
     assert rows["memory_10000"]["more_than_100_mb"] < rows["memory_10000"]["index_mb"] + 30
+    assert rows["memory_100"]["peak_mb"] < rows["memory_100"]["process_peak_mb"] < len(held) / 2**20
     assert any("two_workers_lenet" in line for line in table)
     assert (tmp_path / "benchmark.png").stat().st_size > 0
 

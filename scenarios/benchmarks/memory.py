@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,13 @@ import fedcil
 
 TASKS, CLASSES = 2, 20
 INDEX_BYTES = 4 + 8  # of a client's sample in the partition, and of its offset
+# Linux counts a process's peak from what its parent held when it began, so a small one begins it.
+PARENT = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
 
 
 class Peak(NamedTuple):
@@ -39,13 +45,11 @@ def peak_mb(clients: int) -> Peak:
     words = [part for text in sets for part in ("--set", text)]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *words, "--no-figures", "--output", folder]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise RuntimeError(f"the run with {clients} clients ended with exit code {process.returncode}")
+        ended = subprocess.run([sys.executable, "-c", PARENT, *command], check=False, stdout=subprocess.PIPE, text=True)
+        if ended.returncode:
+            raise RuntimeError(f"the run with {clients} clients ended with exit code {ended.returncode}")
         (run,) = Path(folder).iterdir()
-        return Peak(float(fedcil.load(run).summary["peak_memory_mb"]), usage.ru_maxrss / 1024)
+        return Peak(float(fedcil.load(run).summary["peak_memory_mb"]), int(ended.stdout) / 1024)
 
 
 def measure() -> dict[str, dict[str, float]]:
