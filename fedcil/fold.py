@@ -81,13 +81,13 @@ class Fold:
             self.own.add((level, index))
 
     def _refuse_overlap(self, node: Node) -> None:
-        span = _leaves(node)
+        (level, index), span = node, _leaves(node)
         if span.start < 0 or span.stop > self.leaves:
-            raise ValueError(f"leaf {node[1]} of level {node[0]} is outside a cohort of {self.leaves}")
-        for held in self.sums:
-            other = _leaves(held)
-            if span.start < other.stop and other.start < span.stop:
-                raise ValueError(f"leaves {span.start}..{span.stop - 1} are counted already")
+            raise ValueError(f"leaf {index} of level {level} is outside a cohort of {self.leaves}")
+        above = ((higher, index >> (higher - level)) for higher in range(level, self.leaves.bit_length() + 1))
+        below = (held for held in self.sums if held[0] < level and held[1] >> (level - held[0]) == index)
+        if any(held in self.sums for held in above) or (level and any(below)):  # a leaf has nothing below it
+            raise ValueError(f"leaves {span.start}..{span.stop - 1} are counted already")
 
 
 def misfit(what: str) -> RunFailed:

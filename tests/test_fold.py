@@ -158,6 +158,24 @@ def test_a_leaf_counts_once() -> None:
         fold.add(1, contribution(1))
 
 
+@settings(max_examples=200, deadline=None)
+@given(leaves=st.integers(1, 40), nodes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 39)), max_size=60))
+def test_a_sum_is_refused_exactly_if_one_of_its_leaves_was_taken(leaves: int, nodes: list[tuple[int, int]]) -> None:
+    fold, taken = Fold.empty(leaves), set[int]()
+    for level, index in nodes:
+        span = set(range(index << level, (index + 1) << level))
+        if max(span) >= leaves:
+            continue
+        other = Fold(leaves, {(level, index): None})
+        if taken & span:
+            with pytest.raises(ValueError, match=f"leaves {min(span)}..{max(span)} are counted already"):
+                fold.merge(other)
+        else:
+            fold.merge(other)
+            taken |= span
+        assert {leaf for level, index in fold.sums for leaf in range(index << level, (index + 1) << level)} == taken
+
+
 def test_a_merge_that_overlaps_is_refused_as_a_whole() -> None:
     ours, theirs = Fold.empty(4), Fold.empty(4)
     ours.add(3, contribution(3))
