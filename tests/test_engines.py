@@ -186,6 +186,7 @@ def test_the_longest_jobs_come_first_once_their_cost_is_known() -> None:
     assert costs.of(jobs[2:]) == 4.0  # unknown ones count as the mean
     costs.learn([Report(client=1, samples=1, seconds=5.0)])
     assert costs.of([jobs[1]]) == 5.0
+    assert costs.of(jobs[2:]) == 8.0
 
 
 def test_who_missed_a_deadline_counts_as_late_until_it_answers() -> None:

@@ -13,7 +13,7 @@ class Costs:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
-        self._mean = 0.0
+        self._total = 0.0  # of all of them
         self._late: set[int] = set()
 
     def missed(self, clients: Iterable[int]) -> None:
@@ -25,14 +25,15 @@ class Costs:
         return any(job.client in self._late for job in jobs)
 
     def learn(self, reports: Iterable[Report]) -> None:
-        reports = tuple(reports)
-        self._seconds |= {report.client: report.seconds for report in reports}
-        self._late -= {report.client for report in reports}
-        self._mean = sum(self._seconds.values()) / max(1, len(self._seconds))
+        for report in reports:
+            self._total += report.seconds - self._seconds.get(report.client, 0.0)
+            self._seconds[report.client] = report.seconds
+            self._late.discard(report.client)
 
     def of(self, jobs: Iterable[Job]) -> float:
         """Seconds; a client that was never asked counts as the mean of those that were."""
-        return sum(self._seconds.get(job.client, self._mean) for job in jobs)
+        mean = self._total / max(1, len(self._seconds))
+        return sum(self._seconds.get(job.client, mean) for job in jobs)
 
     def jobs_worth(self, seconds: float, jobs: Sequence[Job]) -> int:
         """How many of these jobs take so long together; 1 before anything is known."""
