@@ -7,7 +7,6 @@ somebody else's constructor or layers draw from torch's (``global_draws``).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
+
+from fedcil.threads import Turn
 
 Element = str | int
 
@@ -41,7 +42,7 @@ class Key:
 
 
 CPU = torch.device("cpu")
-_GLOBAL_GENERATOR = threading.Lock()
+_GLOBAL_GENERATOR = Turn()
 
 
 @contextmanager
@@ -49,13 +50,20 @@ def global_draws(key: Key, device: torch.device = CPU) -> Iterator[None]:
     """Code in here draws from torch's global generators, of the CPU and of ``device``, what belongs to this place. One
     thread at a time; the generators are left as they were.
     """
-    seed, gpus = key.torch().initial_seed(), [device] if device.type == "cuda" else []
-    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=gpus):
+    seed, on_gpu = key.torch().initial_seed(), device.type == "cuda"
+    with _GLOBAL_GENERATOR.taken() as still_mine:
+        cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
         torch.default_generator.manual_seed(seed)
-        for gpu in gpus:
-            with torch.cuda.device(gpu):
+        if on_gpu:
+            with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            if still_mine():
+                torch.set_rng_state(cpu)
+                if gpu is not None:
+                    torch.cuda.set_rng_state(gpu, device)
 
 
 def rng_state(device: torch.device) -> torch.Tensor:

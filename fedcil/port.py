@@ -55,6 +55,11 @@ class StopSignal:
     def fail(self, problem: FedcilError) -> None:
         self.problem.append(problem)
 
+    @property
+    def asked(self) -> bool:
+        """Whether ``check`` would raise."""
+        return bool(self.problem) or self.event.is_set()
+
     def check(self) -> None:
         """Raise Stopped if somebody asked for it, or the problem that there is."""
         if self.problem:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fedcil", "server", "client", "scenarios")
-BOTTOM = ("fedcil.errors", "fedcil.dotted", "fedcil.keys", "fedcil.rule", "fedcil.section")
+BOTTOM = ("fedcil.errors", "fedcil.dotted", "fedcil.keys", "fedcil.rule", "fedcil.section", "fedcil.threads")
 VALUES = (*BOTTOM, "fedcil.messages", "fedcil.fold", "fedcil.state", "fedcil.stream", "fedcil.losses")
 EXPERIMENT = (
     *VALUES,
@@ -42,9 +42,10 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.allocator": ((), ()),
     "fedcil.dotted": (("fedcil.errors",), ()),
     "fedcil.neighbours": (("fedcil.errors",), ()),
+    "fedcil.threads": ((), ()),
     "fedcil.rule": ((), ()),
     "fedcil.section": ((), ("pydantic",)),
-    "fedcil.keys": ((), ("numpy", "torch")),
+    "fedcil.keys": (("fedcil.threads",), ("numpy", "torch")),
     "fedcil.metrics": ((), ("numpy",)),
     "fedcil.losses": ((), ("torch",)),
     "fedcil.messages": (("fedcil.errors", "fedcil.rule"), ("torch",)),

@@ -189,17 +189,20 @@ def test_the_longest_jobs_come_first_once_their_cost_is_known() -> None:
     assert costs.of(jobs[2:]) == 8.0
 
 
-def test_who_missed_a_deadline_counts_as_late_until_it_answers() -> None:
+def test_who_did_harm_is_known_until_it_answers() -> None:
     from fedcil.engines.costs import Costs
 
     costs = Costs()
     jobs = [Job(client, client) for client in range(3)]
     costs.missed([1])
-    assert [costs.was_late([job]) for job in jobs] == [False, True, False]
+    costs.killed(2)
+    assert [costs.harmful([job]) for job in jobs] == [False, True, True]
+    assert [costs.deadly([job]) for job in jobs] == [False, False, True]
     costs.learn([Report(client=0, samples=1, seconds=1.0)])
-    assert costs.was_late(jobs)
-    costs.learn([Report(client=1, samples=1, seconds=1.0)])
-    assert not costs.was_late(jobs)
+    assert costs.harmful(jobs)
+    costs.learn([Report(client=client, samples=1, seconds=1.0) for client in (1, 2)])
+    assert not costs.harmful(jobs)
+    assert not costs.deadly(jobs)
 
 
 def test_jobs_are_passed_on_in_numbers_that_are_worth_it() -> None:

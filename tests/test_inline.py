@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from fedcil.models.network import Network
 from fedcil.section import MethodSettings
 from fedcil.stream import Task
 
+HOLD = threading.Event()
+
 
 class Slow(MethodSettings):
     """Every step of the clients with an odd number of samples, or of the others, takes ``seconds``."""
@@ -30,6 +33,7 @@ class Slow(MethodSettings):
     odd: bool = True
     breaks: bool = False
     exits: bool = False
+    hangs: bool = False
 
     def build(self) -> Method:
         def loss(model: Network, prepared: Prepared, batch: Batch, draws: Draws) -> Tensor:
@@ -38,6 +42,8 @@ class Slow(MethodSettings):
                     raise ValueError("this client is broken")
                 if self.exits:
                     sys.exit("this client leaves")
+                if self.hangs:
+                    HOLD.wait()
                 time.sleep(self.seconds)
             return torch.nn.functional.cross_entropy(model(batch.images), batch.labels)
 
@@ -144,6 +150,27 @@ def test_contributions_that_do_not_fit_together_end_the_run_with_a_reason(
         begin()
 
 
+@pytest.mark.parametrize("odd", [True, False])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_client_that_hangs_is_the_only_one_that_rounds_lose(workers: int, odd: bool, tmp_path: Path) -> None:
+    """Two of four clients never come back: each takes a thread with it, another takes its place, and the run ends.
+    Even from a network's first pass, where the global generator is its own.
+    """
+    sets = [f"engine.workers={workers}", "server.deadline_s=1", "stream.tasks=1", "data.classes=2", "training.rounds=4"]
+    HOLD.clear()
+    try:
+        with pytest.warns(
+            UserWarning, match=f"not asked while they hang in a step of an earlier round: clients {2 * odd}"
+        ):
+            run = fedcil.run(scenario(hangs=True, odd=odd), overrides=sets, output=tmp_path, figures=False)
+    finally:
+        HOLD.set()
+    lines = run.kind("round")
+    well = [0, 1] if odd else [2, 3]
+    assert [line["answered"] for line in lines[2:]] == [well] * 2
+    assert {failure["reason"] for failure in lines[-1]["failures"]} == {"still in a step of an earlier round"}
+
+
 HANGS = """
 import sys, time
 from fedcil.methods.base import Method
@@ -161,20 +188,16 @@ class Hangs(MethodSettings):
 """
 
 
+def run_that_hangs(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
+    (tmp_path / "hangs.py").write_text(HANGS)
+    sets = ("--set", "method={name='hangs:Hangs'}", "--no-figures", "--output", "runs")
+    command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *sets, *words]
+    return subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True)
+
+
 @pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> None:
-    (tmp_path / "hangs.py").write_text(HANGS)
-    words = [
-        sys.executable,
-        "-m",
-        "fedcil",
-        "run",
-        "digits_fedavg",
-        "--set",
-        "method={name='hangs:Hangs'}",
-        "--no-figures",
-    ]
-    with subprocess.Popen([*words, "--output", "runs"], cwd=tmp_path, stdout=-1, stderr=-1, text=True) as process:
+    with run_that_hangs(tmp_path) as process:
         try:
             assert process.stdout is not None
             while "a step" not in process.stdout.readline():
@@ -185,3 +208,17 @@ def test_a_second_ctrl_c_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> 
             assert process.wait(20) == 130
         finally:
             process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_time_limit_does_not_wait_for_a_step_that_hangs(workers: int, tmp_path: Path) -> None:
+    """Nor does SIGTERM, which sets the same signal."""
+    with run_that_hangs(tmp_path, "--max-seconds", "3", "--set", f"engine.workers={workers}") as process:
+        try:
+            _, said = process.communicate(timeout=40)
+        finally:
+            process.kill()
+    assert process.returncode == 5
+    assert "stopped: " in said
+    assert "fedcil resume runs/" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from fedcil.cli.commands import app
 from fedcil.cli.guard import show_error
 from fedcil.errors import InputError
+from fedcil.threads import left_behind
 
 
 def main() -> None:
@@ -16,6 +18,12 @@ def main() -> None:
     sys.path.append(str(Path.cwd()))
     try:
         sys.exit(app(standalone_mode=False))
+    except SystemExit as end:
+        if left_behind():  # it would work on while what it works with is taken down
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(end.code or 0))
+        raise
     except Exception as error:  # typer's own are known by their form: some versions bring click, some do not
         sys.exit(wrong_usage(error))
 

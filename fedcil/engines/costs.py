@@ -1,4 +1,4 @@
-"""What clients cost, so that work is passed on longest first and in pieces that are worth it, and who was late."""
+"""What clients cost, so that work is passed on longest first and in pieces that are worth it, and who did harm."""
 
 from __future__ import annotations
 
@@ -15,20 +15,32 @@ class Costs:
         self._seconds: dict[int, float] = {}
         self._total = 0.0  # of all of them
         self._late: set[int] = set()
+        self._deadly: set[int] = set()
 
     def missed(self, clients: Iterable[int]) -> None:
         """These had a worker and no answer when their round's deadline was up."""
         self._late |= set(clients)
 
-    def was_late(self, jobs: Iterable[Job]) -> bool:
-        """Whether one of them missed a deadline and has not answered since: others should not wait behind it."""
-        return any(job.client in self._late for job in jobs)
+    def killed(self, client: int) -> None:
+        """Its worker died as often as it was tried."""
+        self._deadly.add(client)
+
+    def deadly(self, jobs: Iterable[Job]) -> bool:
+        """Whether one of them killed its workers and has not answered since: it should be alone, and tried once."""
+        return any(job.client in self._deadly for job in jobs)
+
+    def harmful(self, jobs: Iterable[Job]) -> bool:
+        """Whether one of them missed a deadline, or killed its workers, and has not answered since: others should not
+        wait behind it.
+        """
+        return any(job.client in self._late or job.client in self._deadly for job in jobs)
 
     def learn(self, reports: Iterable[Report]) -> None:
         for report in reports:
             self._total += report.seconds - self._seconds.get(report.client, 0.0)
             self._seconds[report.client] = report.seconds
             self._late.discard(report.client)
+            self._deadly.discard(report.client)
 
     def of(self, jobs: Iterable[Job]) -> float:
         """Seconds; a client that was never asked counts as the mean of those that were."""

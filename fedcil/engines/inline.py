@@ -13,8 +13,8 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -28,12 +28,14 @@ from fedcil.engines.workers import in_processes, may_use_processes, worker_count
 from fedcil.gather import Gathered, cut
 from fedcil.messages import Outcome, Reply, Request, count_bytes
 from fedcil.port import ClientDone, Port, StopSignal, remaining
+from fedcil.threads import Threads
 
 T = TypeVar("T")
 LEAST_RUN_S = 2e-3  # seconds of work that are worth waking a thread
 PAY_AFTER_S = 10.0  # seconds of clients' work: then a run is long enough for the 2 that it takes to start processes
 START_S = 60.0  # how long to wait for processes that were asked for
-LOOK_S = 0.05  # how often to look for them
+LOOK_S = 0.05  # how often to look for them, and whether the run is to stop
+GIVE_UP_S = 2.0  # how long a client may take to its next step, where it sees that nobody waits for it any more
 SWITCH_S = 1e-3  # how long a thread may keep Python's lock while another waits: a twentieth less for small networks
 
 
@@ -86,7 +88,8 @@ class InlinePort:
         self._idle: list[Worker] = []  # the last one used is the next
         self._at_once, self._lanes = setting.experiment.execution.at_once, setting.experiment.execution.lanes
         self._workers = worker_count(setting.experiment)
-        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="client")
+        self._threads = Threads(self._workers)
+        self._at_work: set[int] = set()  # the clients
         self._forks: Forks | None = None
         self._ready: list[Fork] = []
         self._asked = bool(scenario.engine.processes)
@@ -103,18 +106,13 @@ class InlinePort:
 
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
         """As they come; what is late is not waited for, and its thread gives up at its next step."""
-        started, gathered = time.monotonic(), Gathered(request, done)
-        if deadline_s is None:
-            runs = self._cut(request)
-        else:  # each by itself, and last who may hold a worker until the deadline again
-            runs = sorted(cut(request, len(request.jobs)), key=lambda run: self._costs.was_late(run.jobs))
-        work = Work(runs, self._setting.stop)
+        gathered = Gathered(request, done)
+        runs = self._cut(request) if deadline_s is None else self._each_by_itself(request, gathered)
+        work, started = Work(runs, self._setting.stop), time.monotonic()
         try:
             self._begin(work, self._processes(request))
             for _ in runs:
-                reply = work.replies.get(timeout=remaining(deadline_s, started))
-                if isinstance(reply, BaseException):
-                    raise reply
+                reply = self._next(work, deadline_s, started)
                 self._learn(reply)
                 gathered.add(reply)
         except Empty:
@@ -125,7 +123,7 @@ class InlinePort:
         return gathered.outcome()
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.end(GIVE_UP_S)
         if self._forks:
             self._forks.close()
         for worker in self._idle:  # a kept exception, as in a notebook, may hold this port
@@ -137,6 +135,39 @@ class InlinePort:
         if self._lanes and self._workers == 1:  # filled best by all jobs at once
             return cut(request, 1, len(request.jobs))
         return cut(request, self._workers, max(self._at_once, self._costs.jobs_worth(LEAST_RUN_S, request.jobs)))
+
+    def _each_by_itself(self, request: Request, gathered: Gathered) -> list[Request]:
+        """For a round with a deadline: last who may hold a worker until then again; not those who hang since an
+        earlier one, and whose threads others have replaced.
+        """
+        if not self._threads.wait(GIVE_UP_S):
+            self._threads.end(0.0)
+            self._threads = Threads(self._workers)
+        hanging = self._at_work & set(gathered.open_clients)
+        for client in hanging:
+            gathered.fail(client, "deadline", "still in a step of an earlier round")
+        if hanging:
+            some = ", ".join(map(str, sorted(hanging)))
+            warnings.warn(f"not asked while they hang in a step of an earlier round: clients {some}", stacklevel=1)
+        runs = [run for run in cut(request, len(request.jobs)) if run.jobs[0].client not in hanging]
+        return sorted(runs, key=lambda run: self._costs.harmful(run.jobs))
+
+    def _next(self, work: Work, deadline_s: float | None, started: float) -> Reply:
+        """The next reply. Raises Empty at the deadline, what a worker raised, and Stopped where one hangs."""
+        while True:
+            left, stopping = remaining(deadline_s, started), self._setting.stop.asked
+            patience = GIVE_UP_S if stopping else LOOK_S
+            try:
+                reply = work.replies.get(timeout=patience if left is None else min(left, patience))
+            except Empty:
+                if left == 0.0:
+                    raise
+                if stopping:
+                    self._setting.stop.check()
+                continue
+            if isinstance(reply, BaseException):
+                raise reply
+            return reply
 
     def _learn(self, reply: Reply) -> None:
         self._costs.learn(reply.reports)
@@ -169,10 +200,10 @@ class InlinePort:
             run = work.next()
             if run:
                 fork.ask(run)
-                self._threads.submit(self._guarded, self._train_there, work, fork, run)
+                self._threads.do(partial(self._guarded, self._train_there, work, fork, run))
                 busy += 1
         for _ in range(self._workers - busy):
-            self._threads.submit(self._guarded, self._train_here, work)
+            self._threads.do(partial(self._guarded, self._train_here, work))
 
     def _guarded(self, train: Callable[..., None], work: Work, *there: Any) -> None:
         """Whatever ends a worker is raised where its replies are waited for."""
@@ -186,9 +217,21 @@ class InlinePort:
         worker.check = work.check
         try:
             while run := work.next():
-                work.replies.put(handle(run, worker))
+                with self._noted(run):
+                    reply = handle(run, worker)
+                work.replies.put(reply)
         finally:
             self._idle.append(worker)
+
+    @contextlib.contextmanager
+    def _noted(self, run: Request) -> Iterator[None]:
+        """Its clients are at work meanwhile."""
+        clients = {job.client for job in run.jobs}
+        self._at_work |= clients
+        try:
+            yield
+        finally:
+            self._at_work -= clients
 
     def _train_there(self, work: Work, fork: Fork, run: Request | None) -> None:
         """``run`` is what the process has been asked for. It is asked for the next before its reply is handed in."""

@@ -193,7 +193,7 @@ class RayPort:
         payload = self._put_payload(request.broadcast.payload)
         # A piece answers as a whole, and who is late must take no other along.
         parts = self._cut(request) if deadline_s is None else cut(request, len(request.jobs))
-        todo = self._longest_first(Piece(part.jobs) for part in parts)
+        todo = self._longest_first(piece for part in parts for piece in self._pieces(part.jobs))
         asleep = list(self._asleep.values())
         idle = [worker for worker in self._crew.workers if worker not in asleep]
         busy: dict[Any, tuple[Any, Piece | None]] = {}
@@ -233,11 +233,15 @@ class RayPort:
         least = self._costs.jobs_worth(LEAST_PIECE_S, request.jobs)
         return cut(request, len(self._crew.workers) if shared else 1, max(self._at_once, least))
 
+    def _pieces(self, jobs: tuple[Job, ...]) -> list[Piece]:
+        whole = Piece(jobs)
+        return whole.apart() if self._costs.deadly(jobs) else [whole]
+
     def _longest_first(self, pieces: Iterable[Piece]) -> list[Piece]:
-        """By what their clients took in earlier rounds; where nothing is known, as they are. Last those who were late:
-        each may hold a worker until the deadline.
+        """By what their clients took in earlier rounds; where nothing is known, as they are. Last those who may hold a
+        worker until the deadline again, or kill it.
         """
-        return sorted(pieces, key=lambda piece: (self._costs.was_late(piece.jobs), -self._costs.of(piece.jobs)))
+        return sorted(pieces, key=lambda piece: (self._costs.harmful(piece.jobs), -self._costs.of(piece.jobs)))
 
     def _collect(
         self, reference: Any, worker: Any, piece: Piece | None, gathered: Gathered, idle: list[Any]
@@ -283,10 +287,12 @@ class RayPort:
         warnings.warn(f"the run goes on without one of its workers: {problem.what}", stacklevel=1)
 
     def _again(self, piece: Piece, gathered: Gathered) -> list[Piece]:
-        if piece.attempts + 1 < ATTEMPTS:
+        known = self._costs.deadly(piece.jobs)
+        if piece.attempts + 1 < ATTEMPTS and not known:
             return piece.apart()
         for job in piece.jobs:
-            gathered.fail(job.client, "worker", f"its worker died {ATTEMPTS} times")
+            gathered.fail(job.client, "worker", f"its worker died {'again' if known else f'{ATTEMPTS} times'}")
+            self._costs.killed(job.client)
         return []
 
     def _put_payload(self, payload: Payload | None) -> tuple[str, list[Any]] | None:
