@@ -37,7 +37,15 @@ from fedcil.messages import (
     count_bytes,
 )
 from fedcil.methods.base import TRAINABLE, Phase, Prepared, Samples
-from fedcil.models.network import Network, copy_into, other_buffers, restore_buffers, state_of
+from fedcil.models.network import (
+    Network,
+    bind_again,
+    buffers_of,
+    copy_into,
+    other_buffers,
+    restore_buffers,
+    state_of,
+)
 from fedcil.robust import admissible, empty_fold
 from fedcil.rule import Rule
 from fedcil.stream import Task
@@ -96,6 +104,7 @@ class Worker:
     network: Network | None = None
     state: Tensors = field(default_factory=dict)  # the network's own memory, by name
     buffers: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)  # what else it had when it was made
+    all_buffers: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     parameters: tuple[str, ...] = ()
     lanes: list[Lane] = field(default_factory=list)
     no_lanes: int = -1  # the task in which they cannot be had: not tried again until the next
@@ -117,17 +126,16 @@ class Worker:
             gc.collect()
 
     def look_again(self) -> None:
-        """A person's own layer may have put another tensor where a buffer was."""
-        if self.network is not None and self.shared.experiment.compute.architecture.own:
-            kept = ((name, tensor) for name, tensor in self.network.named_buffers() if name in self.state)
-            self.state = {**self.state, **{name: tensor.detach() for name, tensor in kept}}
+        """A person's own layer may have put another tensor where a buffer was: its numbers are this client's."""
+        if self.shared.experiment.compute.architecture.own:
+            bind_again(self.all_buffers)
 
     def load(self, classes: int, tensors: Tensors) -> Network:
         """A network with the broadcast tensors in it; made anew only when the head has grown."""
         if self.network is None or self.network.head.out_features != classes:
             self.network = self.shared.experiment.compute.network(classes)
             self.state = state_of(self.network)
-            self.buffers = other_buffers(self.network)
+            self.buffers, self.all_buffers = other_buffers(self.network), buffers_of(self.network)
             self.parameters = tuple(name for name, _ in self.network.named_parameters())
         self.look_again()
         copy_into(self.state, tensors)

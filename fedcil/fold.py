@@ -7,10 +7,12 @@ maximal aligned intervals of leaves, and two siblings are always added left + ri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from fedcil.errors import RunFailed
 from fedcil.messages import Contribution, Total
@@ -38,8 +40,8 @@ class Fold:
         weight, tensors = contribution.weight, contribution.tensors
         if not tensors:
             raise misfit("a client gives no tensors")
-        scaled = torch._foreach_mul(list(tensors.values()), weight)
-        self._put((0, position), Total(dict(zip(tensors, scaled, strict=True)), weight), own=True)
+        scaled = dict(zip(tensors, _scaled(list(tensors.values()), weight), strict=True))
+        self._put((0, position), Total(scaled, weight), own=True)
 
     def absent(self, position: int) -> None:
         """Say that this leaf will never give anything."""
@@ -88,6 +90,12 @@ class Fold:
         below = (held for held in self.sums if held[0] < level and held[1] >> (level - held[0]) == index)
         if any(held in self.sums for held in above) or (level and any(below)):  # a leaf has nothing below it
             raise ValueError(f"leaves {span.start}..{span.stop - 1} are counted already")
+
+
+def _scaled(tensors: list[Tensor], weight: float) -> Sequence[Tensor]:
+    """Each times ``weight``. A number would be made a tensor again for each of them, a third of it for small ones."""
+    plain = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+    return torch._foreach_mul(tensors, torch.tensor(weight) if plain else weight)
 
 
 def misfit(what: str) -> RunFailed:

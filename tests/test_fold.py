@@ -130,6 +130,23 @@ def test_nobody_gave_anything() -> None:
     assert empty.total() is None
 
 
+@settings(max_examples=60, deadline=None)
+@given(weight=st.floats(1e-9, 1e15), mixed=st.booleans())
+def test_a_leaf_is_each_tensor_times_the_weight(weight: float, mixed: bool) -> None:
+    """As torch multiplies by a number, in the type that it gives."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"one": torch.randn(4, 9, generator=generator), "two": torch.randn(1, generator=generator)}
+    if mixed:
+        tensors |= {"double": torch.randn(5, generator=generator).double(), "whole": torch.arange(5)}
+    fold = Fold.empty(1)
+    fold.add(0, Contribution(tensors, weight))
+    total = fold.total()
+    assert total is not None
+    for name, tensor in tensors.items():
+        assert total.tensors[name].dtype == (tensor * weight).dtype
+        assert torch.equal(total.tensors[name], tensor * weight)
+
+
 def test_asking_for_the_total_changes_nothing() -> None:
     fold = Fold.empty(4)
     fold.add(2, contribution(2))
