@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from scenarios.benchmarks import __main__ as benchmarks
-from scenarios.benchmarks import boundary, floor, overhead, report, rounds, step, timing, workers
+from scenarios.benchmarks import boundary, floor, overhead, report, rounds, step, timing, whole, workers
 from scenarios.benchmarks.__main__ import Bench, main
 from scenarios.benchmarks.bars import FULL
 from scenarios.benchmarks.nets import NETS, build
 from scenarios.benchmarks.peers.session import Session, sessions
 from scenarios.benchmarks.rounds import AGREE, measure, weights_differ, write_data
 from scenarios.benchmarks.step import compute_in
-from scenarios.benchmarks.timing import Case, Cost, Figure, against, for_a_while, in_turn
+from scenarios.benchmarks.timing import NOT_MEASURED, Case, Cost, Figure, against, for_a_while, in_turn
 
 ROOT = Path(__file__).parent.parent
 
@@ -219,6 +219,22 @@ def test_a_peer_that_could_not_be_had_is_a_row_all_the_same(tmp_path: Path) -> N
     ratio = figures["round_lenet_fp32_vs_plain"].ratio
     assert ratio is not None
     assert ratio > 0
+
+
+def test_a_scenario_without_its_data_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDCIL_DATA_ROOT", str(tmp_path))
+    assert whole.measure({"fashion_mfcl": 1}) == {"whole_fashion_mfcl": NOT_MEASURED}
+    assert "fashion_mfcl is not measured: the data set 'fashion_mnist' is not there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_whole_scenario_is_timed_from_its_command_on() -> None:
+    (row,) = whole.measure({"digits_fedavg": 1}).values()
+    assert isinstance(row, dict)
+    assert 0 < row["first_round_s"] < row["wall_s"]
+    assert row["cpu_s"] > 0
 
 
 def test_what_a_cpu_has_no_instructions_for_is_not_measured(tmp_path: Path) -> None:
