@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -169,56 +167,3 @@ def test_a_client_that_hangs_is_the_only_one_that_rounds_lose(workers: int, odd:
     well = [0, 1] if odd else [2, 3]
     assert [line["answered"] for line in lines[2:]] == [well] * 2
     assert {failure["reason"] for failure in lines[-1]["failures"]} == {"still in a step of an earlier round"}
-
-
-HANGS = """
-import sys, time
-from fedcil.methods.base import Method
-from fedcil.section import MethodSettings
-
-
-class Hangs(MethodSettings):
-    def build(self):
-        def loss(model, prepared, batch, draws):
-            print("a step", flush=True)
-            time.sleep(100)
-            return model(batch.images).sum()
-
-        return Method(loss=loss)
-"""
-
-
-def run_that_hangs(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
-    (tmp_path / "hangs.py").write_text(HANGS)
-    sets = ("--set", "method={name='hangs:Hangs'}", "--no-figures", "--output", "runs")
-    command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *sets, *words]
-    return subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True)
-
-
-@pytest.mark.slow
-def test_a_second_ctrl_c_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> None:
-    with run_that_hangs(tmp_path) as process:
-        try:
-            assert process.stdout is not None
-            while "a step" not in process.stdout.readline():
-                assert process.poll() is None
-            for _ in range(2):
-                process.send_signal(signal.SIGINT)
-                time.sleep(0.5)
-            assert process.wait(20) == 130
-        finally:
-            process.kill()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_time_limit_does_not_wait_for_a_step_that_hangs(workers: int, tmp_path: Path) -> None:
-    """Nor does SIGTERM, which sets the same signal."""
-    with run_that_hangs(tmp_path, "--max-seconds", "3", "--set", f"engine.workers={workers}") as process:
-        try:
-            _, said = process.communicate(timeout=40)
-        finally:
-            process.kill()
-    assert process.returncode == 5
-    assert "stopped: " in said
-    assert "fedcil resume runs/" in said

@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import flwr.simulation
+import psutil
 from flwr.serverapp import Grid
 
 from client import app as client_app
@@ -25,6 +28,7 @@ from server.app import server_app
 from server.grid import GridPort
 
 T = TypeVar("T")
+END_S = 10.0  # how long clients may take to end when the run is over: Flower would wait for one that hangs without end
 MOST_NODES = 100  # more clients than this share nodes
 
 
@@ -33,6 +37,8 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     nodes = min(scenario.clients.count, MOST_NODES)
     results: list[T] = []
     problems: list[BaseException] = []
+    last = threading.Timer(END_S, end_clients)
+    last.daemon = True
 
     def inside(grid: Grid) -> None:
         """Flower would wrap what is raised here."""
@@ -40,6 +46,8 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
             results.append(loop(GridPort(grid, setting.experiment, setting.states.parent.name, setting.stop)))
         except BaseException as problem:
             problems.append(problem)
+        finally:
+            last.start()
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     workers = worker_count(setting.experiment)
@@ -58,9 +66,30 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
             time.sleep(2 * ray_head.LOOK_S)  # whatever Flower says after Ray's head has died, that is the reason
             setting.stop.check()
             raise
+        finally:
+            last.cancel()
     if problems:
         raise problems[0]
     return results[0]
+
+
+def end_clients() -> None:
+    """Of a Ray that was started here; of another's nobody knows which workers are this run's."""
+    hanging = [child for child in psutil.Process().children(recursive=True) if at_a_client(child)]
+    if hanging:
+        logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)  # it would tell of each
+        warnings.warn("clients that hang in a step are ended, since the run is over", stacklevel=1)
+    for worker in hanging:
+        with contextlib.suppress(psutil.Error):
+            worker.kill()
+
+
+def at_a_client(process: psutil.Process) -> bool:
+    """By its title."""
+    try:
+        return "".join(process.cmdline()).startswith("ray::ClientAppActor.run")
+    except psutil.Error:  # it has ended
+        return False
 
 
 @contextlib.contextmanager
