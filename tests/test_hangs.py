@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 HANGS = """
-import sys, time
+import time
 from fedcil.methods.base import Method
 from fedcil.section import MethodSettings
 
@@ -21,7 +21,7 @@ from fedcil.section import MethodSettings
 class Hangs(MethodSettings):
     def build(self):
         def loss(model, prepared, batch, draws):
-            print("a step", flush=True)
+            open("a_step", "w").close()
             time.sleep(100)
             return model(batch.images).sum()
 
@@ -36,12 +36,17 @@ def run_that_hangs(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True)
 
 
-def test_a_second_ctrl_c_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> None:
+def await_a_step(process: subprocess.Popen[str], folder: Path) -> None:
+    while not (folder / "a_step").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     with run_that_hangs(tmp_path) as process:
         try:
-            assert process.stdout is not None
-            while "a step" not in process.stdout.readline():
-                assert process.poll() is None
+            await_a_step(process, tmp_path)
             for _ in range(2):
                 process.send_signal(signal.SIGINT)
                 time.sleep(0.5)
@@ -51,15 +56,28 @@ def test_a_second_ctrl_c_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "engine", ["workers=1", "workers=2", "name='ray', workers=1", "name='flower', workers=1"], ids=lambda words: words
+    "engine",
+    ["workers=1", "workers=2, processes=true", "name='ray', workers=1", "name='flower', workers=1"],
+    ids=lambda words: words,
 )
-def test_a_time_limit_does_not_wait_for_a_step_that_hangs(engine: str, tmp_path: Path) -> None:
-    """Nor does SIGTERM, which sets the same signal."""
-    with run_that_hangs(tmp_path, "--max-seconds", "3", "--set", f"engine={{{engine}}}") as process:
+def test_sigterm_ends_it_with_a_checkpoint(engine: str, tmp_path: Path) -> None:
+    with run_that_hangs(tmp_path, "--set", f"engine={{{engine}}}") as process:
         try:
+            await_a_step(process, tmp_path)
+            process.terminate()
             _, said = process.communicate(timeout=100)
+        finally:
+            process.kill()
+    assert process.returncode == 143
+    assert "stopped: " in said
+    assert "fedcil resume runs/" in said
+
+
+def test_a_time_limit_ends_it(tmp_path: Path) -> None:
+    with run_that_hangs(tmp_path, "--max-seconds", "3") as process:
+        try:
+            _, said = process.communicate(timeout=40)
         finally:
             process.kill()
     assert process.returncode == 5
     assert "stopped: " in said
-    assert "fedcil resume runs/" in said
