@@ -18,7 +18,7 @@ class Threads:
     """
 
     def __init__(self, count: int) -> None:
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._open = 0  # calls that are waiting or at work
         self._ended = threading.Condition()
         names = [f"client_{number}" for number in range(count)]
@@ -26,7 +26,7 @@ class Threads:
         for thread in self._threads:
             thread.start()
 
-    def do(self, call: Callable[[], None]) -> None:
+    def do(self, call: Callable[[], object]) -> None:
         with self._ended:
             self._open += 1
         self._calls.put(call)
