@@ -93,7 +93,7 @@ class Fold:
 
 
 def _scaled(tensors: list[Tensor], weight: float) -> Sequence[Tensor]:
-    """Each times ``weight``. A number would be made a tensor again for each of them, a third of it for small ones."""
+    """Each times ``weight``. torch would make the number a tensor again for each: a third of the time of small ones."""
     plain = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
     return torch._foreach_mul(tensors, torch.tensor(weight, dtype=torch.float32) if plain else weight)
 

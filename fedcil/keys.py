@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 
 import numpy as np
@@ -48,28 +49,34 @@ _GLOBAL_GENERATOR = Turn()
 @contextmanager
 def global_draws(key: Key, device: torch.device = CPU) -> Iterator[None]:
     """Code in here draws from torch's global generators, of the CPU and of ``device``, what belongs to this place. One
-    thread at a time; the generators are left as they were.
+    thread at a time; the generators are left as they were. RuntimeError if something was drawn while a thread that was
+    left behind may have drawn, too.
     """
-    seed, on_gpu = key.torch().initial_seed(), device.type == "cuda"
-    with _GLOBAL_GENERATOR.taken() as still_mine:
-        cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
+    seed = key.torch().initial_seed()
+    with _GLOBAL_GENERATOR.taken(partial(_rng_states, device), partial(_set_rng_states, device)) as alone:
         torch.default_generator.manual_seed(seed)
-        if on_gpu:
+        if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        try:
-            yield
-        finally:
-            if still_mine():
-                torch.set_rng_state(cpu)
-                if gpu is not None:
-                    torch.cuda.set_rng_state(gpu, device)
+        begin = None if alone else rng_state(device)
+        yield
+        if begin is not None and not torch.equal(begin, rng_state(device)):
+            raise RuntimeError("a client that hangs has torch's generator: what another's layers draw is not exact")
 
 
 def rng_state(device: torch.device) -> torch.Tensor:
     """Of the CPU's global generator and of the device's, one after the other."""
-    of_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return torch.cat([torch.get_rng_state(), *of_gpu])
+    return torch.cat(_rng_states(device))
+
+
+def _rng_states(device: torch.device) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_rng_states(device: torch.device, states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
 
 
 def _hash64(element: Element) -> int:

@@ -1,4 +1,4 @@
-"""Threads that train clients, and that can be left behind: a client that hangs keeps its thread, and nothing else."""
+"""Threads that train clients, and that can be left behind: a client that hangs keeps its thread, and not the run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 LEFT = "left behind"  # the name of a thread that hangs
 LOOK_S = 0.2  # how often to look whether who has the turn is one
 
@@ -38,14 +40,16 @@ class Threads:
 
     def end(self, patience_s: float) -> None:
         """Who is still at a call after so many seconds is left behind, and ends after it, if ever."""
-        idle = self.wait(patience_s)
-        for _ in self._threads:
-            self._calls.put(None)
-        for thread in self._threads:
-            if idle:
-                thread.join()
-            else:
-                thread.name = LEFT
+        idle = False
+        try:
+            idle = self.wait(patience_s)
+        finally:
+            for thread in self._threads:
+                self._calls.put(None)
+                if not idle:
+                    thread.name = LEFT
+        for thread in self._threads if idle else ():
+            thread.join()
 
     def _work(self) -> None:
         while call := self._calls.get():
@@ -56,27 +60,38 @@ class Threads:
 
 
 class Turn:
-    """A lock for what a process has once. Nobody waits for a holder that was left behind."""
+    """A lock for what a process has once, and for how it was before. Nobody waits for a holder that was left behind."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._holder: threading.Thread | None = None
+        self._passed_over = 0  # holders that were left behind and are still inside
+        self._before: Any = None
 
     @contextmanager
-    def taken(self) -> Iterator[Callable[[], bool]]:
-        """Gives a function that says whether it is still this thread's turn: somebody else's if it was left behind."""
+    def taken(self, save: Callable[[], T], restore: Callable[[T], None]) -> Iterator[bool]:
+        """What ``save`` gives is restored afterwards. Gives whether nobody else is inside; one that was left behind may
+        come back. RuntimeError in a thread that was left behind itself.
+        """
         me = threading.current_thread()
         with self._changed:
-            while self._holder is not None and self._holder.name != LEFT:
+            while self._holder is not None and LEFT not in (self._holder.name, me.name):
                 self._changed.wait(LOOK_S)
-            self._holder = me
+            if me.name == LEFT:
+                raise RuntimeError("this thread was left behind")
+            self._passed_over += self._holder is not None
+            self._holder, alone = me, not self._passed_over
+            self._before = save() if alone else self._before
         try:
-            yield lambda: self._holder is me
+            yield alone
         finally:
             with self._changed:
                 if self._holder is me:
+                    restore(self._before)
                     self._holder = None
                     self._changed.notify()
+                else:
+                    self._passed_over -= 1
 
 
 def left_behind() -> bool:

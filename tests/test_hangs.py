@@ -22,7 +22,7 @@ class Hangs(MethodSettings):
     def build(self):
         def loss(model, prepared, batch, draws):
             open("a_step", "w").close()
-            time.sleep(100)
+            time.sleep(1000)
             return model(batch.images).sum()
 
         return Method(loss=loss)
@@ -74,10 +74,30 @@ def test_sigterm_ends_it_with_a_checkpoint(engine: str, tmp_path: Path) -> None:
 
 
 def test_a_time_limit_ends_it(tmp_path: Path) -> None:
-    with run_that_hangs(tmp_path, "--max-seconds", "3") as process:
+    with run_that_hangs(tmp_path, "--max-seconds", "8") as process:
         try:
-            _, said = process.communicate(timeout=40)
+            _, said = process.communicate(timeout=60)
         finally:
             process.kill()
+    assert (tmp_path / "a_step").exists()
     assert process.returncode == 5
     assert "stopped: " in said
+
+
+def test_flowers_simulation_ends_with_its_files(tmp_path: Path) -> None:
+    """Where nobody answers, the model stays; the run is recorded all the same, and says that it came to nothing."""
+    sets = [
+        "engine={name='flower', workers=1}",
+        "server={deadline_s=8, patience=9}",
+        "stream.tasks=1",
+        "data.classes=2",
+    ]
+    words = [word for text in (*sets, "training.rounds=1") for word in ("--set", text)]
+    with run_that_hangs(tmp_path, *words) as process:
+        try:
+            _, said = process.communicate(timeout=100)
+        finally:
+            process.kill()
+    assert process.returncode == 1, said
+    assert "clients that hang in a step are ended, since the run is over" in said
+    assert list((tmp_path / "runs").glob("*/summary.json"))

@@ -154,7 +154,7 @@ def test_a_client_that_hangs_is_the_only_one_that_rounds_lose(workers: int, odd:
     """Two of four clients never come back: each takes a thread with it, another takes its place, and the run ends.
     Even from a network's first pass, where the global generator is its own.
     """
-    sets = [f"engine.workers={workers}", "server.deadline_s=1", "stream.tasks=1", "data.classes=2", "training.rounds=4"]
+    sets = [f"engine.workers={workers}", "server.deadline_s=2", "stream.tasks=1", "data.classes=2", "training.rounds=4"]
     HOLD.clear()
     try:
         with pytest.warns(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import threading
 from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
 import torch
 
-from fedcil.keys import Key
+from fedcil.keys import Key, global_draws
+from fedcil.threads import Threads
 
 GOLDEN_PATH = (3505024383920981240, 12182186227813193364)
 GOLDEN_NUMPY = [1609903176, 2069831710, 2130460843, 757859199]
@@ -101,3 +103,29 @@ def test_the_numbers_are_these_for_ever() -> None:
 def test_keys_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         Key(0).seed = 1  # type: ignore[misc]
+
+
+def test_draws_beside_a_thread_that_was_left_behind_are_refused() -> None:
+    """Where nothing is drawn nothing can be wrong; afterwards the generator is as it was before the one that hangs."""
+    hold, began = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        with global_draws(Key(1)):
+            began.set()
+            hold.wait(5.0)
+
+    threads = Threads(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        before = torch.get_rng_state()
+        threads.do(hang)
+        assert began.wait(5.0)
+        threads.end(0.0)
+        try:
+            with global_draws(Key(2)):
+                pass
+            with pytest.raises(RuntimeError, match="a client that hangs has torch's generator"), global_draws(Key(2)):
+                torch.rand(1)
+        finally:
+            hold.set()
+        assert torch.equal(torch.get_rng_state(), before)

@@ -19,13 +19,23 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except SystemExit as end:
-        if left_behind():  # it would work on while what it works with is taken down
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(int(end.code or 0))
+        if left_behind():
+            end_at_once(end.code)
         raise
     except Exception as error:  # typer's own are known by their form: some versions bring click, some do not
         sys.exit(wrong_usage(error))
+
+
+def end_at_once(code: str | int | None) -> None:
+    """As ``sys.exit`` would, but for threads: one that hangs would work on while what it works with is taken down."""
+    try:
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(int(code or 0))
 
 
 def wrong_usage(error: Any) -> int:

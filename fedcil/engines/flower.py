@@ -37,8 +37,8 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     nodes = min(scenario.clients.count, MOST_NODES)
     results: list[T] = []
     problems: list[BaseException] = []
-    last = threading.Timer(END_S, end_clients)
-    last.daemon = True
+    over = threading.Event()
+    last = threading.Thread(target=end_clients, args=(over,), name="last clients", daemon=True)
 
     def inside(grid: Grid) -> None:
         """Flower would wrap what is raised here."""
@@ -67,21 +67,23 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
             setting.stop.check()
             raise
         finally:
-            last.cancel()
+            over.set()
     if problems:
         raise problems[0]
     return results[0]
 
 
-def end_clients() -> None:
+def end_clients(over: threading.Event) -> None:
     """Of a Ray that was started here; of another's nobody knows which workers are this run's."""
-    hanging = [child for child in psutil.Process().children(recursive=True) if at_a_client(child)]
-    if hanging:
-        logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)  # it would tell of each
-        warnings.warn("clients that hang in a step are ended, since the run is over", stacklevel=1)
-    for worker in hanging:
-        with contextlib.suppress(psutil.Error):
-            worker.kill()
+    while not over.wait(END_S):
+        hanging = [child for child in psutil.Process().children(recursive=True) if at_a_client(child)]
+        if hanging:
+            logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)  # it would tell of each
+        for worker in hanging:
+            with contextlib.suppress(psutil.Error):
+                worker.kill()
+        if hanging:
+            warnings.warn("clients that hang in a step are ended, since the run is over", stacklevel=1)
 
 
 def at_a_client(process: psutil.Process) -> bool:

@@ -123,13 +123,15 @@ class InlinePort:
         return gathered.outcome()
 
     def close(self) -> None:
-        self._threads.end(GIVE_UP_S)
-        if self._forks:
-            self._forks.close()
-        for worker in self._idle:  # a kept exception, as in a notebook, may hold this port
-            worker.drop_lanes()
-        self._idle.clear()
-        sys.setswitchinterval(self._switch_before)
+        try:
+            self._threads.end(GIVE_UP_S)
+        finally:
+            if self._forks:
+                self._forks.close()
+            for worker in self._idle:  # a kept exception, as in a notebook, may hold this port
+                worker.drop_lanes()
+            self._idle.clear()
+            sys.setswitchinterval(self._switch_before)
 
     def _cut(self, request: Request) -> list[Request]:
         if self._lanes and self._workers == 1:  # filled best by all jobs at once
@@ -138,9 +140,10 @@ class InlinePort:
 
     def _each_by_itself(self, request: Request, gathered: Gathered) -> list[Request]:
         """For a round with a deadline: last who may hold a worker until then again; not those who hang since an
-        earlier one, and whose threads others have replaced.
+        earlier one, and whose threads others have replaced. Not on a GPU: a step must not be captured while another
+        thread is at work there.
         """
-        if not self._threads.wait(GIVE_UP_S):
+        if not self._threads.wait(GIVE_UP_S) and self._shared.device.type != "cuda":
             self._threads.end(0.0)
             self._threads = Threads(self._workers)
         hanging = self._at_work & set(gathered.open_clients)
@@ -153,7 +156,7 @@ class InlinePort:
         return sorted(runs, key=lambda run: self._costs.harmful(run.jobs))
 
     def _next(self, work: Work, deadline_s: float | None, started: float) -> Reply:
-        """The next reply. Raises Empty at the deadline, what a worker raised, and Stopped where one hangs."""
+        """The next reply. Raises Empty at the deadline, what a worker raised, and what ``stop`` says if one hangs."""
         while True:
             left, stopping = remaining(deadline_s, started), self._setting.stop.asked
             patience = GIVE_UP_S if stopping else LOOK_S

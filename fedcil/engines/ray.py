@@ -234,8 +234,8 @@ class RayPort:
         return cut(request, len(self._crew.workers) if shared else 1, max(self._at_once, least))
 
     def _pieces(self, jobs: tuple[Job, ...]) -> list[Piece]:
-        whole = Piece(jobs)
-        return whole.apart() if self._costs.deadly(jobs) else [whole]
+        """One, or each client by itself where one of them would take others along."""
+        return [Piece((job,)) for job in jobs] if self._costs.deadly(jobs) else [Piece(jobs)]
 
     def _longest_first(self, pieces: Iterable[Piece]) -> list[Piece]:
         """By what their clients took in earlier rounds; where nothing is known, as they are. Last those who may hold a

@@ -133,12 +133,18 @@ def buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 @torch.no_grad()
 def bind_again(buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
-    """Where a person's layer has put another tensor in a buffer's place, its numbers go into the one of before."""
+    """Where a person's layer has put another tensor in a buffer's place, its numbers go into the one of before.
+    ValueError if it has another shape.
+    """
     for part, name, before in buffers:
-        now = part.get_buffer(name)
-        if now is not before:
+        now = getattr(part, name)
+        if now is before:
+            continue
+        setattr(part, name, before)
+        if now is not None:
+            if now.shape != before.shape:
+                raise ValueError(f"a layer made its buffer {name} {tuple(now.shape)} instead of {tuple(before.shape)}")
             before.copy_(now)
-            setattr(part, name, before)
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
