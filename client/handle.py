@@ -37,15 +37,7 @@ from fedcil.messages import (
     count_bytes,
 )
 from fedcil.methods.base import TRAINABLE, Phase, Prepared, Samples
-from fedcil.models.network import (
-    Network,
-    bind_again,
-    buffers_of,
-    copy_into,
-    other_buffers,
-    restore_buffers,
-    state_of,
-)
+from fedcil.models.network import Network, bind_again, buffers_of, copy_into, other_buffers, restore_buffers, state_of
 from fedcil.robust import admissible, empty_fold
 from fedcil.rule import Rule
 from fedcil.stream import Task
