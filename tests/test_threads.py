@@ -33,6 +33,7 @@ def test_every_call_is_done_and_the_threads_end(count: int) -> None:
 
 
 def test_one_that_hangs_is_left_behind_and_ends_when_it_comes_back() -> None:
+    wait_for_nobody()  # of an earlier test
     threads, hold = Threads(2), threading.Event()
     threads.do(partial(hold.wait, SOON_S))
     assert not threads.wait(0.05)
