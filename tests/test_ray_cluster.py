@@ -180,6 +180,21 @@ engine.warnings.warn = lambda message, **_: print(message)
 run(sys.argv[1], *sys.argv[3:])
 """
 
+# Started by fedcil itself: how nice the process and a worker are.
+NICENESS = """
+import os
+import ray
+from fedcil.engines.ray_cluster import cluster
+from fedcil.engines.workers import Share
+from fedcil.port import StopSignal
+
+def niceness():
+    return os.getpriority(os.PRIO_PROCESS, 0)
+
+with cluster(StopSignal(), None, 1, 1, Share(1, 0.0)):
+    print(niceness(), ray.get(ray.remote(niceness).remote()))
+"""
+
 
 def on_a_cluster(script: str, *words: str | Path) -> str:
     """What the script prints."""
@@ -271,3 +286,11 @@ def test_workers_share_a_gpu_and_stay_where_there_is_one(tmp_path: Path) -> None
     assert workers == [{"gpus": ["0"], "CPU": 1.0, "GPU": 0.5}] * 2
     (folder,) = (tmp_path / "ray").iterdir()
     assert without_cost(api.load(folder)) == without_cost(expected)
+
+
+def test_workers_are_as_nice_as_the_run() -> None:
+    """With Ray's own default they starve as soon as anybody else uses the machine."""
+    command = ["nice", "-n", "3", sys.executable, "-c", NICENESS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    run, worker = done.stdout.split()
+    assert worker == run

@@ -19,6 +19,7 @@ from fedcil.messages import count_bytes
 from fedcil.port import StopSignal
 
 DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
+NICENESS = 0  # of workers, above this process's own; Ray's 15 leaves them 2 % of a core that somebody else uses, too
 STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 
 
@@ -60,7 +61,7 @@ def cluster(
                 address="local",  # not somebody's cluster that happens to run on this machine
                 num_cpus=workers * share.cpus,
                 object_store_memory=store_memory,
-                _system_config={"max_direct_call_object_size": DIRECT_BYTES},
+                _system_config={"max_direct_call_object_size": DIRECT_BYTES, "worker_niceness": NICENESS},
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
