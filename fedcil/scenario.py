@@ -306,7 +306,9 @@ class EngineSection(Section):
         "inline", description="in this process, in Ray's actors, or as nodes of Flower's simulation"
     )
     workers: Threads | None = Field(
-        None, description="default: one per core, at most one per asked client; inline on a GPU always one"
+        None,
+        description="default: one per core that the run may use (affinity, a container's quota), at most one per asked "
+        "client; inline on a GPU always one",
     )
     processes: bool | None = Field(
         None,

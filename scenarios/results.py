@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
+
 from fedcil import load
 from fedcil.record.compare import compare
 
@@ -144,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usual = [group for group in TABLES if group not in BY_NAME_ONLY]
     parser.add_argument("groups", nargs="*", default=usual, help=", ".join(TABLES))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=joblib.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("runs/results"))
     parser.add_argument("--max-seconds", type=float, default=float("inf"))
     parser.add_argument("--set", action="append", default=[], dest="more", metavar="KEY=VALUE")

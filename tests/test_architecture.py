@@ -120,6 +120,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "fedcil.deploy.local": (("fedcil.port", "fedcil.record.run", "fedcil.deploy"), ()),
     "fedcil.engines": (("fedcil", "server", "client"), ("torch", "numpy")),
+    "fedcil.engines.workers": (("fedcil.experiment", "fedcil.scenario"), ("joblib",)),
     "fedcil.engines.ray": (("fedcil", "server", "client"), ("ray",)),
     "fedcil.engines.ray_cluster": (("fedcil",), ("ray",)),
     "fedcil.engines.ray_room": (("fedcil.engines", "fedcil.errors"), ("ray",)),
@@ -128,7 +129,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.api": (("fedcil", "server"), ()),
     "fedcil.cli": (("fedcil",), ("typer", "rich", "numpy", "torch")),
     "fedcil.__main__": (("fedcil.cli",), ()),
-    "scenarios": (("fedcil.api", "fedcil.record", "fedcil.scenario_file", "fedcil"), ()),
+    "scenarios": (("fedcil.api", "fedcil.record", "fedcil.scenario_file", "fedcil"), ("joblib",)),
     "scenarios.turnover": (("fedcil",), ("matplotlib",)),
     # A benchmark times parts of the machine, so it may reach all of them.
     "scenarios.benchmarks": (
@@ -138,7 +139,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # Steps of the product are held against those of the released program, whose packages are the last two.
     "scenarios.authors": (
         ("fedcil", "client", "scenarios.authors", "scenarios.benchmarks"),
-        ("torch", "torchvision", "numpy", "PIL", "clients", "models"),
+        ("torch", "torchvision", "numpy", "PIL", "joblib", "clients", "models"),
     ),
     # Measured from outside, through what a user has: `common` is the scripts' own helpers.
     "scenarios.scalability": (("fedcil",), ("numpy", "matplotlib", "ray", "psutil", "common")),

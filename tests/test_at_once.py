@@ -173,9 +173,15 @@ def test_a_round_needs_no_more_workers_than_it_has_use_for() -> None:
 
 
 def test_each_thread_of_a_worker_has_a_core_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(5)), raising=False)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 5)
     counts = [worker_count(experiment_of({}, threads=threads)) for threads in (1, 2, 3, 8)]
     assert counts == [5, 2, 1, 1]
+
+
+def test_workers_are_no_more_than_the_cores_that_a_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of the machine. joblib reads affinity, a container's quota and its own variable."""
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert worker_count(experiment_of({})) == 1
 
 
 def test_threads_of_one_process_share_no_gpu() -> None:

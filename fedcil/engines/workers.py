@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass
+
+import joblib
 
 from fedcil.experiment import PROCESSES_POSSIBLE, Experiment
 from fedcil.scenario import Scenario
@@ -34,8 +35,8 @@ class CpuSeconds:
 
 
 def worker_count(experiment: Experiment) -> int:
-    """``engine.workers``, or one per ``training.threads`` cores that this process may use, and no more than a round has
-    use for.
+    """``engine.workers``, or one per ``training.threads`` cores that this process may use (by its affinity and by its
+    container's quota), and no more than a round has use for.
 
     One where clients are threads of this process and train on a GPU: its lanes are side by side already, and a step
     must not be captured while another thread is at work there.
@@ -43,7 +44,7 @@ def worker_count(experiment: Experiment) -> int:
     scenario, at_once = experiment.scenario, experiment.execution.at_once
     if scenario.engine.name == "inline" and experiment.compute.device.type == "cuda":
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = joblib.cpu_count()
     side_by_side = min(cores // scenario.training.threads, math.ceil(scenario.clients.per_round / at_once))
     return scenario.engine.workers or max(1, side_by_side)
 

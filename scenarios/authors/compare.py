@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
+
 from fedcil import load
 from fedcil.metrics import accuracy_after
 from scenarios.authors.program import CLASSES, require_program
@@ -121,7 +123,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("program", type=Path, help="a clone of SaraBabakN/MFCL-NeurIPS23")
     parser.add_argument("--seeds", default="0,1,2,3", help="at least two")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=joblib.cpu_count())
     parser.add_argument("--data-root", type=Path, default=Path(os.environ.get("FEDCIL_DATA_ROOT", "data")))
     parser.add_argument("--output", type=Path, default=Path("runs/authors"))
     given = parser.parse_args()
