@@ -107,6 +107,12 @@ def test_seeds_are_run_and_finished_ones_are_skipped(tmp_path: Path) -> None:
     assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
+def test_a_terminal_without_a_character_gets_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of two seeds has a plus-minus."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert " ? " in call("run", "digits_fedavg", *SMALL, "--seeds=0,1", cwd=tmp_path).stdout
+
+
 def test_compare_gives_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
     call("run", "digits_fedavg", *SMALL, "--seeds=0,1", "--json", cwd=tmp_path)
     folders = [str(path) for path in sorted((tmp_path / "runs").iterdir())]

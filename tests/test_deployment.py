@@ -73,6 +73,17 @@ def wait_for(look: Callable[[], T], seconds: float) -> T | None:
     return None
 
 
+@pytest.fixture(scope="module", autouse=True)
+def proxies() -> Iterator[None]:
+    """As on a campus, and nobody answers: what is on this machine must be reached without them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            patch.setenv(name, "http://127.0.0.1:9")
+        for name in ("no_proxy", "NO_PROXY"):
+            patch.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     folder = tmp_path_factory.mktemp("servers")

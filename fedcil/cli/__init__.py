@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from fedcil.threads import left_behind
 def main() -> None:
     """Entry point of ``fedcil``. A scenario may name a user's own module, so this folder is searched too, last."""
     sys.path.append(str(Path.cwd()))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show must not end a run
     try:
         sys.exit(app(standalone_mode=False))
     except SystemExit as end:

@@ -13,16 +13,23 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
+LOOPBACK = ("127.0.0.1", "localhost")
+
 
 def healthy(url: str, ca: Path | None = None, timeout_s: float = 3.0) -> bool:
-    """``https://host:port/health`` (trusted by ``ca``), ``http://...``, or ``tcp://host:port``: somebody listens."""
+    """``https://host:port/health`` (trusted by ``ca``), ``http://...``, or ``tcp://host:port``: somebody listens.
+    What is on this machine is not asked through a proxy.
+    """
     context = ssl.create_default_context(cafile=str(ca)) if ca else None
     parts = urlsplit(url)
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context)]
+    if parts.hostname in LOOPBACK:
+        handlers.append(urllib.request.ProxyHandler({}))
     try:
         if parts.scheme == "tcp":
             socket.create_connection((parts.hostname, parts.port), timeout_s).close()
             return True
-        with urllib.request.urlopen(url, timeout=timeout_s, context=context) as answer:
+        with urllib.request.build_opener(*handlers).open(url, timeout=timeout_s) as answer:
             return bool(answer.status == 200)
     except (OSError, HTTPException):  # the second: somebody else listens there
         return False

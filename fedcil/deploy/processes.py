@@ -22,6 +22,7 @@ GRACE_S = 15.0  # between being asked to end and being ended
 LONGEST_PAUSE_S = 15.0  # between two starts of a process that ends again and again
 SETTLED_S = 30.0  # a process that ran so long starts again at once
 PR_SET_PDEATHSIG = 1
+LOOPBACK = "127.0.0.1,localhost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,17 @@ class Role:
 
 
 def flower_environment(home: Path) -> dict[str, str]:
-    """What Flower's programs and the apps that they start are given."""
+    """What Flower's programs and the apps that they start are given. They would look for each other on this machine
+    through a proxy, where there is one.
+    """
     scripts = str(Path(sys.executable).parent)  # they start each other by name
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    direct = f"{direct},{LOOPBACK}" if direct else LOOPBACK
     return {
         "OMP_NUM_THREADS": "1",
         **os.environ,
+        "no_proxy": direct,
+        "NO_PROXY": direct,
         "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
         "FLWR_HOME": str(home),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
