@@ -234,6 +234,42 @@ def test_a_signal_saves_and_a_resume_ends_with_the_same_metrics(number: int, cod
     assert metrics(folder) == metrics(tmp_path / whole["run_dir"])
 
 
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    """``/dev/full`` is a disk without room."""
+    command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *SMALL]
+    with Path("/dev/full").open("w") as log:
+        done = subprocess.run(command, cwd=tmp_path, stdout=-1, stderr=log, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    assert "fedavg" in done.stdout
+    assert list(tmp_path.glob("runs/*/summary.json"))
+
+
+# A terminal that goes as soon as there is a run folder with a round in it. Says how the run ended.
+TERMINAL = """
+import os, pty, sys
+from pathlib import Path
+
+run, terminal = pty.fork()
+if not run:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+while not any(path.stat().st_size for path in Path("runs").glob("*/metrics.jsonl")):
+    os.read(terminal, 1000)
+os.close(terminal)
+print(os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]))
+"""
+
+
+def test_a_terminal_that_goes_leaves_a_checkpoint(tmp_path: Path) -> None:
+    long = [*SMALL, "--set=training.rounds=400", "--set=server.checkpoint_every=399"]
+    whole = json.loads(call("run", "digits_fedavg", *long, "--output=whole", "--json", cwd=tmp_path).stdout)
+    command = [sys.executable, "-c", TERMINAL, "-m", "fedcil", "run", "digits_fedavg", *long]
+    assert subprocess.check_output(command, cwd=tmp_path, text=True, timeout=120) == "129\n"
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert any((folder / "checkpoints").iterdir())
+    call("resume", str(folder), "--no-figures", cwd=tmp_path)
+    assert metrics(folder) == metrics(tmp_path / whole["run_dir"])
+
+
 def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *SMALL, "--set=training.rounds=400"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import signal
+import stat
 import sys
 import threading
 import traceback
@@ -76,12 +77,16 @@ def start_timer(seconds: float, function: Callable[[int], object], exit_code: in
 def stoppable(
     max_seconds: float | None, what: str = "stopping after this step, with a checkpoint"
 ) -> Iterator[StopSignal]:
-    """Ctrl-C, SIGTERM and a time limit set the signal that a run looks at; a second Ctrl-C ends at once."""
+    """Ctrl-C, SIGTERM, a terminal that goes (but for `nohup`) and a time limit set the signal that a run looks at; a
+    second signal ends at once.
+    """
     from fedcil.port import StopSignal
 
     stop = StopSignal()
 
     def on_signal(number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            say_no_more()
         if stop.event.is_set():
             # Where a client's step hangs: as safe as a kill, since the last checkpoint is whole.
             timers.append(start_timer(PATIENCE_S, os._exit, 128 + number))
@@ -90,7 +95,10 @@ def stoppable(
         stop.set(128 + number)
 
     timers = [] if max_seconds is None else [start_timer(max_seconds, stop.set, OUT_OF_TIME)]
-    old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        heard.append(signal.SIGHUP)
+    old = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield stop
     finally:
@@ -98,3 +106,12 @@ def stoppable(
             timer.cancel()
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def say_no_more() -> None:
+    """To a terminal that has gone: writing to it raises."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
