@@ -22,7 +22,7 @@ SHORT = ["data.classes=4", "stream.tasks=1", "training.rounds=2", "training.epoc
 # ``node``, ``cluster`` with one of them, and ``run(folder, *overrides)``; a refusal is printed.
 CLUSTER = """
 import json, os, sys, threading, time
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when ray is imported
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # read when ray is imported, and starts
 
 import ray
 from common import Panel, Table, command, draw, environment, fit, middle, new_folder, options, say_load
