@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -271,6 +272,19 @@ def test_a_cluster_that_cannot_be_used_ends_the_run_with_the_reason(
         ray_cluster.cluster(StopSignal(), "auto", 1, 1, Share(1, 0.0)),
     ):
         raise AssertionError("nothing to run on")
+
+
+def test_an_address_where_nobody_listens_is_not_tried_for_minutes() -> None:
+    from fedcil.engines import ray_cluster
+
+    with socket.socket() as taken:  # but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with (
+            pytest.raises(RunFailed, match=f"no Ray cluster that can be used: nobody answers at {address}"),
+            ray_cluster.cluster(StopSignal(), address, 1, 1, Share(1, 0.0)),
+        ):
+            raise AssertionError("nothing to run on")
 
 
 @pytest.mark.parametrize("before", [None, "elsewhere"])

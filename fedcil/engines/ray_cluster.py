@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -19,6 +20,7 @@ from fedcil.messages import count_bytes
 from fedcil.port import StopSignal
 
 DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
+ANSWER_S = 10.0
 NICENESS = 0  # of workers, above this process's own; Ray's 15 leaves them 2 % of a core that somebody else uses, too
 STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 
@@ -55,6 +57,7 @@ def cluster(
     others = ray_head.children()
     try:
         if address:
+            refuse_nobody(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
             ray.init(
@@ -83,3 +86,14 @@ def cluster(
             yield
     finally:
         ray.shutdown()
+
+
+def refuse_nobody(address: str) -> None:
+    """ConnectionError if nobody listens at ``host:port``, which Ray would try to reach for many minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not port.isdecimal():  # ``auto``, ``ray://...``: Ray is quick about these
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except (OSError, OverflowError) as error:  # the second: a port above 65535
+        raise ConnectionError(f"nobody answers at {address}: {error}") from None
