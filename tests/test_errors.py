@@ -160,6 +160,26 @@ def test_a_signal_stops_and_a_second_one_ends_at_once(number: signal.Signals) ->
     assert signal.getsignal(number) is before
 
 
+def test_a_terminal_that_goes_stops_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel says so, and the shell before it ends."""
+    monkeypatch.setattr("fedcil.cli.guard.say_no_more", lambda: None)
+    with stoppable(None) as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.exit_code == [129]
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+def test_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable(None) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_time_limit_stops_and_a_block_that_ends_before_it_is_not_stopped() -> None:
     with stoppable(0.01) as stop:
         assert stop.event.wait(5)

@@ -87,6 +87,8 @@ def stoppable(
     def on_signal(number: int, _: object) -> None:
         if number == signal.SIGHUP:
             say_no_more()
+            if stop.event.is_set():  # the shell says so, too
+                return
         if stop.event.is_set():
             # Where a client's step hangs: as safe as a kill, since the last checkpoint is whole.
             timers.append(start_timer(PATIENCE_S, os._exit, 128 + number))

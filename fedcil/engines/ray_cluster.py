@@ -20,7 +20,7 @@ from fedcil.messages import count_bytes
 from fedcil.port import StopSignal
 
 DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
-ANSWER_S = 10.0
+ANSWER_S = 10.0  # for somebody at an address to answer
 NICENESS = 0  # of workers, above this process's own; Ray's 15 leaves them 2 % of a core that somebody else uses, too
 STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 
