@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import fedcil
@@ -244,29 +245,38 @@ def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
     assert list(tmp_path.glob("runs/*/summary.json"))
 
 
-# A terminal that goes as soon as there is a run folder with a round in it. Says how the run ended.
+# A shell in a terminal that goes as soon as a run in it has recorded a round.
 TERMINAL = """
-import os, pty, sys
+import os, pty, shlex, sys
 from pathlib import Path
 
-run, terminal = pty.fork()
-if not run:
-    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+shell, terminal = pty.fork()
+if not shell:
+    os.execvp("bash", ["bash", "--norc", "-i"])
+os.write(terminal, f"{shlex.join([sys.executable, *sys.argv[1:]])}\\n".encode())
 while not any(path.stat().st_size for path in Path("runs").glob("*/metrics.jsonl")):
     os.read(terminal, 1000)
 os.close(terminal)
-print(os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]))
+os.waitpid(shell, 0)
 """
 
 
-def test_a_terminal_that_goes_leaves_a_checkpoint(tmp_path: Path) -> None:
-    long = [*SMALL, "--set=training.rounds=400", "--set=server.checkpoint_every=399"]
+@pytest.mark.parametrize(
+    "engine", ["inline", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ray", "flower"))]
+)
+def test_a_terminal_that_goes_leaves_a_checkpoint_and_no_process(engine: str, tmp_path: Path) -> None:
+    long = [*SMALL, "--set=training.rounds=200", "--set=server.checkpoint_every=199"]
     whole = json.loads(call("run", "digits_fedavg", *long, "--output=whole", "--json", cwd=tmp_path).stdout)
-    command = [sys.executable, "-c", TERMINAL, "-m", "fedcil", "run", "digits_fedavg", *long]
-    assert subprocess.check_output(command, cwd=tmp_path, text=True, timeout=120) == "129\n"
+    run = ["-m", "fedcil", "run", "digits_fedavg", *long, f"--engine={engine}"]
+    subprocess.run([sys.executable, "-c", TERMINAL, *run], cwd=tmp_path, timeout=120, check=True)
+    end = time.monotonic() + 60
+    while any(process.info["cwd"] == str(tmp_path) for process in psutil.process_iter(["cwd"])):
+        assert time.monotonic() < end
+        time.sleep(0.1)
     (folder,) = (tmp_path / "runs").iterdir()
-    assert any((folder / "checkpoints").iterdir())
-    call("resume", str(folder), "--no-figures", cwd=tmp_path)
+    first_and_last = {path.name for path in folder.glob("checkpoints/*.json")}
+    assert first_and_last == {"state-0.json", "state-1.json"}
+    call("resume", str(folder), "--no-figures", "--set=engine.name='inline'", cwd=tmp_path)
     assert metrics(folder) == metrics(tmp_path / whole["run_dir"])
 
 

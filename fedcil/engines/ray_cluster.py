@@ -51,24 +51,24 @@ def cluster(
     store_memory: int | None = None,
 ) -> Iterator[None]:
     """Ray, started here (with an object store of ``store_memory`` bytes) or attached to; what was started is ended.
-    Signals stay with whoever had them. ScenarioError if ``least`` workers with ``share`` each do not fit.
+    ScenarioError if ``least`` workers with ``share`` each do not fit.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     others = ray_head.children()
     try:
-        if address:
-            refuse_nobody(address)
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        else:
-            ray.init(
-                address="local",  # not somebody's cluster that happens to run on this machine
-                num_cpus=workers * share.cpus,
-                object_store_memory=store_memory,
-                _system_config={"max_direct_call_object_size": DIRECT_BYTES, "worker_niceness": NICENESS},
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
+        with own_signals():
+            if address:
+                refuse_nobody(address)
+                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            else:
+                ray.init(
+                    address="local",  # not somebody's cluster that happens to run on this machine
+                    num_cpus=workers * share.cpus,
+                    object_store_memory=store_memory,
+                    _system_config={"max_direct_call_object_size": DIRECT_BYTES, "worker_niceness": NICENESS},
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                )
     except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there, another Ray or Python, no address
         if not address:
             raise
@@ -77,15 +77,29 @@ def cluster(
             where=f"engine.address = {address!r}",
             next="start one with this Python's `ray start --head`, or leave engine.address out",
         ) from None
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     try:
         refuse_too_little(least, share)
         with ray_head.last_words(ray_head.LAST) if address else ray_head.watched(stop, others):
             yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """Ray takes signals for itself as it starts; they stay with whoever had them. That a terminal goes its processes,
+    which belong to it, too, inherit to ignore: what is left to do then needs them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def refuse_nobody(address: str) -> None:
