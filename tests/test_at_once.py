@@ -173,7 +173,7 @@ def test_a_round_needs_no_more_workers_than_it_has_use_for() -> None:
 
 
 def test_each_thread_of_a_worker_has_a_core_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("joblib.cpu_count", lambda: 5)
+    monkeypatch.setattr("fedcil.engines.workers.cpu_count", lambda: 5)
     counts = [worker_count(experiment_of({}, threads=threads)) for threads in (1, 2, 3, 8)]
     assert counts == [5, 2, 1, 1]
 

@@ -235,9 +235,10 @@ def test_a_signal_saves_and_a_resume_ends_with_the_same_metrics(number: int, cod
     assert metrics(folder) == metrics(tmp_path / whole["run_dir"])
 
 
-def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``/dev/full`` is a disk without room."""
     command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *SMALL]
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with Path("/dev/full").open("w") as log:
         done = subprocess.run(command, cwd=tmp_path, stdout=-1, stderr=log, text=True, timeout=120, check=False)
     assert done.returncode == 0
@@ -247,9 +248,10 @@ def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
 
 # A shell in a terminal that goes as soon as a run in it has recorded a round.
 TERMINAL = """
-import os, pty, shlex, sys
+import os, pty, shlex, signal, sys
 from pathlib import Path
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
 shell, terminal = pty.fork()
 if not shell:
     os.execvp("bash", ["bash", "--norc", "-i"])

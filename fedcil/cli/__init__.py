@@ -28,6 +28,16 @@ def main() -> None:
         raise
     except Exception as error:  # typer's own are known by their form: some versions bring click, some do not
         sys.exit(wrong_usage(error))
+    finally:
+        let_go_of_log()
+
+
+def let_go_of_log() -> None:
+    """What could not be written to it, as on a full disk, would change the exit code at the very end."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def end_at_once(code: str | int | None) -> None:

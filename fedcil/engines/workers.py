@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 
-import joblib
+from joblib import cpu_count
 
 from fedcil.experiment import PROCESSES_POSSIBLE, Experiment
 from fedcil.scenario import Scenario
@@ -44,8 +44,7 @@ def worker_count(experiment: Experiment) -> int:
     scenario, at_once = experiment.scenario, experiment.execution.at_once
     if scenario.engine.name == "inline" and experiment.compute.device.type == "cuda":
         return 1
-    cores = joblib.cpu_count()
-    side_by_side = min(cores // scenario.training.threads, math.ceil(scenario.clients.per_round / at_once))
+    side_by_side = min(cpu_count() // scenario.training.threads, math.ceil(scenario.clients.per_round / at_once))
     return scenario.engine.workers or max(1, side_by_side)
 
 
