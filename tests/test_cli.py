@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 import fedcil
@@ -220,21 +219,6 @@ def test_a_changed_scenario_is_not_resumed(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["error"]["kind"] == "not_resumable"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_a_resume_ends_with_the_same_metrics(number: int, code: int, tmp_path: Path) -> None:
-    long = [*SMALL, "--set=training.rounds=40"]
-    whole = json.loads(call("run", "digits_fedavg", *long, "--output=whole", "--json", cwd=tmp_path).stdout)
-    command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *long]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        folder = wait_for_metrics(tmp_path / "runs", process)
-        process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code, stderr
-    assert f"continue it with `fedcil resume {folder.relative_to(tmp_path)}`" in stderr
-    call("resume", str(folder), "--no-figures", cwd=tmp_path)
-    assert metrics(folder) == metrics(tmp_path / whole["run_dir"])
-
-
 def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``/dev/full`` is a disk without room."""
     command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *SMALL]
@@ -244,42 +228,6 @@ def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: p
     assert done.returncode == 0
     assert "fedavg" in done.stdout
     assert list(tmp_path.glob("runs/*/summary.json"))
-
-
-# A shell in a terminal that goes as soon as a run in it has recorded a round.
-TERMINAL = """
-import os, pty, shlex, signal, sys
-from pathlib import Path
-
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
-shell, terminal = pty.fork()
-if not shell:
-    os.execvp("bash", ["bash", "--norc", "-i"])
-os.write(terminal, f"{shlex.join([sys.executable, *sys.argv[1:]])}\\n".encode())
-while not any(path.stat().st_size for path in Path("runs").glob("*/metrics.jsonl")):
-    os.read(terminal, 1000)
-os.close(terminal)
-os.waitpid(shell, 0)
-"""
-
-
-@pytest.mark.parametrize(
-    "engine", ["inline", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ray", "flower"))]
-)
-def test_a_terminal_that_goes_leaves_a_checkpoint_and_no_process(engine: str, tmp_path: Path) -> None:
-    long = [*SMALL, "--set=training.rounds=200", "--set=server.checkpoint_every=199"]
-    whole = json.loads(call("run", "digits_fedavg", *long, "--output=whole", "--json", cwd=tmp_path).stdout)
-    run = ["-m", "fedcil", "run", "digits_fedavg", *long, f"--engine={engine}"]
-    subprocess.run([sys.executable, "-c", TERMINAL, *run], cwd=tmp_path, timeout=120, check=True)
-    end = time.monotonic() + 60
-    while any(process.info["cwd"] == str(tmp_path) for process in psutil.process_iter(["cwd"])):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    (folder,) = (tmp_path / "runs").iterdir()
-    first_and_last = {path.name for path in folder.glob("checkpoints/*.json")}
-    assert first_and_last == {"state-0.json", "state-1.json"}
-    call("resume", str(folder), "--no-figures", "--set=engine.name='inline'", cwd=tmp_path)
-    assert metrics(folder) == metrics(tmp_path / whole["run_dir"])
 
 
 def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:

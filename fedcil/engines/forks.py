@@ -19,6 +19,7 @@ from fedcil.engines import Setting
 from fedcil.engines.alike import Sources, differences, identity_of
 from fedcil.engines.channel import Channel
 from fedcil.engines.fork_messages import Asking
+from fedcil.engines.signals import kept_from_children
 from fedcil.messages import Reply, Request
 
 LOOK_S = 0.2  # how long to wait before looking at the stop signal again
@@ -121,17 +122,15 @@ def _memory(opened: contextlib.ExitStack) -> int:
 
 
 def start_program(channels: list[tuple[int, int, int]], setting: Setting) -> subprocess.Popen[bytes]:
-    """It finds modules where this process does, since a scenario may name a user's own, and ends with its input.
-    Signals to the group of this process, as Ctrl-C sends them, are not for it.
-    """
+    """It finds modules where this process does, since a scenario may name a user's own, and ends with its input."""
     modules = [path for path in sys.path if isinstance(path, str)]  # import passes over all else
-    program = subprocess.Popen(
-        [sys.executable, "-P", "-c", PROGRAM],
-        stdin=subprocess.PIPE,
-        pass_fds=[descriptor for channel in channels for descriptor in channel],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(modules)},
-        process_group=0,
-    )
+    with kept_from_children():
+        program = subprocess.Popen(
+            [sys.executable, "-P", "-c", PROGRAM],
+            stdin=subprocess.PIPE,
+            pass_fds=[descriptor for channel in channels for descriptor in channel],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(modules)},
+        )
     orders = {
         "channels": channels,
         "scenario": setting.experiment.scenario.to_dict(),

@@ -13,6 +13,7 @@ import ray
 from fedcil.engines import ray_head
 from fedcil.engines.gpu import gpus_per_worker
 from fedcil.engines.ray_room import refuse_too_little
+from fedcil.engines.signals import ENDS, kept_from_children
 from fedcil.engines.workers import Share
 from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
@@ -69,6 +70,7 @@ def cluster(
                     log_to_driver=False,
                     logging_level="ERROR",
                 )
+                killed_at_shutdown()
     except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there, another Ray or Python, no address
         if not address:
             raise
@@ -87,19 +89,29 @@ def cluster(
 
 @contextlib.contextmanager
 def own_signals() -> Iterator[None]:
-    """Ray takes signals for itself as it starts; they stay with whoever had them. That a terminal goes its processes,
-    which belong to it, too, inherit to ignore: what is left to do then needs them.
+    """Ray takes signals for itself as it starts; they stay with whoever had them."""
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in ENDS if in_main}
+    with kept_from_children():
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def killed_at_shutdown() -> None:
+    """``ray.shutdown``, which Flower calls, too, would ask what Ray has started to end, by a signal that is kept from
+    it, and wait a second for each. Now it kills it.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    node = ray._private.worker._global_node
+    heads, kill_others = ray_head.heads(), node.kill_all_processes
+
+    def kill(**_: object) -> None:
+        ray_head.kill(ray_head.tree(heads))
+        kill_others(check_alive=False)
+
+    node.kill_all_processes = kill
 
 
 def refuse_nobody(address: str) -> None:

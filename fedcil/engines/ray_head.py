@@ -9,10 +9,11 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import psutil
 
+from fedcil.engines.signals import kept_from_children
 from fedcil.errors import RunFailed
 from fedcil.port import StopSignal
 
@@ -40,10 +41,20 @@ def family() -> list[int]:
     """Ray's head and its agents, which outlive it by many seconds. Not its workers: they end with it, and one that ends
     earlier leaves its id to somebody else.
     """
-    heads = [child for child in psutil.Process().children(recursive=True) if child.name() in HEAD]
-    return [head.pid for head in heads] + [
-        child.pid for head in heads for child in head.children(recursive=True) if not is_worker(child)
-    ]
+    return [process.pid for process in tree(heads()) if not is_worker(process)]
+
+
+def heads() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if child.name() in HEAD]
+
+
+def tree(heads: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """They and all that they have started; nothing of one that has ended."""
+    found = list(heads)
+    for head in heads:
+        with contextlib.suppress(psutil.Error):
+            found += head.children(recursive=True)
+    return found
 
 
 def is_worker(process: psutil.Process) -> bool:
@@ -65,7 +76,9 @@ def last_words(text: str, heirs: Sequence[int] = ()) -> Iterator[subprocess.Pope
     """
     ending = 'read -r over || { echo "error: $0" >&2; kill -KILL "$@" 2>/dev/null; }'
     command = ["sh", "-c", ending, text, *map(str, heirs)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as shell:
+    with kept_from_children():
+        shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    with shell:
         try:
             yield shell
         finally:
@@ -76,7 +89,7 @@ def last_words(text: str, heirs: Sequence[int] = ()) -> Iterator[subprocess.Pope
 @contextlib.contextmanager
 def watch(spared: Set[int], stop: StopSignal) -> Iterator[None]:
     """Look at the head from a thread. ``spared``: children that are not Ray's."""
-    head = {child.name(): child for child in psutil.Process().children(recursive=True) if child.name() in HEAD}
+    head = {process.name(): process for process in heads()}
     over = threading.Event()
     thread = threading.Thread(target=_watch, args=(head, spared, stop, over), name="ray head", daemon=True)
     thread.start()
@@ -113,7 +126,10 @@ def alive(process: psutil.Process) -> bool:
 
 def end_children(spared: Set[int]) -> None:
     """What is left of a Ray without a head: it would hang about, and so would calls that wait for it."""
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if child.pid not in spared:
-                child.kill()
+    kill(child for child in psutil.Process().children(recursive=True) if child.pid not in spared)
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            process.kill()

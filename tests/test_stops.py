@@ -1,0 +1,120 @@
+"""What ends a run from outside: it stops with a checkpoint, leaves no process, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+RUN = [
+    *(sys.executable, "-m", "fedcil", "run", "digits_fedavg", "--no-figures"),
+    "--set=data={name='synthetic', classes=4, samples_per_class=20}",
+    "--set=stream.tasks=2",
+    "--set=partition.name=iid",
+    "--set=clients={count=4, per_round=2}",
+    "--set=model.width=4",
+    "--set=training={rounds=200, epochs=1}",
+    "--set=server.checkpoint_every=199",
+]
+INLINE = "engine={workers=2, processes=true}"
+ENGINES = [INLINE, *(pytest.param(f"engine.name={name}", marks=pytest.mark.slow) for name in ("ray", "flower"))]
+
+# A shell in a terminal that goes as soon as a run in it has recorded a round.
+TERMINAL = """
+import os, pty, shlex, signal, sys
+from pathlib import Path
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
+shell, terminal = pty.fork()
+if not shell:
+    os.execvp("bash", ["bash", "--norc", "-i"])
+os.write(terminal, f"{shlex.join(sys.argv[1:])}\\n".encode())
+while not any(path.stat().st_size for path in Path("runs").glob("*/metrics.jsonl")):
+    os.read(terminal, 1000)
+os.close(terminal)
+os.waitpid(shell, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run(RUN, cwd=folder, timeout=120, check=True, stderr=subprocess.DEVNULL)
+    return metrics(folder)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """All that the only run below ``folder`` has recorded but the costs."""
+    (path,) = folder.glob("runs/*/metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_run(number: int, code: int, tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
+    with start(tmp_path, "engine.workers=1") as process:
+        process.send_signal(number)
+        assert_stopped(process, code)
+    assert_goes_on(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_terminal_that_goes(engine: str, tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
+    command = [sys.executable, "-c", TERMINAL, *RUN, f"--set={engine}"]
+    subprocess.run(command, cwd=tmp_path, timeout=120, check=True)
+    assert_goes_on(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_batch_system_that_tells_every_process(
+    engine: str, tmp_path: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    """As Slurm and systemd do; here those that the run has started hear it first."""
+    with start(tmp_path, engine) as process:
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert started
+        for child in started:
+            child.terminate()
+        time.sleep(0.5)
+        process.terminate()
+        said = assert_stopped(process, 143)
+    assert "died" not in said
+    assert_goes_on(tmp_path, undisturbed)
+
+
+def start(folder: Path, engine: str) -> subprocess.Popen[str]:
+    """A run that has recorded a round."""
+    process = subprocess.Popen([*RUN, f"--set={engine}"], cwd=folder, stdout=-1, stderr=-1, text=True)
+    for _ in range(1200):
+        if any(path.stat().st_size for path in folder.glob("runs/*/metrics.jsonl")):
+            return process
+        assert process.poll() is None, "the run ended too early"
+        time.sleep(0.05)
+    raise AssertionError("no round in a minute")
+
+
+def assert_stopped(process: subprocess.Popen[str], code: int) -> str:
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "continue it with `fedcil resume runs/" in said
+    assert "Traceback" not in said
+    return said
+
+
+def assert_goes_on(folder: Path, undisturbed: list[dict[str, Any]]) -> None:
+    end = time.monotonic() + 60
+    while any(process.info["cwd"] == str(folder) for process in psutil.process_iter(["cwd"])):
+        assert time.monotonic() < end, "a process is left"
+        time.sleep(0.1)
+    (run,) = (folder / "runs").iterdir()
+    assert {path.name for path in run.glob("checkpoints/*.json")} == {"state-0.json", "state-1.json"}  # first and last
+    resume = [sys.executable, "-m", "fedcil", "resume", str(run), "--no-figures", "--set=engine={name='inline'}"]
+    subprocess.run(resume, cwd=folder, timeout=120, check=True, stderr=subprocess.DEVNULL)
+    assert metrics(folder) == undisturbed
