@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,6 @@ SETTINGS = [
     "training.epochs=1",
 ]
 SETS = [part for setting in SETTINGS for part in ("--set", setting)]
-QUIET = ["--no-figures", "--json"]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -31,21 +34,67 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
 
 
-def fedcil(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fedcil", *arguments, *QUIET]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+# A process that has imported all of it, and becomes fedcil with the words of each line; it says how each of them ended.
+STEM = """
+import json, os, sys
+import torch
+import fedcil.cli.runs, fedcil.engines.inline
+from fedcil.cli import main
+
+torch.set_num_threads(1)
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        sys.argv = ["fedcil", *json.loads(line)]
+        os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+        main()
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return str(json.loads(out)["run_dir"])
+class Stem:
+    """``fedcil`` in processes of its own, without the seconds that importing torch takes."""
+
+    def __init__(self, cwd: Path) -> None:
+        command = [sys.executable, "-c", STEM]
+        self.process = subprocess.Popen(command, cwd=cwd, stdin=-1, stdout=-1, text=True)
+
+    def start(self, *arguments: str) -> int:
+        """The id of its process."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([*arguments, "--no-figures"]) + "\n")
+        self.process.stdin.flush()
+        return self._said()
+
+    def end(self) -> int:
+        """How it ended, as `Popen.returncode`."""
+        return self._said()
+
+    def _said(self) -> int:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip().lstrip("-").isdecimal():
+                return int(line)
+        raise AssertionError("the stem has ended")
 
 
-def test_resume_after_kill_9_at_random_moments(tmp_path: Path) -> None:
+@pytest.fixture
+def stem(tmp_path: Path) -> Iterator[Stem]:
+    stem = Stem(tmp_path)
+    try:
+        yield stem
+    finally:
+        stem.process.kill()
+        stem.process.communicate()
+
+
+def test_resume_after_kill_9_at_random_moments(tmp_path: Path, stem: Stem) -> None:
     """The moments are spread over the time from the first checkpoint to the end; the seed names them."""
     moments = random.Random(0)
-    whole = tmp_path / finish(fedcil("run", "digits_mfcl", *SETS, cwd=tmp_path))
+    stem.start("run", "digits_mfcl", *SETS, "--output", "whole")
+    assert stem.end() == 0
+    (whole,) = (tmp_path / "whole").iterdir()
     expected = metrics(whole)
     seconds = sum(json.loads(line)["cost"]["seconds"] for line in (whole / "metrics.jsonl").read_text().splitlines())
     killed = trial = 0
@@ -53,14 +102,15 @@ def test_resume_after_kill_9_at_random_moments(tmp_path: Path) -> None:
         trial += 1
         assert trial <= 3 * KILLS, "most runs ended before they could be killed"
         output = tmp_path / f"trial-{trial}"
-        process = fedcil("run", "digits_mfcl", *SETS, "--output", str(output), cwd=tmp_path)
+        process = stem.start("run", "digits_mfcl", *SETS, "--output", str(output))
         wait_for_checkpoint(output)
         time.sleep(moments.uniform(0, 0.9 * seconds))
-        process.kill()
-        process.communicate()
-        killed += process.returncode == -9
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(process, signal.SIGKILL)
+        killed += stem.end() == -9
         (folder,) = output.iterdir()
-        finish(fedcil("resume", str(folder), cwd=tmp_path))
+        stem.start("resume", str(folder))
+        assert stem.end() == 0
         assert metrics(folder) == expected, f"trial {trial}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from pathlib import Path
@@ -10,34 +9,26 @@ from typing import Any
 
 from fedcil.cli.commands import app
 from fedcil.cli.guard import show_error
-from fedcil.errors import InputError
+from fedcil.cli.streams import put_in_place
+from fedcil.errors import FedcilError, InputError
 from fedcil.threads import left_behind
 
 
 def main() -> None:
     """Entry point of ``fedcil``. A scenario may name a user's own module, so this folder is searched too, last."""
     sys.path.append(str(Path.cwd()))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what a terminal cannot show must not end a run
+    put_in_place()
     try:
         sys.exit(app(standalone_mode=False))
     except SystemExit as end:
         if left_behind():
             end_at_once(end.code)
         raise
+    except FedcilError as error:  # `--help` has no other guard
+        show_error(error, as_json=False)
+        sys.exit(error.exit_code)
     except Exception as error:  # typer's own are known by their form: some versions bring click, some do not
         sys.exit(wrong_usage(error))
-    finally:
-        let_go_of_log()
-
-
-def let_go_of_log() -> None:
-    """What could not be written to it, as on a full disk, would change the exit code at the very end."""
-    try:
-        sys.stderr.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def end_at_once(code: str | int | None) -> None:

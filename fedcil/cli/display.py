@@ -32,45 +32,30 @@ class Display:
         self._advance(BOUNDARY, "boundary", steps, shown)
 
     def recorded(self, line: Mapping[str, Any]) -> None:
-        with unheard():
-            self._drop_bar()
+        self._drop_bar()
         for warning in line.get("warnings", ()):
             self.warn(warning)
         if not self.quiet:
             for text in (describe(line), *incidents(line)):
-                with unheard():
-                    self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, message: Warning | str) -> None:
-        with unheard():
-            self.console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+        self.console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
     def _advance(self, kind: str, title: str, total: int | None, note: str) -> None:
         if self.quiet or self.bars.disable:
             return
-        with unheard():
-            if self.bar is None or self.bar[0] != kind:
-                self._drop_bar()
-                self.bar = (kind, self.bars.add_task(title, total=total, note=""))
-            self.bars.advance(self.bar[1])
-            if note:
-                self.bars.update(self.bar[1], note=note)
+        if self.bar is None or self.bar[0] != kind:
+            self._drop_bar()
+            self.bar = (kind, self.bars.add_task(title, total=total, note=""))
+        self.bars.advance(self.bar[1])
+        if note:
+            self.bars.update(self.bar[1], note=note)
 
     def _drop_bar(self) -> None:
         if self.bar is not None:
             self.bars.remove_task(self.bar[1])
             self.bar = None
-
-
-@contextmanager
-def unheard() -> Iterator[None]:
-    """A terminal that has gone, or a log on a full disk, is no reason to end a run; a pipe that was closed is."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass
 
 
 def describe(line: Mapping[str, Any]) -> str:

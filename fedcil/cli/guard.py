@@ -5,7 +5,6 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import signal
-import stat
 import sys
 import threading
 import traceback
@@ -33,11 +32,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         try:
             refuse_intruders()
             command(*args, **kwargs)
+            sys.stdout.flush()
         except FedcilError as error:
             show_error(error, as_json=bool(kwargs.get("json")))
             sys.exit(error.exit_code)
-        except BrokenPipeError:
-            sys.exit(0)
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception as error:
@@ -85,10 +83,8 @@ def stoppable(
     stop = StopSignal()
 
     def on_signal(number: int, _: object) -> None:
-        if number == signal.SIGHUP:
-            say_no_more()
-            if stop.event.is_set():  # the shell says so, too
-                return
+        if number == signal.SIGHUP and stop.event.is_set():  # the shell says so, too
+            return
         if stop.event.is_set():
             # Where a client's step hangs: as safe as a kill, since the last checkpoint is whole.
             timers.append(start_timer(PATIENCE_S, os._exit, 128 + number))
@@ -108,12 +104,3 @@ def stoppable(
             timer.cancel()
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def say_no_more() -> None:
-    """To a terminal that has gone: writing to it raises."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        if stat.S_ISCHR(os.fstat(stream).st_mode):
-            os.dup2(nowhere, stream)
-    os.close(nowhere)

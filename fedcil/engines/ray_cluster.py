@@ -79,12 +79,13 @@ def cluster(
             where=f"engine.address = {address!r}",
             next="start one with this Python's `ray start --head`, or leave engine.address out",
         ) from None
-    try:
-        refuse_too_little(least, share)
-        with ray_head.last_words(ray_head.LAST) if address else ray_head.watched(stop, others):
-            yield
-    finally:
-        ray.shutdown()
+    with ray_head.last_words([] if address else ray_head.family()) as mouth:
+        try:
+            refuse_too_little(least, share)
+            with contextlib.nullcontext() if address else ray_head.watched(stop, {mouth.pid, *others}):
+                yield
+        finally:
+            ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -24,15 +24,6 @@ LAST = """this process was ended from outside: killed, or by Ray, whose head die
   next: look for a lack of memory (dmesg), then `fedcil resume RUN`"""
 
 
-@contextlib.contextmanager
-def watched(stop: StopSignal, others: Set[int]) -> Iterator[None]:
-    """Within, the death of Ray's head ends the run with a message, through the signal that engines look at. ``others``:
-    children that are not Ray's.
-    """
-    with last_words(LAST, family()) as mouth, watch({mouth.pid, *others}, stop):
-        yield
-
-
 def children() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
@@ -69,13 +60,13 @@ def is_worker(process: psutil.Process) -> bool:
 
 
 @contextlib.contextmanager
-def last_words(text: str, heirs: Sequence[int] = ()) -> Iterator[subprocess.Popen[bytes]]:
-    """``text`` on stderr, and an end to the processes ``heirs``, if this process ends within, without a word: Ray exits
+def last_words(heirs: Sequence[int] = ()) -> Iterator[subprocess.Popen[bytes]]:
+    """``LAST`` on stderr, and an end to the processes ``heirs``, if this process ends within, without a word: Ray exits
     from C++ if it is being asked for something just as its head dies. A shell waits at the other end of a pipe that
     closes when this process ends.
     """
     ending = 'read -r over || { echo "error: $0" >&2; kill -KILL "$@" 2>/dev/null; }'
-    command = ["sh", "-c", ending, text, *map(str, heirs)]
+    command = ["sh", "-c", ending, LAST, *map(str, heirs)]
     with kept_from_children():
         shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     with shell:
@@ -87,8 +78,10 @@ def last_words(text: str, heirs: Sequence[int] = ()) -> Iterator[subprocess.Pope
 
 
 @contextlib.contextmanager
-def watch(spared: Set[int], stop: StopSignal) -> Iterator[None]:
-    """Look at the head from a thread. ``spared``: children that are not Ray's."""
+def watched(stop: StopSignal, spared: Set[int]) -> Iterator[None]:
+    """Within, the death of Ray's head ends the run with a message, through the signal that engines look at. ``spared``:
+    children that are not Ray's.
+    """
     head = {process.name(): process for process in heads()}
     over = threading.Event()
     thread = threading.Thread(target=_watch, args=(head, spared, stop, over), name="ray head", daemon=True)

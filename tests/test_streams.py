@@ -1,0 +1,80 @@
+"""Streams that cannot take what is written to them: full disks, closed pipes, poor terminals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FEDCIL = [sys.executable, "-m", "fedcil"]
+RUN = [
+    *("run", "digits_fedavg", "--no-figures"),
+    "--set=data={name='synthetic', classes=4, samples_per_class=20}",
+    "--set=stream.tasks=2",
+    "--set=partition.name=iid",
+    "--set=clients={count=4, per_round=2}",
+    "--set=model.width=4",
+    "--set=training={rounds=2, epochs=1}",
+]
+
+
+@pytest.fixture(params=["buffered", "unbuffered"], autouse=True)
+def buffering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "buffered":
+        monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """``fedcil`` stands for the command line."""
+    words = ["bash", "-o", "pipefail", "-c", f'fedcil() {{ {" ".join(FEDCIL)} "$@"; }}; {command}']
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("log", ["2>/dev/full", "2>&-", "2> >(true)"])
+def test_a_log_that_cannot_be_written_ends_no_run(log: str, tmp_path: Path) -> None:
+    words = " ".join(f'"{word}"' for word in RUN)
+    done = shell(f"fedcil {words} {log}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "fedavg" in done.stdout
+    assert list(tmp_path.glob("runs/*/summary.json"))
+
+
+@pytest.mark.parametrize("words", ["list", "list --json", "run --help"])
+def test_output_that_is_not_all_there_is_an_error(words: str, tmp_path: Path) -> None:
+    done = shell(f"fedcil {words} >/dev/full", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cannot write the output of this command: No space left on device\n")
+    assert "where: stdout" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["list", "schema", "run --help"])
+def test_a_reader_that_has_gone_ends_a_command_as_the_signal_would(words: str, tmp_path: Path) -> None:
+    done = shell(f"fedcil {words} | true", tmp_path)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_reader_that_was_never_there_ends_nothing(tmp_path: Path) -> None:
+    assert shell("fedcil list >&-", tmp_path).returncode == 0
+
+
+def test_a_terminal_without_a_character_shows_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of two seeds has a plus-minus."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = subprocess.run([*FEDCIL, *RUN, "--seeds=0,1"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert " ? " in done.stdout
+
+
+def test_output_is_in_order_and_whole(tmp_path: Path) -> None:
+    """More than a pipe or a buffer holds."""
+    code = (
+        "import sys; from fedcil.cli.streams import put_in_place; put_in_place()\n"
+        "for number in range(50_000): print(number); print(number, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = "".join(f"{number}\n" for number in range(50_000))
+    assert (done.stdout, done.stderr) == (lines, lines)
