@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from fedcil.cli.guard import stoppable
+from fedcil.engines.ray_cluster import own_signals
+from fedcil.errors import Stopped
+from fedcil.port import StopSignal
 
 RUN = [
     *(sys.executable, "-m", "fedcil", "run", "digits_fedavg", "--no-figures"),
@@ -89,6 +98,49 @@ def test_a_batch_system_that_tells_every_process(
     assert_goes_on(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ray", "flower"])
+def test_a_signal_while_ray_starts(engine: str, tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
+    command = [*RUN, f"--set=engine.name={engine}"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True) as process:
+        while "gcs_server" not in children(process.pid):
+            assert process.poll() is None
+        process.terminate()
+        assert_stopped(process, 143)
+    assert_goes_on(tmp_path, undisturbed, {"state-0.json"})
+
+
+def children(parent: int) -> set[str]:
+    """Their names."""
+    names = set()
+    for child in psutil.Process(parent).children():
+        with contextlib.suppress(psutil.Error):  # it has ended
+            names.add(child.name())
+    return names
+
+
+def test_a_signal_that_ray_takes_for_itself_as_it_starts_is_the_runs() -> None:
+    """Another thread, as libraries have them, takes it first."""
+    over = threading.Event()
+
+    def ray_starts(stop: StopSignal) -> None:
+        with own_signals(stop):
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+            os.kill(os.getpid(), signal.SIGTERM)
+            over.wait(10)
+
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    try:
+        with stoppable(None) as stop:
+            with pytest.raises(Stopped):
+                ray_starts(stop)
+            assert stop.exit_code == [143]
+    finally:
+        over.set()
+        thread.join()
+
+
 def start(folder: Path, engine: str) -> subprocess.Popen[str]:
     """A run that has recorded a round."""
     process = subprocess.Popen([*RUN, f"--set={engine}"], cwd=folder, stdout=-1, stderr=-1, text=True)
@@ -108,13 +160,17 @@ def assert_stopped(process: subprocess.Popen[str], code: int) -> str:
     return said
 
 
-def assert_goes_on(folder: Path, undisturbed: list[dict[str, Any]]) -> None:
+def assert_goes_on(
+    folder: Path,
+    undisturbed: list[dict[str, Any]],
+    checkpoints: Set[str] = frozenset({"state-0.json", "state-1.json"}),  # the first and the last
+) -> None:
     end = time.monotonic() + 60
     while any(process.info["cwd"] == str(folder) for process in psutil.process_iter(["cwd"])):
         assert time.monotonic() < end, "a process is left"
         time.sleep(0.1)
     (run,) = (folder / "runs").iterdir()
-    assert {path.name for path in run.glob("checkpoints/*.json")} == {"state-0.json", "state-1.json"}  # first and last
+    assert {path.name for path in run.glob("checkpoints/*.json")} == checkpoints
     resume = [sys.executable, "-m", "fedcil", "resume", str(run), "--no-figures", "--set=engine={name='inline'}"]
     subprocess.run(resume, cwd=folder, timeout=120, check=True, stderr=subprocess.DEVNULL)
     assert metrics(folder) == undisturbed

@@ -15,7 +15,7 @@ from fedcil.engines.gpu import gpus_per_worker
 from fedcil.engines.ray_room import refuse_too_little
 from fedcil.engines.signals import ENDS, kept_from_children
 from fedcil.engines.workers import Share
-from fedcil.errors import RunFailed
+from fedcil.errors import RunFailed, Stopped
 from fedcil.experiment import Experiment
 from fedcil.messages import count_bytes
 from fedcil.port import StopSignal
@@ -56,7 +56,7 @@ def cluster(
     """
     others = ray_head.children()
     try:
-        with own_signals():
+        with own_signals(stop):
             if address:
                 refuse_nobody(address)
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -71,6 +71,9 @@ def cluster(
                     logging_level="ERROR",
                 )
                 killed_at_shutdown()
+    except Stopped:
+        ray_head.end_children(others)
+        raise
     except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there, another Ray or Python, no address
         if not address:
             raise
@@ -89,16 +92,25 @@ def cluster(
 
 
 @contextlib.contextmanager
-def own_signals() -> Iterator[None]:
-    """Ray takes signals for itself as it starts; they stay with whoever had them."""
+def own_signals(stop: StopSignal) -> Iterator[None]:
+    """Ray takes signals for itself as it starts; they stay with whoever had them, and so does one that comes meanwhile:
+    Stopped, or else Ray's SystemExit.
+    """
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in ENDS if in_main}
+    answer = None
     with kept_from_children():
         try:
             yield
+        except SystemExit as end:  # Ray's answer to SIGTERM
+            answer = end
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+    if answer:
+        signal.raise_signal(signal.SIGTERM)
+        stop.check()
+        raise answer
 
 
 def killed_at_shutdown() -> None:
