@@ -122,7 +122,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.engines": (("fedcil", "server", "client"), ("torch", "numpy")),
     "fedcil.engines.workers": (("fedcil.experiment", "fedcil.scenario"), ("joblib",)),
     "fedcil.engines.ray": (("fedcil", "server", "client"), ("ray",)),
-    "fedcil.engines.ray_cluster": (("fedcil",), ("ray",)),
+    "fedcil.engines.ray_cluster": (("fedcil",), ("ray", "psutil")),
     "fedcil.engines.ray_room": (("fedcil.engines", "fedcil.errors"), ("ray",)),
     "fedcil.engines.ray_head": (("fedcil.engines.signals", "fedcil.errors", "fedcil.port"), ("psutil",)),
     "fedcil.engines.flower": (("fedcil", "server", "client"), ("flwr", "psutil")),

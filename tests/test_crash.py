@@ -46,7 +46,8 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         sys.argv = ["fedcil", *json.loads(line)]
-        os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+        for stream in (0, 1):
+            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
         main()
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -58,7 +59,7 @@ class Stem:
 
     def __init__(self, cwd: Path) -> None:
         command = [sys.executable, "-c", STEM]
-        self.process = subprocess.Popen(command, cwd=cwd, stdin=-1, stdout=-1, text=True)
+        self.process = subprocess.Popen(command, cwd=cwd, stdin=-1, stdout=-1, text=True, process_group=0)
 
     def start(self, *arguments: str) -> int:
         """The id of its process."""
@@ -73,10 +74,7 @@ class Stem:
 
     def _said(self) -> int:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.strip().lstrip("-").isdecimal():
-                return int(line)
-        raise AssertionError("the stem has ended")
+        return int(self.process.stdout.readline())
 
 
 @pytest.fixture
@@ -85,7 +83,7 @@ def stem(tmp_path: Path) -> Iterator[Stem]:
     try:
         yield stem
     finally:
-        stem.process.kill()
+        os.killpg(stem.process.pid, signal.SIGKILL)
         stem.process.communicate()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -42,6 +44,18 @@ def test_what_ray_had_started_ends_with_a_process_that_ends_without_a_word() -> 
         )
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.stderr.startswith("error: ")
+        assert left.wait(5) == -9
+
+
+def test_it_ends_where_nobody_hears_the_last_words() -> None:
+    with subprocess.Popen(["sleep", "60"]) as left:
+        script = (
+            f"import os\nfrom fedcil.engines import ray_head\nwith ray_head.last_words([{left.pid}]):\n    os._exit(1)"
+        )
+        reader, writer = os.pipe()
+        os.close(reader)
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=writer, check=False)
+        os.close(writer)
         assert left.wait(5) == -9
 
 
@@ -88,7 +102,7 @@ def test_the_death_of_the_head_is_a_problem_that_engines_look_at(monkeypatch: py
         subprocess.Popen(["sleep", "60"]) as head,
         subprocess.Popen(waits, stdin=-1) as worker,
     ):
-        with ray_head.watched(stop, {another.pid}):
+        with ray_head.watched(stop, {another.pid}, threading.Event()):
             time.sleep(0.2)
             stop.check()
             head.kill()

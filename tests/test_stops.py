@@ -19,6 +19,7 @@ import pytest
 
 from fedcil.cli.guard import stoppable
 from fedcil.engines.ray_cluster import own_signals
+from fedcil.engines.signals import kept_from_children
 from fedcil.errors import Stopped
 from fedcil.port import StopSignal
 
@@ -90,7 +91,8 @@ def test_a_batch_system_that_tells_every_process(
         started = psutil.Process(process.pid).children(recursive=True)
         assert started
         for child in started:
-            child.terminate()
+            with contextlib.suppress(psutil.Error):  # it has ended
+                child.terminate()
         time.sleep(0.5)
         process.terminate()
         said = assert_stopped(process, 143)
@@ -105,9 +107,65 @@ def test_a_signal_while_ray_starts(engine: str, tmp_path: Path, undisturbed: lis
     with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True) as process:
         while "gcs_server" not in children(process.pid):
             assert process.poll() is None
+            time.sleep(0.02)
         process.terminate()
         assert_stopped(process, 143)
     assert_goes_on(tmp_path, undisturbed, {"state-0.json"})
+
+
+KEYBOARD = """
+import os, signal, threading, time
+import fedcil, psutil, ray
+
+def interrupt():
+    while "gcs_server" not in {child.name() for child in psutil.Process().children()}:
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+words = ["data={name='synthetic', classes=4}", "stream.tasks=2", "training={rounds=1, epochs=1}"]
+words += ["engine={name='ray', workers=1}"]
+try:
+    fedcil.run("digits_fedavg", overrides=words, figures=False)
+except KeyboardInterrupt:
+    assert not ray.is_initialized()
+    gone, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=5)
+    assert not alive, alive
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    print(len(fedcil.run("digits_fedavg", overrides=words, figures=False).kind("round")))
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_program_of_ones_own_while_ray_starts(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KEYBOARD], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "2\n", done.stderr
+
+
+WORKER = """
+import multiprocessing, os, signal, subprocess, time
+from fedcil.engines.signals import ignored_by_this_process_alone
+
+ignored_by_this_process_alone()
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    os.kill(os.getpid(), number)
+with subprocess.Popen(["sleep", "100"]) as program:
+    program.terminate()
+fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+fork.start()
+fork.terminate()
+fork.join()
+print(program.returncode, fork.exitcode)
+"""
+
+
+def test_what_a_worker_starts_can_be_ended_and_it_cannot() -> None:
+    with kept_from_children():
+        worker = subprocess.Popen([sys.executable, "-c", WORKER], stdout=-1, text=True)
+    try:
+        assert worker.communicate(timeout=60)[0] == "-15 -15\n"
+    finally:
+        worker.kill()
 
 
 def children(parent: int) -> set[str]:
@@ -149,11 +207,15 @@ def start(folder: Path, engine: str) -> subprocess.Popen[str]:
             return process
         assert process.poll() is None, "the run ended too early"
         time.sleep(0.05)
+    process.kill()
     raise AssertionError("no round in a minute")
 
 
 def assert_stopped(process: subprocess.Popen[str], code: int) -> str:
-    _, said = process.communicate(timeout=60)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == code, said
     assert "continue it with `fedcil resume runs/" in said
     assert "Traceback" not in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,16 +44,17 @@ def test_a_log_that_cannot_be_written_ends_no_run(log: str, tmp_path: Path) -> N
     assert list(tmp_path.glob("runs/*/summary.json"))
 
 
-@pytest.mark.parametrize("words", ["list", "list --json", "run --help"])
+@pytest.mark.parametrize(
+    "words", ["list", "list --json", "run --help", "--version", "plan nosuch --json", "nosuch --json"]
+)
 def test_output_that_is_not_all_there_is_an_error(words: str, tmp_path: Path) -> None:
     done = shell(f"fedcil {words} >/dev/full", tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: cannot write the output of this command: No space left on device\n")
-    assert "where: stdout" in done.stderr
+    assert "error: cannot write the output of this command: No space left on device\n  where: stdout\n" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("words", ["list", "schema", "run --help"])
+@pytest.mark.parametrize("words", ["list", "schema", "run --help", "--version"])
 def test_a_reader_that_has_gone_ends_a_command_as_the_signal_would(words: str, tmp_path: Path) -> None:
     done = shell(f"fedcil {words} | true", tmp_path)
     assert (done.returncode, done.stderr) == (141, "")
@@ -67,6 +69,33 @@ def test_a_terminal_without_a_character_shows_another(tmp_path: Path, monkeypatc
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     done = subprocess.run([*FEDCIL, *RUN, "--seeds=0,1"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert " ? " in done.stdout
+
+
+def test_what_a_client_cannot_print_costs_no_client() -> None:
+    code = (
+        "import sys, threading; from fedcil.cli.streams import put_in_place, settle; put_in_place()\n"
+        "client = threading.Thread(target=print, args=('step',), kwargs={'flush': True})\n"
+        "client.start(); client.join()\n"
+        "print('trained', file=sys.stderr)\n"
+        "settle(sys.stdout)"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=-1, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("trained\n")
+    assert "cannot write the output of this command: No space left" in done.stderr
+
+
+def test_a_stream_that_does_not_wait_is_waited_for() -> None:
+    code = (
+        "import os, sys; from fedcil.cli.streams import put_in_place; put_in_place(); os.set_blocking(1, False)\n"
+        "print('x' * 1_000_000)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=-1, text=True) as writer:
+        time.sleep(1)
+        assert writer.stdout is not None
+        assert len(writer.stdout.read()) == 1_000_001
+    assert writer.returncode == 0
 
 
 def test_output_is_in_order_and_whole(tmp_path: Path) -> None:

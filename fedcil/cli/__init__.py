@@ -9,7 +9,7 @@ from typing import Any
 
 from fedcil.cli.commands import app
 from fedcil.cli.guard import show_error
-from fedcil.cli.streams import put_in_place
+from fedcil.cli.streams import put_in_place, settle
 from fedcil.errors import FedcilError, InputError
 from fedcil.threads import left_behind
 
@@ -19,16 +19,28 @@ def main() -> None:
     sys.path.append(str(Path.cwd()))
     put_in_place()
     try:
-        sys.exit(app(standalone_mode=False))
-    except SystemExit as end:
-        if left_behind():
-            end_at_once(end.code)
-        raise
-    except FedcilError as error:  # `--help` has no other guard
+        code = exit_code()
+        settle(sys.stdout)
+    except FedcilError as error:  # of stdout
         show_error(error, as_json=False)
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    except SystemExit as end:  # likewise
+        code = end.code
+    if left_behind():
+        end_at_once(code)
+    sys.exit(code)
+
+
+def exit_code() -> str | int | None:
+    """Of the command that was asked for."""
+    try:
+        return app(standalone_mode=False)  # type: ignore[no-any-return]
+    except SystemExit as end:
+        return end.code
+    except FedcilError:
+        raise
     except Exception as error:  # typer's own are known by their form: some versions bring click, some do not
-        sys.exit(wrong_usage(error))
+        return wrong_usage(error)
 
 
 def end_at_once(code: str | int | None) -> None:

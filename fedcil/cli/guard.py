@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec
 
@@ -32,7 +32,6 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         try:
             refuse_intruders()
             command(*args, **kwargs)
-            sys.stdout.flush()
         except FedcilError as error:
             show_error(error, as_json=bool(kwargs.get("json")))
             sys.exit(error.exit_code)
@@ -89,8 +88,9 @@ def stoppable(
             # Where a client's step hangs: as safe as a kill, since the last checkpoint is whole.
             timers.append(start_timer(PATIENCE_S, os._exit, 128 + number))
             raise SystemExit(128 + number)
-        print(f"\n{what} (again to end at once)", file=sys.stderr)
         stop.set(128 + number)
+        with suppress(RuntimeError):  # in the midst of another line
+            print(f"\n{what} (again to end at once)", file=sys.stderr)
 
     timers = [] if max_seconds is None else [start_timer(max_seconds, stop.set, OUT_OF_TIME)]
     heard = [signal.SIGINT, signal.SIGTERM]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import signal
+import stat
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,22 @@ from fedcil.errors import FedcilError
 CLOSED = 128 + signal.SIGPIPE  # exit code of a command whose reader has gone
 
 
-class Progress(io.FileIO):
-    """stderr. What a log on a full disk, a closed pipe or a terminal that has gone cannot take is left unsaid."""
+class Whole(io.FileIO):
+    """Takes all that it is given, waiting where somebody has made it one that does not wait."""
+
+    def write(self, data: Any) -> int:
+        rest = given = memoryview(data).cast("B")
+        while rest:
+            written = super().write(rest)
+            if written is None:
+                select.select([], [self], [])
+            else:
+                rest = rest[written:]
+        return given.nbytes
+
+
+class Log(Whole):
+    """stderr. What a full disk, a closed pipe or a terminal that has gone cannot take is left unsaid."""
 
     def write(self, data: Any) -> int:
         try:
@@ -25,28 +42,41 @@ class Progress(io.FileIO):
             return memoryview(data).nbytes
 
 
-class Results(io.FileIO):
-    """stdout. Nobody waits at a terminal that has gone; else a command ends as soon as its output is not all there."""
+class Results(Whole):
+    """stdout. Nobody waits at a terminal that has gone; else a command ends as soon as its output is not all there, but
+    not because of what a client prints in a thread: ``check`` says so in the end.
+    """
 
-    complete = True
+    problem: SystemExit | FedcilError | None = None
+    told = False
 
     def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            if self.complete and error.errno != errno.EIO:
-                self.complete = False
-                raise self.end(error) from None
-            return memoryview(data).nbytes
+        if self.problem is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                if error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self.fileno()).st_mode):
+                    return memoryview(data).nbytes
+                self.problem = as_end(error)
+        if threading.current_thread() is threading.main_thread():
+            self.check()
+        return memoryview(data).nbytes
 
-    def end(self, error: OSError) -> SystemExit | FedcilError:
-        if error.errno == errno.EPIPE:
-            return SystemExit(CLOSED)
-        return FedcilError(
-            f"cannot write the output of this command: {error.strerror}",
-            where="stdout",
-            next="make room, or name another file; what has run is in its run folder (`fedcil list`)",
-        )
+    def check(self) -> None:
+        """Raise, once, that something could not be written."""
+        if self.problem is not None and not self.told:
+            self.told = True
+            raise self.problem
+
+
+def as_end(error: OSError) -> SystemExit | FedcilError:
+    if error.errno == errno.EPIPE:
+        return SystemExit(CLOSED)
+    return FedcilError(
+        f"cannot write the output of this command: {error.strerror}",
+        where="stdout",
+        next="make room, or name another file; what has run is in its run folder (`fedcil list`)",
+    )
 
 
 def put_in_place() -> None:
@@ -54,7 +84,7 @@ def put_in_place() -> None:
     becomes a question mark.
     """
     sys.stdout = rebuilt(sys.stdout, sys.__stdout__, Results)
-    sys.stderr = rebuilt(sys.stderr, sys.__stderr__, Progress)
+    sys.stderr = rebuilt(sys.stderr, sys.__stderr__, Log)
 
 
 def rebuilt(stream: Any, first: Any, kind: type[io.FileIO]) -> Any:
@@ -62,6 +92,7 @@ def rebuilt(stream: Any, first: Any, kind: type[io.FileIO]) -> Any:
         return Path(os.devnull).open("w", encoding="utf-8")
     if stream is not first:
         return stream
+    stream.flush()
     file = kind(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
         file if stream.write_through else io.BufferedWriter(file),
@@ -70,3 +101,11 @@ def rebuilt(stream: Any, first: Any, kind: type[io.FileIO]) -> Any:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def settle(stream: Any) -> None:
+    """Write what is left; raise what could not be written and nobody has been told of."""
+    stream.flush()
+    file = getattr(stream.buffer, "raw", stream.buffer) if hasattr(stream, "buffer") else None
+    if isinstance(file, Results):
+        file.check()

@@ -24,6 +24,7 @@ from fedcil.allocator import keep_freed_memory
 from fedcil.engines.alike import identity_of
 from fedcil.engines.channel import Channel
 from fedcil.engines.fork_messages import Answering
+from fedcil.engines.signals import ignored_by_this_process_alone
 from fedcil.experiment import open_experiment
 from fedcil.scenario_file import load_scenario
 
@@ -65,6 +66,7 @@ def fork(channels: list[Channel], number: int, hello: dict[str, Any], shared: Sh
     channel = channels.pop(number)
     for other in channels:
         other.close()
+    ignored_by_this_process_alone()
     try:
         channel.send(hello)
         serve(Answering(channel), Worker(shared, lambda: None))

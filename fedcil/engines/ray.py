@@ -27,6 +27,7 @@ from fedcil.engines.costs import Costs
 from fedcil.engines.flat import Flat, FlatReply, Row, flatten_tensors, row_of_job
 from fedcil.engines.ray_cluster import cluster, share_of_worker, store_bytes
 from fedcil.engines.ray_room import free_cpus, node_names, room
+from fedcil.engines.signals import ignored_by_this_process_alone
 from fedcil.engines.workers import CpuSeconds, Share, worker_count
 from fedcil.errors import RunFailed
 from fedcil.experiment import open_experiment
@@ -71,6 +72,7 @@ class ClientWorker:
 
     def __init__(self, scenario: Scenario, data_root: Path | None, states: Path) -> None:
         keep_freed_memory()
+        ignored_by_this_process_alone()
         self._worker = Worker(Shared(open_experiment(scenario, data_root), StateStore(states)), lambda: None)
         self._payload: Payload | None = None
         self._cpu = CpuSeconds()

@@ -6,8 +6,9 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
+import psutil
 import ray
 
 from fedcil.engines import ray_head
@@ -15,13 +16,14 @@ from fedcil.engines.gpu import gpus_per_worker
 from fedcil.engines.ray_room import refuse_too_little
 from fedcil.engines.signals import ENDS, kept_from_children
 from fedcil.engines.workers import Share
-from fedcil.errors import RunFailed, Stopped
+from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
 from fedcil.messages import count_bytes
 from fedcil.port import StopSignal
 
 DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
 ANSWER_S = 10.0  # for somebody at an address to answer
+END_S = 5.0  # for who was killed to be gone
 NICENESS = 0  # of workers, above this process's own; Ray's 15 leaves them 2 % of a core that somebody else uses, too
 STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 
@@ -52,79 +54,97 @@ def cluster(
     store_memory: int | None = None,
 ) -> Iterator[None]:
     """Ray, started here (with an object store of ``store_memory`` bytes) or attached to; what was started is ended.
-    ScenarioError if ``least`` workers with ``share`` each do not fit.
+    ScenarioError if ``least`` workers with ``share`` each do not fit, Stopped, or RunFailed if there is no Ray.
     """
-    others = ray_head.children()
-    try:
-        with own_signals(stop):
-            if address:
-                refuse_nobody(address)
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-            else:
-                ray.init(
-                    address="local",  # not somebody's cluster that happens to run on this machine
-                    num_cpus=workers * share.cpus,
-                    object_store_memory=store_memory,
-                    _system_config={"max_direct_call_object_size": DIRECT_BYTES, "worker_niceness": NICENESS},
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                )
-                killed_at_shutdown()
-    except Stopped:
-        ray_head.end_children(others)
-        raise
-    except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there, another Ray or Python, no address
-        if not address:
-            raise
-        raise RunFailed(
-            f"no Ray cluster that can be used: {error}",
-            where=f"engine.address = {address!r}",
-            next="start one with this Python's `ray start --head`, or leave engine.address out",
-        ) from None
+    others, leaving = ray_head.children(), threading.Event()
+    if address:
+        attach(stop, address)
+    else:
+        start(stop, workers * share.cpus, store_memory, others, leaving)
     with ray_head.last_words([] if address else ray_head.family()) as mouth:
         try:
             refuse_too_little(least, share)
-            with contextlib.nullcontext() if address else ray_head.watched(stop, {mouth.pid, *others}):
+            with contextlib.nullcontext() if address else ray_head.watched(stop, {mouth.pid, *others}, leaving):
                 yield
         finally:
             ray.shutdown()
 
 
+def attach(stop: StopSignal, address: str) -> None:
+    """RunFailed if nobody is there, or another Ray or Python."""
+    try:
+        refuse_nobody(address)
+        with own_signals(stop):
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunFailed(
+            f"no Ray cluster that can be used: {error}",
+            where=f"engine.address = {address!r}",
+            next="start one with this Python's `ray start --head`, or leave engine.address out",
+        ) from None
+
+
+def start(stop: StopSignal, cpus: int, store_memory: int | None, others: Set[int], leaving: threading.Event) -> None:
+    """Nothing is left of one that could not start, or was not to. ``others``: children that are not Ray's. ``leaving``
+    is set when Ray begins to end.
+    """
+    foreign = ray.is_initialized()
+    try:
+        with own_signals(stop), kept_from_children():
+            ray.init(
+                address="local",  # not somebody's cluster that happens to run on this machine
+                num_cpus=cpus,
+                object_store_memory=store_memory,
+                _system_config={"max_direct_call_object_size": DIRECT_BYTES, "worker_niceness": NICENESS},
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+            killed_at_shutdown(leaving)
+    except BaseException:
+        if not foreign:
+            ray.shutdown()
+            ray_head.end_children(others)
+        raise
+
+
 @contextlib.contextmanager
 def own_signals(stop: StopSignal) -> Iterator[None]:
-    """Ray takes signals for itself as it starts; they stay with whoever had them, and so does one that comes meanwhile:
-    Stopped, or else Ray's SystemExit.
+    """Ray takes signals for itself as it starts; they stay with whoever had them, and so does a SIGTERM that comes
+    meanwhile: Stopped, or whatever he makes of it, else Ray's SystemExit.
     """
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in ENDS if in_main}
     answer = None
-    with kept_from_children():
-        try:
-            yield
-        except SystemExit as end:  # Ray's answer to SIGTERM
-            answer = end
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    try:
+        yield
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:  # not Ray's answer to it
+            raise
+        answer = end
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if answer:
         signal.raise_signal(signal.SIGTERM)
         stop.check()
         raise answer
 
 
-def killed_at_shutdown() -> None:
+def killed_at_shutdown(leaving: threading.Event) -> None:
     """``ray.shutdown``, which Flower calls, too, would ask what Ray has started to end, by a signal that is kept from
     it, and wait a second for each. Now it kills it.
     """
     node = ray._private.worker._global_node
-    heads, kill_others = ray_head.heads(), node.kill_all_processes
+    heads, end_all = ray_head.heads(), node.kill_all_processes
 
-    def kill(**_: object) -> None:
+    def end(**_: object) -> None:
+        leaving.set()
         ray_head.kill(ray_head.tree(heads))
-        kill_others(check_alive=False)
+        end_all(check_alive=False)
+        psutil.wait_procs(heads, timeout=END_S)
 
-    node.kill_all_processes = kill
+    node.kill_all_processes = end
 
 
 def refuse_nobody(address: str) -> None:

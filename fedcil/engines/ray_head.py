@@ -36,7 +36,14 @@ def family() -> list[int]:
 
 
 def heads() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if child.name() in HEAD]
+    return [child for child in psutil.Process().children(recursive=True) if is_head(child)]
+
+
+def is_head(process: psutil.Process) -> bool:
+    try:
+        return process.name() in HEAD
+    except psutil.Error:  # it has ended
+        return False
 
 
 def tree(heads: Sequence[psutil.Process]) -> list[psutil.Process]:
@@ -65,7 +72,7 @@ def last_words(heirs: Sequence[int] = ()) -> Iterator[subprocess.Popen[bytes]]:
     from C++ if it is being asked for something just as its head dies. A shell waits at the other end of a pipe that
     closes when this process ends.
     """
-    ending = 'read -r over || { echo "error: $0" >&2; kill -KILL "$@" 2>/dev/null; }'
+    ending = 'read -r over || { kill -KILL "$@" 2>/dev/null; echo "error: $0" >&2; }'
     command = ["sh", "-c", ending, LAST, *map(str, heirs)]
     with kept_from_children():
         shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
@@ -78,13 +85,13 @@ def last_words(heirs: Sequence[int] = ()) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextlib.contextmanager
-def watched(stop: StopSignal, spared: Set[int]) -> Iterator[None]:
-    """Within, the death of Ray's head ends the run with a message, through the signal that engines look at. ``spared``:
-    children that are not Ray's.
+def watched(stop: StopSignal, spared: Set[int], leaving: threading.Event) -> Iterator[None]:
+    """Within, the death of Ray's head ends the run with a message, through the signal that engines look at, unless this
+    process is ``leaving`` Ray. ``spared``: children that are not Ray's.
     """
     head = {process.name(): process for process in heads()}
     over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(head, spared, stop, over), name="ray head", daemon=True)
+    thread = threading.Thread(target=_watch, args=(head, spared, stop, over, leaving), name="ray head", daemon=True)
     thread.start()
     try:
         yield
@@ -93,9 +100,17 @@ def watched(stop: StopSignal, spared: Set[int]) -> Iterator[None]:
         thread.join()
 
 
-def _watch(head: Mapping[str, psutil.Process], spared: Set[int], stop: StopSignal, over: threading.Event) -> None:
+def _watch(
+    head: Mapping[str, psutil.Process],
+    spared: Set[int],
+    stop: StopSignal,
+    over: threading.Event,
+    leaving: threading.Event,
+) -> None:
     while not over.wait(LOOK_S):
         dead = [name for name, process in head.items() if not alive(process)]
+        if dead and leaving.is_set():
+            return
         if dead:
             problem = RunFailed(
                 "Ray died: its " + " and ".join(sorted(dead)) + " ended",
