@@ -117,6 +117,8 @@ KEYBOARD = """
 import os, signal, threading, time
 import fedcil, psutil, ray
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run under nohup
+
 def interrupt():
     while "gcs_server" not in {child.name() for child in psutil.Process().children()}:
         time.sleep(0.05)
