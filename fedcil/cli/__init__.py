@@ -34,11 +34,10 @@ def main() -> None:
 def exit_code() -> str | int | None:
     """Of the command that was asked for."""
     try:
-        return app(standalone_mode=False)  # type: ignore[no-any-return]
+        code: int | None = app(standalone_mode=False)
+        return code
     except SystemExit as end:
         return end.code
-    except FedcilError:
-        raise
     except Exception as error:  # typer's own are known by their form: some versions bring click, some do not
         return wrong_usage(error)
 
