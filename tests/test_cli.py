@@ -97,7 +97,7 @@ def test_the_saved_scenario_runs_again_to_the_same_metrics(tmp_path: Path) -> No
     first = json.loads(call("run", "digits_fedavg", *SMALL, "--json", cwd=tmp_path).stdout)["run_dir"]
     saved = str(tmp_path / first / "scenario.toml")
     second = json.loads(call("run", saved, "--no-figures", "--json", cwd=tmp_path).stdout)["run_dir"]
-    assert metrics(tmp_path / first) == metrics(tmp_path / second)
+    assert fedcil.load(tmp_path / first).results == fedcil.load(tmp_path / second).results
 
 
 def test_seeds_are_run_and_finished_ones_are_skipped(tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_too_few_clients_is_exit_code_4_and_can_be_resumed(tmp_path: Path) -> No
     done = call("run", "digits_fedavg", *SMALL, *never, "--json", cwd=tmp_path, expect=4)
     assert json.loads(done.stdout)["error"]["kind"] == "too_few_clients"
     (folder,) = (tmp_path / "runs").iterdir()
-    assert len(metrics(folder)) == 2
+    assert len(fedcil.load(folder).lines) == 2
     call("resume", str(folder), "--json", cwd=tmp_path, expect=4)
-    rounds = [(line["task"], line.get("round")) for line in metrics(folder)]
+    rounds = [(line["task"], line.get("round")) for line in fedcil.load(folder).lines]
     assert rounds == [(0, 0), (0, 1), (0, None), (0, None), (1, 0)]  # nothing twice: the task ended, one more round
 
 
@@ -330,8 +330,3 @@ def wait_for_metrics(output: Path, process: subprocess.Popen[str] | subprocess.P
                 return path.parent
         time.sleep(0.1)
     raise AssertionError("no round in a minute")
-
-
-def metrics(folder: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]

@@ -12,9 +12,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+import fedcil
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -27,11 +28,6 @@ SETTINGS = [
     "training.epochs=1",
 ]
 SETS = [part for setting in SETTINGS for part in ("--set", setting)]
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
 
 
 # A process that has imported all of it, and becomes fedcil with the words of each line; it says how each of them ended.
@@ -93,8 +89,8 @@ def test_resume_after_kill_9_at_random_moments(tmp_path: Path, stem: Stem) -> No
     stem.start("run", "digits_mfcl", *SETS, "--output", "whole")
     assert stem.end() == 0
     (whole,) = (tmp_path / "whole").iterdir()
-    expected = metrics(whole)
-    seconds = sum(json.loads(line)["cost"]["seconds"] for line in (whole / "metrics.jsonl").read_text().splitlines())
+    expected = fedcil.load(whole).results
+    seconds = sum(line["cost"]["seconds"] for line in fedcil.load(whole).lines)
     killed = trial = 0
     while killed < KILLS:
         trial += 1
@@ -109,7 +105,7 @@ def test_resume_after_kill_9_at_random_moments(tmp_path: Path, stem: Stem) -> No
         (folder,) = output.iterdir()
         stem.start("resume", str(folder))
         assert stem.end() == 0
-        assert metrics(folder) == expected, f"trial {trial}"
+        assert fedcil.load(folder).results == expected, f"trial {trial}"
 
 
 def wait_for_checkpoint(output: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import pytest
 
+from fedcil import load
 from fedcil.deploy.control import Control, ControlFailed, wait_healthy
 from fedcil.deploy.health import healthy
 from fedcil.deploy.pki import Pki, make_pki, new_secret
@@ -187,9 +188,8 @@ def fedcil(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def metrics(folder: Path) -> list[dict[str, object]]:
-    (path,) = folder.glob("*/metrics.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
+    (path,) = folder.iterdir()
+    return load(path).results
 
 
 def test_deploy_local_gives_the_metrics_of_the_simulation_and_leaves_nothing(

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+import fedcil
 from fedcil.engines import Setting
 from fedcil.engines.workers import Share
 from fedcil.errors import RunFailed
@@ -45,16 +46,11 @@ def start(method: str, engine: str, workers: int, cwd: Path, *more: str) -> list
     return [sys.executable, "-m", "fedcil", "run", "digits_mfcl", *sets, "--engine", engine, "--no-figures"]
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
-
-
 def run(method: str, engine: str, workers: int, cwd: Path, *more: str) -> list[dict[str, Any]]:
     command = [*start(method, engine, workers, cwd, *more), "--json"]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
-    return metrics(cwd / json.loads(done.stdout)["run_dir"])
+    return fedcil.load(cwd / json.loads(done.stdout)["run_dir"]).results
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +118,7 @@ def test_a_stopped_engine_leaves_nothing_and_resumes_on_another(
     (folder,) = (tmp_path / "runs").iterdir()
     command = [sys.executable, "-m", "fedcil", "resume", str(folder), "--engine", "inline", "--no-figures"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=200, stdout=subprocess.DEVNULL)
-    assert metrics(folder) == reference("mfcl")
+    assert fedcil.load(folder).results == reference("mfcl")
 
 
 @pytest.mark.parametrize("engine", ["ray", "flower"])
@@ -142,7 +138,7 @@ def test_sigterm_saves_and_ends_with_its_code(engine: str, reference: Any, nothi
     (folder,) = (tmp_path / "out").iterdir()
     command = [sys.executable, "-m", "fedcil", "resume", str(folder), "--engine", "inline", "--no-figures"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=200, stdout=subprocess.DEVNULL)
-    assert metrics(folder) == reference("mfcl")
+    assert fedcil.load(folder).results == reference("mfcl")
 
 
 def test_ray_says_when_it_has_too_little(tmp_path: Path) -> None:
@@ -163,7 +159,7 @@ def test_a_killed_ray_worker_changes_nothing(tmp_path: Path) -> None:
         kill_a_worker(process, output)
         assert process.wait(timeout=200) == 0
     (folder,) = output.iterdir()
-    assert metrics(folder) == expected
+    assert fedcil.load(folder).results == expected
 
 
 def test_a_node_comes_and_goes_in_a_run_and_changes_nothing(nothing_left: Left, tmp_path: Path) -> None:

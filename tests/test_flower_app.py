@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -10,10 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+
+import fedcil
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ["data.classes=4", "stream.tasks=2", "training.rounds=1", "training.epochs=1", "method.steps=3"]
@@ -25,11 +25,6 @@ def free_port() -> int:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]
         return port
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
 
 
 def copy_app(target: Path) -> None:
@@ -80,4 +75,4 @@ def test_flwr_run_gives_the_metrics_of_the_inline_engine(tmp_path: Path) -> None
     inline += [part for text in SETTINGS for part in ("--set", text)]
     subprocess.run(inline, cwd=tmp_path, check=True, timeout=120)
     (reference,) = (tmp_path / "in").iterdir()
-    assert metrics(folders[0].parent) == metrics(reference)
+    assert fedcil.load(folders[0].parent).results == fedcil.load(reference).results

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -126,13 +125,8 @@ METHODS = {
 SMALL = ["data.classes=4", "stream.tasks=2", "training.rounds=2", "training.epochs=1"]
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "cost"} for row in rows]
-
-
 def run(folder: Path, *more: str) -> list[dict[str, Any]]:
-    return lines(fedcil.run("digits_mfcl", overrides=[*SMALL, *more], output=folder, figures=False).path)
+    return fedcil.run("digits_mfcl", overrides=[*SMALL, *more], output=folder, figures=False).results
 
 
 @pytest.mark.slow
@@ -273,7 +267,7 @@ def test_a_process_that_is_killed_takes_nothing_along(tmp_path: Path) -> None:
     assert process.returncode == 0, errors
     assert "a worker process has died" in errors
     (folder,) = (tmp_path / "two").iterdir()
-    assert lines(folder) == run(tmp_path / "one", "training.rounds=30", "engine.workers=1")
+    assert fedcil.load(folder).results == run(tmp_path / "one", "training.rounds=30", "engine.workers=1")
 
 
 @pytest.mark.slow

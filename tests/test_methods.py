@@ -76,11 +76,6 @@ def run(plain: dict[str, Any], output: Path, *overrides: str) -> Run:
     return fedcil.run(plain, overrides=overrides, output=output, figures=False)
 
 
-def result(finished: Run) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    return [{key: value for key, value in line.items() if key != "cost"} for line in finished.lines]
-
-
 def final_state(finished: Run) -> dict[str, str]:
     """Content hashes of the last checkpoint's tensors: every bit of the final server state."""
     states = sorted((finished.path / "checkpoints").glob("state-*.json"), key=lambda path: int(path.stem[6:]))
@@ -102,7 +97,7 @@ def test_the_table_is_the_table() -> None:
 def test_same_seed_same_bits_for_any_number_of_workers(method: str, base: Base, tmp_path: Path) -> None:
     one = base(method)
     two = run(scenario(method), tmp_path, "engine.workers=2")
-    assert result(one) == result(two)
+    assert one.results == two.results
     assert final_state(one) == final_state(two)
 
 
@@ -119,7 +114,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     whole = base(method)
     folder = stopped_run(scenario(method), lines, tmp_path)
     resumed = fedcil.resume(folder, figures=False)
-    assert result(resumed) == result(whole)
+    assert resumed.results == whole.results
     assert final_state(resumed) == final_state(whole)
 
 

@@ -8,12 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedcil import api
-from fedcil.record.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -96,6 +94,22 @@ def go_on_for_a_while(message, **_):
 newcomers, engine.Crew.newcomers = engine.Crew.newcomers, break_the_next_node
 engine.warnings.warn = go_on_for_a_while
 run(sys.argv[1], *sys.argv[3:])
+"""
+
+# In a program of one's own, as it attaches.
+INTERRUPTED = """
+def interrupted(**options):
+    ray.init = init
+    init(**options)
+    raise KeyboardInterrupt
+
+init, ray.init = ray.init, interrupted
+settings = ["engine.name='ray'", f"engine.address='{cluster.address}'", "engine.workers=1", *sys.argv[2:]]
+try:
+    api.run("digits_fedavg", overrides=settings, output=sys.argv[1], figures=False)
+except KeyboardInterrupt:
+    print(ray.is_initialized(), *(path.name for path in Path(sys.argv[1]).glob("*/summary.json")))
+run(sys.argv[1], "engine.workers=1", *sys.argv[2:])
 """
 
 # After the first round.
@@ -204,16 +218,12 @@ def on_a_cluster(script: str, *words: str | Path) -> str:
     return done.stdout
 
 
-def without_cost(run: Run) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "cost"} for line in run.lines]
-
-
 def test_an_answer_that_is_lost_with_its_node_is_made_again(tmp_path: Path) -> None:
     large = [*SHORT, "model.width=64"]
     expected = api.run("digits_fedavg", overrides=large, output=tmp_path / "inline", figures=False)
     assert "answers: 2" in on_a_cluster(LOSE_ANSWERS, tmp_path / "ray", *large)
     (folder,) = (tmp_path / "ray").iterdir()
-    assert without_cost(api.load(folder)) == without_cost(expected)
+    assert api.load(folder).results == expected.results
 
 
 def test_workers_that_cannot_start_end_the_run_with_their_reason(tmp_path: Path) -> None:
@@ -247,6 +257,11 @@ def test_the_death_of_a_cluster_that_was_there_before_is_said(tmp_path: Path) ->
     assert len(api.load(folder).lines) > 0
 
 
+def test_ctrl_c_as_a_run_attaches_leaves_the_program_free_to_attach_again(tmp_path: Path) -> None:
+    assert on_a_cluster(INTERRUPTED, tmp_path / "ray", *SHORT) == "False\n"
+    assert any(api.load(folder).finished for folder in (tmp_path / "ray").iterdir())
+
+
 def test_a_cluster_without_room_is_not_waited_for_in_silence(tmp_path: Path) -> None:
     said = on_a_cluster(FULL + "engine.START_S = 3.0" + RUN, tmp_path / "ray", *SHORT)
     assert "no Ray worker has started in 3 s: 0 of 1 CPUs are free" in said
@@ -271,7 +286,7 @@ def test_a_run_whose_last_node_goes_says_so_and_goes_on_with_the_next(tmp_path: 
         "no Ray worker has been there for 3 s (0 of 1 CPUs are free): the run waits for one; Ctrl-C saves it\n"
     )
     (folder,) = (tmp_path / "ray").iterdir()
-    assert without_cost(api.load(folder)) == without_cost(expected)
+    assert api.load(folder).results == expected.results
 
 
 def test_workers_share_a_gpu_and_stay_where_there_is_one(tmp_path: Path) -> None:
@@ -285,7 +300,7 @@ def test_workers_share_a_gpu_and_stay_where_there_is_one(tmp_path: Path) -> None
     assert len({worker.pop("node") for worker in workers}) == 1
     assert workers == [{"gpus": ["0"], "CPU": 1.0, "GPU": 0.5}] * 2
     (folder,) = (tmp_path / "ray").iterdir()
-    assert without_cost(api.load(folder)) == without_cost(expected)
+    assert api.load(folder).results == expected.results
 
 
 def test_workers_are_as_nice_as_the_run() -> None:

@@ -268,18 +268,14 @@ RULES = {
 }
 
 
-def metrics(run: fedcil.Run) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "cost"} for line in run.lines]
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_inline_and_the_border_of_flower_give_the_same_metrics(rule: str, tmp_path: Path) -> None:
     """In this process contributions never meet the border; what it would do happens to them all the same."""
     inline = fedcil.run(TABLES, overrides=[RULES[rule]], output=tmp_path / "inline", figures=False)
     wire = over_the_wire(tmp_path, RULES[rule])
-    assert metrics(wire) == metrics(inline)
+    assert wire.results == inline.results
     plain = fedcil.run(TABLES, output=tmp_path / "plain", figures=False)
-    assert metrics(plain) != metrics(inline)
+    assert plain.results != inline.results
     if rule == "limited":
         refused = [failure for line in inline.kind("round") for failure in line["failures"]]
         assert {failure["stage"] for failure in refused} == {"border"}
@@ -398,7 +394,7 @@ def test_an_answer_that_comes_twice_counts_once(tmp_path: Path) -> None:
     assert grid.ledger.count["doubled"] == 18
     assert violations(run, grid.ledger) == []
     inline = fedcil.run(TABLES, output=tmp_path / "inline", figures=False)
-    assert metrics(run) == metrics(inline)
+    assert run.results == inline.results
 
 
 def test_below_what_a_robust_fold_needs_the_round_has_no_quorum(tmp_path: Path) -> None:
@@ -451,7 +447,7 @@ def test_a_mixed_method_has_its_models_folded_robustly_and_its_statistics_summed
     }
     grid = LoopbackGrid(2, tmp_path / "home")
     wire = run_over(grid, open_experiment(load_scenario(tables, [RULES["median"]])), tmp_path / "wire")
-    assert metrics(wire) == metrics(run)
+    assert wire.results == run.results
 
 
 def test_runs_from_before_these_keys_stay_resumable() -> None:

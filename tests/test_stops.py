@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+import fedcil
 from fedcil.cli.guard import stoppable
 from fedcil.engines.ray_cluster import own_signals
 from fedcil.engines.signals import kept_from_children
@@ -24,13 +24,8 @@ from fedcil.errors import Stopped
 from fedcil.port import StopSignal
 
 RUN = [
-    *(sys.executable, "-m", "fedcil", "run", "digits_fedavg", "--no-figures"),
-    "--set=data={name='synthetic', classes=4, samples_per_class=20}",
-    "--set=stream.tasks=2",
-    "--set=partition.name=iid",
-    "--set=clients={count=4, per_round=2}",
-    "--set=model.width=4",
-    "--set=training={rounds=200, epochs=1}",
+    *(sys.executable, "-m", "fedcil", "run", str(Path(__file__).with_name("tiny.toml")), "--no-figures"),
+    "--set=training.rounds=200",
     "--set=server.checkpoint_every=199",
 ]
 INLINE = "engine={workers=2, processes=true}"
@@ -57,14 +52,13 @@ os.waitpid(shell, 0)
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("undisturbed")
     subprocess.run(RUN, cwd=folder, timeout=120, check=True, stderr=subprocess.DEVNULL)
-    return metrics(folder)
+    return results(folder)
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """All that the only run below ``folder`` has recorded but the costs."""
-    (path,) = folder.glob("runs/*/metrics.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
+def results(folder: Path) -> list[dict[str, Any]]:
+    """Of the only run below ``folder``."""
+    (path,) = folder.glob("runs/*")
+    return fedcil.load(path).results
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -237,4 +231,4 @@ def assert_goes_on(
     assert {path.name for path in run.glob("checkpoints/*.json")} == checkpoints
     resume = [sys.executable, "-m", "fedcil", "resume", str(run), "--no-figures", "--set=engine={name='inline'}"]
     subprocess.run(resume, cwd=folder, timeout=120, check=True, stderr=subprocess.DEVNULL)
-    assert metrics(folder) == undisturbed
+    assert results(folder) == undisturbed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -10,15 +11,7 @@ from pathlib import Path
 import pytest
 
 FEDCIL = [sys.executable, "-m", "fedcil"]
-RUN = [
-    *("run", "digits_fedavg", "--no-figures"),
-    "--set=data={name='synthetic', classes=4, samples_per_class=20}",
-    "--set=stream.tasks=2",
-    "--set=partition.name=iid",
-    "--set=clients={count=4, per_round=2}",
-    "--set=model.width=4",
-    "--set=training={rounds=2, epochs=1}",
-]
+RUN = ["run", str(Path(__file__).with_name("tiny.toml")), "--no-figures"]
 
 
 @pytest.fixture(params=["buffered", "unbuffered"], autouse=True)
@@ -37,8 +30,7 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("log", ["2>/dev/full", "2>&-", "2> >(true)"])
 def test_a_log_that_cannot_be_written_ends_no_run(log: str, tmp_path: Path) -> None:
-    words = " ".join(f'"{word}"' for word in RUN)
-    done = shell(f"fedcil {words} {log}", tmp_path)
+    done = shell(f"fedcil {shlex.join(RUN)} {log}", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "fedavg" in done.stdout
     assert list(tmp_path.glob("runs/*/summary.json"))

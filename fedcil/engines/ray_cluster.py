@@ -6,7 +6,7 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 
 import psutil
 import ray
@@ -56,11 +56,18 @@ def cluster(
     """Ray, started here (with an object store of ``store_memory`` bytes) or attached to; what was started is ended.
     ScenarioError if ``least`` workers with ``share`` each do not fit, Stopped, or RunFailed if there is no Ray.
     """
-    others, leaving = ray_head.children(), threading.Event()
-    if address:
-        attach(stop, address)
-    else:
-        start(stop, workers * share.cpus, store_memory, others, leaving)
+    others, leaving, foreign = ray_head.children(), threading.Event(), ray.is_initialized()
+    try:
+        if address:
+            attach(stop, address)
+        else:
+            start(stop, workers * share.cpus, store_memory, leaving)
+    except BaseException:
+        if not foreign:  # nothing stays of one that could not start, or was not to
+            ray.shutdown()
+            if not address:
+                ray_head.end_children(others)
+        raise
     with ray_head.last_words([] if address else ray_head.family()) as mouth:
         try:
             refuse_too_little(least, share)
@@ -84,28 +91,19 @@ def attach(stop: StopSignal, address: str) -> None:
         ) from None
 
 
-def start(stop: StopSignal, cpus: int, store_memory: int | None, others: Set[int], leaving: threading.Event) -> None:
-    """Nothing is left of one that could not start, or was not to. ``others``: children that are not Ray's. ``leaving``
-    is set when Ray begins to end.
-    """
-    foreign = ray.is_initialized()
-    try:
-        with own_signals(stop), kept_from_children():
-            ray.init(
-                address="local",  # not somebody's cluster that happens to run on this machine
-                num_cpus=cpus,
-                object_store_memory=store_memory,
-                _system_config={"max_direct_call_object_size": DIRECT_BYTES, "worker_niceness": NICENESS},
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-            killed_at_shutdown(leaving)
-    except BaseException:
-        if not foreign:
-            ray.shutdown()
-            ray_head.end_children(others)
-        raise
+def start(stop: StopSignal, cpus: int, store_memory: int | None, leaving: threading.Event) -> None:
+    """``leaving`` is set when Ray begins to end."""
+    with own_signals(stop), kept_from_children():
+        ray.init(
+            address="local",  # not somebody's cluster that happens to run on this machine
+            num_cpus=cpus,
+            object_store_memory=store_memory,
+            _system_config={"max_direct_call_object_size": DIRECT_BYTES, "worker_niceness": NICENESS},
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        killed_at_shutdown(leaving)
 
 
 @contextlib.contextmanager

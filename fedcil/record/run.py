@@ -40,6 +40,11 @@ class Run:
         *whole, _ = path.read_bytes().split(b"\n")
         return tuple(_read_table(line, f"{path}:{number}") for number, line in enumerate(whole, start=1))
 
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """``lines`` without their costs: one scenario on the same data gives the same, bit for bit, on every engine."""
+        return [{key: value for key, value in line.items() if key != "cost"} for line in self.lines]
+
     @cached_property
     def summary(self) -> dict[str, Any]:
         path = self.path / "summary.json"

@@ -6,7 +6,6 @@ A new fault is one function ``(seed, workdir) -> Outcome`` and one line in a tab
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import random
 import re
@@ -22,6 +21,8 @@ from tempfile import mkdtemp
 from typing import Any
 
 import psutil
+
+import fedcil
 
 SMALL = (
     "method={name='mfcl', preset='small', steps=10, pool=64}",
@@ -158,7 +159,7 @@ def begun(seed: int, workdir: Path, *more: str) -> tuple[Command, Path | None]:
 
 def ended_before(command: Command, folder: Path, family: list[psutil.Process]) -> bool:
     """Whether the run was through before the blow was felt, with the metrics of the undisturbed one and nobody left."""
-    return command.wait() == 0 and metrics(folder) == reference()[0] and not alive(family)
+    return command.wait() == 0 and fedcil.load(folder).results == reference()[0] and not alive(family)
 
 
 def stopped_by(number: signal.Signals, engine: str, longest_s: float, trials: int) -> Fault:
@@ -204,11 +205,6 @@ def await_checkpoint(command: Command, output: Path) -> Path | None:
     return folder_in(output)
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
-
-
 def scratch(name: str) -> Path:
     """A folder that goes away with this process."""
     path = Path(mkdtemp(prefix=f"{name}-"))
@@ -224,8 +220,8 @@ def reference() -> tuple[list[dict[str, Any]], float]:
     assert command.wait() == 0, command.said()
     folder = folder_in(output)
     assert folder is not None
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return metrics(folder), sum(line["cost"]["seconds"] for line in lines)
+    run = fedcil.load(folder)
+    return run.results, sum(line["cost"]["seconds"] for line in run.lines)
 
 
 def moment(seed: int, share: float = 0.9) -> float:
@@ -245,7 +241,7 @@ def resumed(folder: Path, what: str, *more: str, engine: str = "inline") -> Outc
         time.sleep(0.005)
     if command.wait() != 0:
         return Outcome(False, f"{what}; the resume failed: {last_line(command.said())}")
-    same = metrics(folder) == reference()[0]
+    same = fedcil.load(folder).results == reference()[0]
     return Outcome(same, f"{what}; resumed to {'identical' if same else 'OTHER'} metrics", recovery)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 
-from scenarios.reliability.common import RESUMES, Command, Fault, Outcome, last_line, metrics, scratch, sets
+import fedcil
+from scenarios.reliability.common import RESUMES, Command, Fault, Outcome, last_line, scratch, sets
 
 SETTINGS = ("training.rounds=3", "stream.tasks=2", "data.classes=4", "training.epochs=3", "server.deadline_s=40")
 NODES = 3
@@ -32,7 +33,7 @@ def run_in(output: Path) -> Path | None:
 
 def rounds(output: Path) -> int:
     folder = run_in(output)
-    return len(metrics(folder)) if folder else 0
+    return len(fedcil.load(folder).lines) if folder else 0
 
 
 @cache
@@ -43,7 +44,7 @@ def undisturbed() -> list[dict[str, Any]]:
     assert command.wait() == 0, command.said()
     folder = run_in(output)
     assert folder is not None
-    return metrics(folder)
+    return fedcil.load(folder).results
 
 
 def process(command: Command, *words: str) -> psutil.Process | None:
@@ -96,7 +97,7 @@ def judge(command: Command, output: Path, recovery: float, *, same: bool) -> Out
     left = [child.pid for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     if left:
         return Outcome(False, f"processes left: {left}")
-    found = metrics(folder)
+    found = fedcil.load(folder).results
     identical = found == undisturbed()
     if same and not identical:
         return Outcome(False, "ended with OTHER metrics", recovery)

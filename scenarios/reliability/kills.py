@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+import fedcil
 from scenarios.reliability.common import (
     CLEAR,
     RESUMES,
@@ -20,7 +21,6 @@ from scenarios.reliability.common import (
     begun,
     clear,
     error_line,
-    metrics,
     moment,
     reference,
     resumed,
@@ -54,7 +54,7 @@ def paused(seed: int, workdir: Path) -> Outcome:
     time.sleep(PAUSE_S)
     command.kill(signal.SIGCONT)
     code = command.wait()
-    same = code == 0 and folder is not None and metrics(folder) == reference()[0]
+    same = code == 0 and folder is not None and fedcil.load(folder).results == reference()[0]
     return Outcome(same, f"paused {PAUSE_S:g} s; ended with {'identical' if same else 'OTHER'} metrics")
 
 
@@ -69,7 +69,7 @@ def two_at_once(seed: int, workdir: Path) -> Outcome:
     together = command.running()
     problem = clear(second, [3]) if together else None
     first = command.wait()
-    same = folder is not None and metrics(folder) == reference()[0]
+    same = folder is not None and fedcil.load(folder).results == reference()[0]
     passed = not problem and first == 0 and same and took < 5.0
     if not together:
         return Outcome(passed, "ended before")
@@ -88,7 +88,7 @@ def worker_process_killed(seed: int, workdir: Path) -> Outcome:
     elif command.running():
         return Outcome(False, f"not one program and one worker, but {len(family)} processes")
     code, left = command.wait(), alive(family)
-    same = code == 0 and folder is not None and metrics(folder) == reference()[0]
+    same = code == 0 and folder is not None and fedcil.load(folder).results == reference()[0]
     seen = "a thread went on" if "a worker process has died" in command.said() else "not felt"
     what = f"{struck}, {seen}; ended with {code} and {'identical' if same else 'OTHER'} metrics"
     return Outcome(same and not left, what if not left else f"{what}; processes left: {left}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+import fedcil
 from scenarios.reliability.common import (
     CLEAR,
     RESUMES,
@@ -20,7 +21,6 @@ from scenarios.reliability.common import (
     clear,
     ended_before,
     error_line,
-    metrics,
     reference,
     resumed,
     stopped_by,
@@ -50,7 +50,7 @@ def worker_killed(seed: int, workdir: Path) -> Outcome:
         return Outcome(False, "no Ray worker was found")
     workers[victim(workers, seed)].kill()
     code = command.wait()
-    same = code == 0 and metrics(folder) == reference()[0]
+    same = code == 0 and fedcil.load(folder).results == reference()[0]
     return Outcome(same, f"ended with {code} and {'identical' if same else 'OTHER'} metrics")
 
 

@@ -7,7 +7,6 @@ Ray's own cluster of several nodes on one machine. Exit code 1 if the metrics di
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,13 +14,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # read when ray is imported, and starts
 
 import ray
 from common import Panel, Table, command, draw, environment, fit, middle, new_folder, options, say_load
 from ray.cluster_utils import Cluster
+
+import fedcil
 
 SCENARIO = "digits_mfcl"
 TASK_ROUNDS = 4
@@ -138,23 +138,12 @@ def inline(folder: Path, rounds: int) -> Path:
     return path
 
 
-def metrics(path: Path) -> list[dict[str, Any]]:
-    """Everything that was recorded but what it cost."""
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
-
-
-def seconds(path: Path) -> list[float]:
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [line["cost"]["seconds"] for line in lines if line["kind"] == "round"]
-
-
 def main() -> int:
     given = options(__doc__).parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down then, too
     say_load()
     path, alive = on_a_cluster_that_changes(new_folder(given.output, "nodes-ray"))
-    table, spent = Table("nodes"), seconds(path)
+    table, spent = Table("nodes"), [line["cost"]["seconds"] for line in fedcil.load(path).kind("round")]
     table.rows += [("nodes", float(at), 0, "seconds", value) for at, value in enumerate(spent)]
     table.rows += [("nodes", float(at), 0, "workers", float(value)) for at, value in enumerate(alive)]
     table.write(given.output / "nodes.csv")
@@ -187,10 +176,11 @@ def main() -> int:
             ),
         ],
     )
-    seen = metrics(path)
+    seen = fedcil.load(path).results
     boundaries = sum(line["kind"] == "boundary" for line in seen)
     one_more = len(spent) + 1  # the last round may have ended a task: what stands after it is there then, too
-    same = seen == metrics(inline(new_folder(given.output, "nodes-inline"), one_more))[: len(seen)]
+    alone = fedcil.load(inline(new_folder(given.output, "nodes-inline"), one_more))
+    same = seen == alone.results[: len(seen)]
     print(f"most workers at once: {max(alive)}; at the end of the last round: {alive[-1]}")
     print(f"same metrics as inline: {'yes' if same else 'no'}, over {boundaries} boundaries")
     return 0 if same else 1
