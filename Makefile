@@ -44,7 +44,7 @@ test: lint           ## lint, format, types and the fast tests
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-all: lint       ## everything: all engines, kills, real data
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal --durations 20
 
 bench: install       ## every benchmark with its peers (half an hour and more); prints the path of the JSON last
 	$(BIN)/python -m scenarios.benchmarks

@@ -62,8 +62,11 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_the_run(number: int, code: int, tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
-    with start(tmp_path, "engine.workers=1") as process:
+@pytest.mark.parametrize("engine", ["engine.workers=1", *ENGINES[1:]])
+def test_a_signal_to_the_run(
+    engine: str, number: int, code: int, tmp_path: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    with start(tmp_path, engine) as process:
         process.send_signal(number)
         assert_stopped(process, code)
     assert_goes_on(tmp_path, undisturbed)
