@@ -10,21 +10,22 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from client.lanes import Lane, local_sgd_in_lanes
+from client.lanes import Lane, local_sgd_in_lanes, make_streams
+from client.problems import ClientProblem, failure
 from client.states import StateStore
 from client.training import Recipe, Trained, learning_rate, local_sgd
 from fedcil.data.augment import make_batch, normalise
 from fedcil.data.store import Images
-from fedcil.errors import FedcilError, MessageRefused, Stopped, described
+from fedcil.errors import MessageRefused
 from fedcil.experiment import Experiment
 from fedcil.keys import Key
 from fedcil.messages import (
     BORDER,
-    UNEXPECTED,
     Answer,
     Broadcast,
     Contribution,
@@ -99,6 +100,7 @@ class Worker:
     all_buffers: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     parameters: tuple[str, ...] = ()
     lanes: list[Lane] = field(default_factory=list)
+    streams: list[Any] = field(default_factory=list)  # of the lanes of all tasks: libraries keep memory for each
     no_lanes: int = -1  # the task in which they cannot be had: not tried again until the next
 
     def lanes_for(self, classes: int) -> list[Lane]:
@@ -107,7 +109,8 @@ class Worker:
             self.drop_lanes()  # before new ones take memory
             experiment = self.shared.experiment
             training, count = experiment.scenario.training, experiment.execution.lanes
-            self.lanes = [Lane(experiment.compute.network(classes), training) for _ in range(count)]
+            self.streams = self.streams or make_streams(count, self.shared.device)
+            self.lanes = [Lane(experiment.compute.network(classes), training, stream) for stream in self.streams]
             self.parameters = tuple(name for name, _ in self.lanes[0].network.named_parameters())
         return self.lanes
 
@@ -185,7 +188,7 @@ Answered = tuple[Job, Answer]
 
 
 def handle(request: Request, worker: Worker) -> Reply:
-    """Do every job of a request. A client that breaks becomes a Failure; only Stopped is raised."""
+    """Do every job of a request. A client that breaks becomes a Failure. Raises Stopped, and GpuBroken."""
     broadcast = request.broadcast.to(worker.shared.device)  # from elsewhere a model comes on the CPU
     fold = empty_fold(request.cohort, request.rule)
     reports: list[Report] = []
@@ -229,12 +232,8 @@ def do_job(round_: Round, job: Job) -> Answer:
     torch.set_num_threads(round_.shared.experiment.scenario.training.threads)
     try:
         return _work(round_, job)
-    except Stopped:
-        raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and threading.current_thread() is threading.main_thread():
-            raise  # a signal's
-        return Answer(_failure(job, error))
+        return Answer(failure(job, error))
 
 
 def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
@@ -247,24 +246,12 @@ def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
     torch.set_num_threads(experiment.scenario.training.threads)
     try:
         return _train_at_once(round_, jobs)
-    except Stopped:
-        raise
-    except Exception as error:
-        reason, lasts = _failure(jobs[0], error).reason, isinstance(error, torch.OutOfMemoryError | TypeError)
+    except (Exception, SystemExit) as error:
+        reason, lasts = failure(jobs[0], error).reason, isinstance(error, torch.OutOfMemoryError | TypeError)
     worker.drop_lanes()  # their memory is needed now, and no trace holds them any more
     worker.no_lanes = task if lasts else -1
     warnings.warn(f"clients are trained one by one, not in lanes (engine.lanes): {reason}", stacklevel=2)
     return []
-
-
-class ClientProblem(FedcilError):
-    """A client that cannot do its job for a known reason; ``where`` is the stage."""
-
-
-def _failure(job: Job, error: BaseException) -> Failure:
-    if isinstance(error, ClientProblem):
-        return Failure(job.client, error.where, error.what)
-    return Failure(job.client, UNEXPECTED, described(error))
 
 
 def _work(round_: Round, job: Job) -> Answer:
@@ -319,7 +306,7 @@ def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
         try:
             contribution, metrics = _given(state, said, joined, shared.experiment)
         except ClientProblem as problem:
-            answers.append((job, Answer(_failure(job, problem))))
+            answers.append((job, Answer(failure(job, problem))))
             continue
         report = Report(
             client=job.client,
@@ -344,7 +331,7 @@ def _samples_of(
             own = shared.samples(job.client, task)
             ready.append((job, len(own.labels), _with_memory(own, job, shared)))
         except Exception as error:
-            broken.append((job, Answer(_failure(job, error))))
+            broken.append((job, Answer(failure(job, error))))
     return ready, broken
 
 

@@ -37,16 +37,20 @@ from fedcil.models.network import (
 from fedcil.scenario import TrainingSection
 
 
+def make_streams(count: int, device: torch.device) -> list[Any]:
+    """For as many lanes; None for each where there are none to be had."""
+    return [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(count)]
+
+
 class Lane:
     """Trains one client at a time; ``state`` is the network's own memory, by name."""
 
-    def __init__(self, network: Network, training: TrainingSection) -> None:
+    def __init__(self, network: Network, training: TrainingSection, stream: Any) -> None:
         self.network, self.state = network.train(), state_of(network)
         self.buffers, self.all_buffers = other_buffers(network), buffers_of(network)
         self.device = network.head.weight.device
-        on_gpu = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.stream = stream
+        self.pool = None if stream is None else torch.cuda.graph_pool_handle()
         parameters = trained_parameters(network)
         self.anchor = tuple(torch.empty_like(parameter) for parameter in network.parameters())
         self.momenta = [torch.zeros_like(as_stored(each)) for each in parameters] if training.momentum else []

@@ -36,10 +36,17 @@ def repeatable(work: Callable[[], object], device: torch.device, pool: Any = Non
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 work()
-        except torch.OutOfMemoryError:
-            raise  # the caller has something to let go of
         except RuntimeError as error:
+            if (shortage := out_of_memory(error)) is not None:
+                raise shortage from None  # the caller has something to let go of
             warnings.warn(f"a step cannot be captured and is launched kernel by kernel: {error}", stacklevel=2)
             return work
     current.wait_stream(stream)
     return graph.replay
+
+
+def out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """The lack of memory that ``error`` is, or was raised about: a capture that broke off complains of that instead."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error

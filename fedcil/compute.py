@@ -7,8 +7,10 @@ recorded with the run, and the same for every worker: the numeric configuration.
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -81,7 +83,8 @@ class Compute:
         network = self._loaded(tensors)
         # They know torch's own layers only, so they come first.
         images = torch.randn(2, *self.architecture.image, generator=torch.Generator().manual_seed(0)).to(self.device)
-        fold_norms(network, images)
+        with exact(self.precision):  # what tf32 rounds away is more than folding may change
+            fold_norms(network, images)
         change_alike(network, self.settle, images)
         self._hasten(network.backbone)
         return network
@@ -109,7 +112,7 @@ class Compute:
 
 def resolve_device(wanted: str) -> torch.device:
     """auto: a GPU where there is one. ScenarioError if a GPU is asked for and there is none."""
-    available = torch.cuda.is_available()
+    available = wanted != "cpu" and torch.cuda.is_available()  # asking makes every process know the driver
     if wanted == "cuda" and not available:
         raise ScenarioError(
             "device = 'cuda' but torch sees no GPU",
@@ -117,7 +120,7 @@ def resolve_device(wanted: str) -> torch.device:
             allowed="auto, cpu",
             next="use device = 'auto'",
         )
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+    return torch.device("cuda" if available else "cpu")
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:
@@ -183,9 +186,24 @@ def resolve_execution(lanes: int | None, device: torch.device, draws: bool, alon
 
 
 def apply_precision(precision: Precision) -> None:
-    """Matrix products on a GPU: exact in fp32, through tf32 where that was asked for."""
+    """Products and convolutions: exact in fp32, on a GPU through tf32 where that was asked for."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    backends: Any = torch.backends
+    for operators in (backends.cudnn.conv, backends.cudnn.rnn):  # else they follow ``torch.backends.fp32_precision``
+        operators.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    for operators in (backends.mkldnn.conv, backends.mkldnn.rnn):
+        operators.fp32_precision = "ieee"
+
+
+@contextmanager
+def exact(precision: Precision) -> Iterator[None]:
+    """fp32 as it is for a while, where a run computes in ``precision``."""
+    apply_precision("fp32")
+    try:
+        yield
+    finally:
+        apply_precision(precision)
 
 
 def numeric_configuration(

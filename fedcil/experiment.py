@@ -34,6 +34,7 @@ from fedcil.partition import TaskPartition, make_partition
 from fedcil.population import Population, make_population
 from fedcil.rule import PLAIN
 from fedcil.scenario import Scenario
+from fedcil.section import ExtraImages
 from fedcil.state import Cursor, RunState, ServerState
 from fedcil.stream import Stream, Task, make_stream
 from fedcil.timeline import Timeline
@@ -138,8 +139,12 @@ class Experiment:
 
     def pool_bytes(self) -> int:
         """Of the synthetic images that a process makes ahead, in the last task."""
-        kept, _ = self.scenario.method.extra_images(self.scenario.training.batch_size, self.stream.tasks[-1])
-        return int(4 * kept * math.prod(self.compute.architecture.image))
+        return int(4 * self.extra_images.kept * math.prod(self.compute.architecture.image))
+
+    @property
+    def extra_images(self) -> ExtraImages:
+        """The method's, in the last task."""
+        return self.scenario.method.extra_images(self.scenario.training.batch_size, self.stream.tasks[-1])
 
     def first_state(self) -> RunState:
         """Before round 0: a model with a head for the first task, drawn on the CPU whatever the device."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
@@ -47,6 +47,14 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Above0 = Annotated[float, Field(gt=0.0)]
 
 
+class ExtraImages(NamedTuple):
+    """Of a method, beyond those of a client's batch."""
+
+    kept: int = 0  # by a process
+    in_step: int = 0  # of a client, beside a batch of real ones
+    at_boundary: int = 0  # in a step on the server
+
+
 class MethodSettings(Section):
     """The ``[method]`` table: a method's name, its preset and its own options.
 
@@ -63,9 +71,9 @@ class MethodSettings(Section):
     def check_model(self, architecture: Architecture) -> None:
         """Raise ScenarioError if the method cannot work with this classifier or with images of its size."""
 
-    def extra_images(self, real: int, task: Task) -> tuple[int, int]:
-        """(images kept in memory, images added to a step of ``real`` ones): for the prediction of memory alone."""
-        return 0, 0
+    def extra_images(self, real: int, task: Task) -> ExtraImages:
+        """Beyond steps of ``real`` images: for the prediction of memory alone."""
+        return ExtraImages()
 
     def payload_bytes(self, model: Tensors, compute: Compute) -> int:
         """Bytes of what a boundary after ``model`` hands to each later client, as far as ``fedcil plan`` can know."""

@@ -30,6 +30,8 @@ from fedcil.port import StopSignal
 from fedcil.scenario import ModelSection
 from fedcil.stream import Task
 
+if "FEDCIL_TEST_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what most tests expect is a CPU's
 REAL = Path(os.environ.get("FEDCIL_DATA_ROOT", "nowhere")).absolute()  # before a test changes the environment
 
 
@@ -120,6 +122,12 @@ class StopAfter:
     def client_done(self, client: int) -> None: ...
 
     def boundary_step(self, step: int, steps: int, terms: Any) -> None: ...
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU and FEDCIL_TEST_GPU=1"))
 
 
 @pytest.fixture

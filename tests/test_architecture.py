@@ -11,7 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fedcil", "server", "client", "scenarios")
-BOTTOM = ("fedcil.errors", "fedcil.dotted", "fedcil.keys", "fedcil.rule", "fedcil.section", "fedcil.threads")
+BOTTOM = (
+    "fedcil.errors",
+    "fedcil.dotted",
+    "fedcil.keys",
+    "fedcil.rule",
+    "fedcil.section",
+    "fedcil.sources",
+    "fedcil.threads",
+)
 VALUES = (*BOTTOM, "fedcil.messages", "fedcil.fold", "fedcil.state", "fedcil.stream", "fedcil.losses")
 EXPERIMENT = (
     *VALUES,
@@ -40,7 +48,8 @@ EXPERIMENT = (
 ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.errors": ((), ()),
     "fedcil.allocator": ((), ()),
-    "fedcil.dotted": (("fedcil.errors",), ()),
+    "fedcil.dotted": (("fedcil.errors", "fedcil.sources"), ()),
+    "fedcil.sources": ((), ()),
     "fedcil.neighbours": (("fedcil.errors",), ()),
     "fedcil.threads": ((), ()),
     "fedcil.rule": ((), ()),
@@ -120,8 +129,8 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "fedcil.deploy.local": (("fedcil.port", "fedcil.record.run", "fedcil.deploy"), ()),
     "fedcil.engines": (("fedcil", "server", "client"), ("torch", "numpy")),
-    "fedcil.engines.workers": (("fedcil.experiment", "fedcil.scenario"), ("joblib",)),
-    "fedcil.engines.ray": (("fedcil", "server", "client"), ("ray",)),
+    "fedcil.engines.workers": (("fedcil.experiment", "fedcil.scenario"), ("joblib", "torch")),
+    "fedcil.engines.ray": (("fedcil", "server", "client"), ("ray", "torch")),
     "fedcil.engines.ray_cluster": (("fedcil",), ("ray", "psutil")),
     "fedcil.engines.ray_room": (("fedcil.engines", "fedcil.errors"), ("ray",)),
     "fedcil.engines.ray_head": (("fedcil.engines.signals", "fedcil.errors", "fedcil.port"), ("psutil",)),

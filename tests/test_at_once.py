@@ -83,7 +83,7 @@ def test_each_client_gives_what_it_gives_alone(small: Any, name: str, net: str, 
         found = local_sgd_stacked(network, recipe, samples, keys)
         assert all(torch.equal(tensor, start[each]) for each, tensor in state_of(network).items())
     else:
-        lanes = [Lane(small.network(5, net, seed=9), training) for _ in range(3)]
+        lanes = [Lane(small.network(5, net, seed=9), training, None) for _ in range(3)]
         for round_ in range(2):  # what the first round leaves in the lanes' memory must not reach the second
             found = [
                 ({each: tensor.clone() for each, tensor in state.items()}, said)
@@ -162,7 +162,7 @@ def test_only_tensors_can_be_drawn_in_a_lane(small: Any) -> None:
     method = Method(draw=lambda *_: 3, loss=lambda model, _, batch, draws: model(batch.images).sum() * draws)
     training = TrainingSection(epochs=1, batch_size=4)
     recipe = Recipe(method, None, small.first, training, 0.1, noisy)
-    lane = Lane(small.network(3), training)
+    lane = Lane(small.network(3), training, None)
     with pytest.raises(TypeError, match="draws are tensors or None"):
         next(lane.train(lane.state, recipe, Samples(small.images(4), small.labels(4, small.first)), Key(0)))
 

@@ -162,7 +162,7 @@ def test_unknown_mode_is_named() -> None:
     assert "rotate_flip" in error.value.allowed
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["none", "flip", "crop_flip"])
 def test_gpu_makes_the_same_batch(mode: str) -> None:
     """Not for rotations: sines may differ in the last bit, and a pixel on a border then falls either way."""

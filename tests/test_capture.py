@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +51,24 @@ def test_out_of_memory_is_not_taken_for_work_that_cannot_be_captured() -> None:
     """Whoever asked can let go of something; going on with one lane less would hide it."""
     with pytest.raises(torch.OutOfMemoryError):
         repeatable(breaking(torch.OutOfMemoryError("CUDA out of memory")), CUDA)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_nor_is_it_where_the_end_of_the_capture_complains_of_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch ends a capture that broke off, too, and that may fail."""
+
+    @contextlib.contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise torch.AcceleratorError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(torch.OutOfMemoryError):
+        repeatable(breaking(torch.OutOfMemoryError("CUDA out of memory")), CUDA)
+    with pytest.warns(UserWarning, match="launched kernel by kernel: operation failed"):
+        repeatable(breaking(RuntimeError("never")), CUDA)
 
 
 @pytest.mark.usefixtures("cuda")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fedcil import cpu
+from fedcil.compute import apply_precision
 from fedcil.experiment import Experiment, open_experiment
+from fedcil.models.network import state_of
 from fedcil.scenario_file import load_scenario
 
 
@@ -27,6 +33,46 @@ def test_products_in_fp32_are_part_of_the_numeric_configuration(monkeypatch: pyt
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     found = experiment("training.precision=fp32").numeric()
     assert (found["small_maps"], str(found["device_model"]).endswith(" AVX2")) == ("products", True)
+
+
+@pytest.fixture
+def fp32_precision() -> Iterator[None]:
+    """As torch has it in the end."""
+    yield
+    torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
+    apply_precision("fp32")
+
+
+@pytest.mark.usefixtures("fp32_precision")
+@pytest.mark.parametrize("where", ["fp32_precision", "cudnn.fp32_precision", "mkldnn.fp32_precision"])
+def test_fp32_is_exact_whatever_a_program_has_asked_torch_for(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's convolutions would take it from there."""
+    *parts, name = where.split(".")
+    monkeypatch.setattr(attrgetter(".".join(["backends", *parts]))(torch), name, "tf32")
+    experiment("device=cpu")
+    operators = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+    assert {attrgetter(f"{each}.fp32_precision")(torch.backends) for each in operators} == {"ieee"}
+    assert not torch.backends.cudnn.allow_tf32  # torch's older names say the same
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.usefixtures("fp32_precision")
+def test_a_teacher_is_folded_in_tf32_too(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tf32 rounds away is as much as folding is allowed to change; played on a CPU."""
+
+    def convolve(layer: nn.Conv2d, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+            images, weight = ((each.view(torch.int32) & ~0x1FFF).view(torch.float32) for each in (images, weight))
+        return plain(layer, images, weight, bias)
+
+    plain = nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", convolve)
+    apply_precision("tf32")
+    for seed in range(5):
+        network = small.network(5, "resnet8", seed)
+        teacher = small.compute("resnet8", "tf32").teacher(state_of(network))
+        assert not any(isinstance(part, nn.BatchNorm2d) for part in teacher.modules())
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch, *, avx512_bf16: bool, amx: bool, intel: bool) -> None:

@@ -259,14 +259,23 @@ def test_a_simulated_run_that_servers_cannot_go_on_with_is_refused(
 ) -> None:
     folder = stopped_run("digits_fedavg", 4, tmp_path, sets)
     with pytest.raises(kind, match=words):
-        run_folder(str(folder), (), tmp_path, continue_unfinished=False)
+        run_folder(str(folder), (), tmp_path, supervised=False)
 
 
 def test_a_simulated_run_that_servers_can_go_on_with(stopped_run: Any, tmp_path: Path) -> None:
     folder = stopped_run("digits_fedavg", 2, tmp_path, (*TINY, "server.deadline_s=60"))
-    assert run_folder(str(folder), (), tmp_path, continue_unfinished=False) == folder
+    assert run_folder(str(folder), (), tmp_path, supervised=False) == folder
     with pytest.raises(InputError, match="keeps its scenario"):
-        run_folder(str(folder), ("seed=1",), tmp_path, continue_unfinished=False)
+        run_folder(str(folder), ("seed=1",), tmp_path, supervised=False)
+
+
+@pytest.mark.parametrize("words", ["device='cuda'", "training.precision='tf32'"])
+def test_a_supervisor_needs_no_gpu(words: str, tmp_path: Path) -> None:
+    """Server app and nodes compute elsewhere."""
+    sets = (*TINY, "server.deadline_s=60", words)
+    assert run_folder("digits_fedavg", sets, tmp_path, supervised=True).is_dir()
+    with pytest.raises(ScenarioError, match="GPU"):
+        run_folder("digits_fedavg", sets, tmp_path, supervised=False)
 
 
 def test_a_run_whose_clients_keep_something_elsewhere_is_not_resumed_here(stopped_run: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,15 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedcil.engines import gpu, workers
 from fedcil.engines.gpu import (
     CONTEXT_BYTES,
     PRECISION,
+    even,
     gpus_per_worker,
     largest_step,
     measured_peak,
     share,
     worker_bytes,
 )
+from fedcil.engines.ray_room import room_on
+from fedcil.engines.workers import Share, worker_count
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.scenario_file import load_scenario
 
@@ -39,9 +44,9 @@ def test_the_share_is_one_over_the_workers_that_fit(need: int, usable: int, want
 @given(st.integers(1, 10**12), st.integers(-(10**12), 10**12), st.integers(1, 500))
 def test_shares_never_ask_for_more_memory_or_more_gpus_than_there_are(need: int, usable: int, wanted: int) -> None:
     """Workers as Ray counts them, in ten-thousandths of a GPU."""
-    workers = PRECISION // round(PRECISION * share(need, usable, wanted))
-    assert workers * share(need, usable, wanted) <= 1.0
-    assert workers == 1 or workers * need <= usable
+    count = PRECISION // round(PRECISION * share(need, usable, wanted))
+    assert count * share(need, usable, wanted) <= 1.0
+    assert count == 1 or count * need <= usable
 
 
 def experiment_of(**sections: dict[str, Any]) -> Experiment:
@@ -64,6 +69,11 @@ def experiment_of(**sections: dict[str, Any]) -> Experiment:
     return open_experiment(load_scenario(scenario | sections))
 
 
+def on_a_gpu(experiment: Experiment) -> Experiment:
+    """Which computes nothing there."""
+    return replace(experiment, compute=replace(experiment.compute, device=torch.device("cuda")))
+
+
 def test_on_a_cpu_nothing_is_measured_and_nothing_asked_for() -> None:
     assert gpus_per_worker(experiment_of(), workers=2) == 0.0
 
@@ -78,6 +88,36 @@ def test_the_largest_step_has_real_and_synthetic_images_of_each_client_of_the_la
     assert largest_step(experiment_of(engine={"lanes": 3})) == 84
 
 
+def test_a_boundary_that_takes_more_is_the_largest_step() -> None:
+    settings = experiment_of().scenario.method.model_copy(update={"generator_batch": 100})
+    assert largest_step(experiment_of(method=settings)) == 200
+
+
+def test_a_step_that_does_not_fit_leaves_a_whole_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not even that is enough, clients are trained one by one."""
+
+    def out_of_memory(_: Experiment) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "measured_peak", out_of_memory)
+    assert gpus_per_worker(on_a_gpu(experiment_of()), workers=4) == 1.0
+
+
+@given(st.integers(1, 8), st.floats(0.02, 1.0))
+def test_flower_makes_as_many_workers_as_ray_has_room_for(gpus: int, given_: float) -> None:
+    """Flower divides all GPUs of a node by the share; Ray puts a share on one of them."""
+    found = even(given_)
+    assert int(gpus / found) == room_on({"CPU": 10_000, "GPU": gpus}, Share(1, given_))
+    assert given_ <= found or found == pytest.approx(given_, abs=1e-4)
+
+
+def test_no_gpu_is_without_work_where_one_workers_lanes_would_take_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(workers, "cpu_count", lambda: 16)
+    lanes = experiment_of(engine={"name": "ray", "lanes": 5})
+    assert (worker_count(lanes), worker_count(on_a_gpu(lanes))) == (1, 2)
+
+
 def test_a_worker_holds_images_models_payload_and_pool() -> None:
     """Each of them, and the step, with the allocator's margin."""
     plain = worker_bytes(experiment_of(), 0)
@@ -88,7 +128,7 @@ def test_a_worker_holds_images_models_payload_and_pool() -> None:
     assert plain - worker_bytes(experiment_of(method=without), 0) == pytest.approx(1.25 * 64 * image, abs=1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: nothing to measure")
+@pytest.mark.gpu
 def test_the_peak_is_that_of_the_step() -> None:
     found = experiment_of(device="cuda")
     assert measured_peak(found) > 0

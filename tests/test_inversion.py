@@ -622,7 +622,7 @@ def test_a_classifier_that_rules_a_class_out_trains_a_finite_generator(small: An
     assert all(torch.isfinite(tensor).all() for tensor in generator_of(made).values())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_boundary_runs_on_a_gpu(small: Any) -> None:
     compute = replace(small.compute(), device=torch.device("cuda"))
     model = {name: tensor.cuda() for name, tensor in state_of(small.network(3)).items()}

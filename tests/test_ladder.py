@@ -51,7 +51,7 @@ def test_flops_are_those_of_the_specification() -> None:
     assert matrix_rate("fp32", CPU, tiny=True) > 1e-3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: captures cannot be tried")
+@pytest.mark.gpu
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["lane", "lanes2", "lanes3"])
 def test_a_captured_rung_gives_the_weights_of_the_authors_order(name: str) -> None:
@@ -93,11 +93,7 @@ def test_a_ladder_that_is_out_of_time_says_so(tmp_path: Path) -> None:
     ("words", "problem"),
     [
         (["--rungs", "authors,bogus"], "no rung bogus; allowed: authors, "),
-        pytest.param(
-            ["--device", "cuda"],
-            "torch sees no GPU",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
+        (["--device", "cuda"], "torch sees no GPU"),
     ],
 )
 def test_what_cannot_be_measured_is_said_first(words: list[str], problem: str, tmp_path: Path) -> None:

@@ -111,8 +111,9 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     """
     scenario, task = experiment.scenario, experiment.stream.tasks[-1]
     stored = experiment.data.train.nbytes + experiment.data.test.nbytes
-    _, added = scenario.method.extra_images(scenario.training.batch_size, task)
-    activations = 2 * (scenario.training.batch_size + added) * activation_bytes(experiment)
+    extra = experiment.extra_images
+    images = scenario.training.batch_size + max(extra.in_step, extra.at_boundary)
+    activations = 2 * images * activation_bytes(experiment)
     at_once = worker_count(experiment) * experiment.execution.at_once
     cohort = 0 if scenario.server.fold == "mean" else scenario.clients.per_round * model_bytes
     fits = [phase for phase in experiment.phases(task) if phase.work == "fit"]

@@ -12,19 +12,21 @@ if TYPE_CHECKING:
     from fedcil.scenario import Scenario
 
 
-def run_folder(target: str, overrides: Sequence[str], output: Path, *, continue_unfinished: bool) -> Path:
-    """A run folder that is there, or a new one with the scenario in it."""
+def run_folder(target: str, overrides: Sequence[str], output: Path, *, supervised: bool) -> Path:
+    """A run folder that is there, or a new one with the scenario in it. ``supervised``: goes on with an unfinished one,
+    and computes elsewhere.
+    """
     from fedcil.record.folder import METRICS, new_folder
     from fedcil.scenario_file import load_scenario, to_toml
 
     if (Path(target) / "scenario.toml").is_file():
         if overrides:
             raise InputError("a run that was begun keeps its scenario", where="--set", next="leave --set out")
-        return begun_folder(Path(target))
+        return begun_folder(Path(target), here=not supervised)
     with located(target):
         scenario = load_scenario(target, overrides)
-        check_deployable(scenario)
-    found = unfinished(scenario, output) if continue_unfinished else None
+        check_deployable(scenario, here=not supervised)
+    found = unfinished(scenario, output) if supervised else None
     if found is not None:
         return found
     folder = new_folder(output, f"{scenario.name}-{scenario.seed}")
@@ -33,13 +35,13 @@ def run_folder(target: str, overrides: Sequence[str], output: Path, *, continue_
     return folder
 
 
-def begun_folder(folder: Path) -> Path:
+def begun_folder(folder: Path, *, here: bool) -> Path:
     """A run that was begun, if servers can go on with it."""
     from fedcil.record.folder import CLIENT_STATES
     from fedcil.scenario_file import load_scenario
 
     with located(str(folder)):
-        check_deployable(load_scenario(folder / "scenario.toml"))
+        check_deployable(load_scenario(folder / "scenario.toml"), here=here)
     if (folder / CLIENT_STATES).is_dir():
         raise NotResumable(
             "what this run's clients keep lies in its folder, and nodes have their own",
@@ -60,8 +62,10 @@ def unfinished(scenario: Scenario, output: Path) -> Path | None:
     return None
 
 
-def check_deployable(scenario: Scenario) -> None:
-    """What is wrong is said here, by the command, and not by a server somewhere. Loads the data."""
+def check_deployable(scenario: Scenario, *, here: bool) -> None:
+    """What is wrong is said here, by the command, and not by a server somewhere; of device and precision only if it
+    computes ``here``. Loads the data.
+    """
     from fedcil.experiment import open_experiment
 
     if scenario.server.deadline_s is None:
@@ -71,4 +75,7 @@ def check_deployable(scenario: Scenario) -> None:
             allowed="seconds, above the longest time that a node's clients train",
             next="begin the run with --set server.deadline_s=120",
         )
+    if not here:
+        exact = scenario.training.model_copy(update={"precision": "fp32"})
+        scenario = scenario.model_copy(update={"device": "cpu", "training": exact})
     open_experiment(scenario)

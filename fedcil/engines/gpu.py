@@ -38,7 +38,10 @@ def gpus_per_worker(experiment: Experiment, workers: int) -> float:
         )
     if given is not None or device.type != "cuda":
         return given or 0.0
-    need = worker_bytes(experiment, measured_peak(experiment))
+    try:
+        need = worker_bytes(experiment, measured_peak(experiment))
+    except torch.OutOfMemoryError:
+        return 1.0  # clients come one by one then
     free, _ = torch.cuda.mem_get_info(device)
     wanted = math.ceil(workers / max(1, torch.cuda.device_count()))
     return share(need, int(USABLE * free) - need, wanted)  # boundary and evaluation of the server take a part, too
@@ -51,6 +54,15 @@ def share(need: int, usable: int, wanted: int) -> float:
     where not one fits.
     """
     workers = max(1, min(wanted, usable // need, MOST))
+    return one_over(workers)
+
+
+def even(share_: float) -> float:
+    """A part of a GPU as one of equal parts: Flower would count what is left over of several GPUs as one more."""
+    return one_over(int(1 / share_)) if 0.0 < share_ < 1.0 else share_
+
+
+def one_over(workers: int) -> float:
     return math.floor(PRECISION / workers) / PRECISION
 
 
@@ -77,10 +89,10 @@ def measured_peak(experiment: Experiment) -> int:
 
 
 def largest_step(experiment: Experiment) -> int:
-    """A step on as many images as the method ever has at once, in each client that is trained at once; their number."""
+    """A step on as many images as there ever are at once, in clients side by side or at a boundary; their number."""
     scenario, compute, task = experiment.scenario, experiment.compute, experiment.stream.tasks[-1]
-    _, added = scenario.method.extra_images(scenario.training.batch_size, task)
-    count = experiment.execution.at_once * (scenario.training.batch_size + added)
+    extra = experiment.extra_images
+    count = max(experiment.execution.at_once * (scenario.training.batch_size + extra.in_step), extra.at_boundary)
     network = compute.network(task.seen).train()
     with torch.no_grad():
         for parameter in network.parameters():

@@ -7,6 +7,7 @@ copy and answer with partial sums.
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+import torch
 from ray.exceptions import ObjectLostError, RayActorError, RayError
 
 from client.handle import Shared, Worker, handle
+from client.problems import GpuBroken
 from client.states import StateStore
 from fedcil.allocator import keep_freed_memory
 from fedcil.engines import Setting, ray_head
@@ -97,7 +100,10 @@ class ClientWorker:
         held = self._payload if payload is not None else None
         broadcast = replace(place, tensors=model.tensors(), payload=held)
         request = Request(broadcast, tuple(Job(*row) for row in jobs), cohort, rule)
-        return FlatReply.of(handle(request, self._worker), self._cpu.since_last())
+        try:
+            return FlatReply.of(handle(request, self._worker), self._cpu.since_last())
+        except (GpuBroken, torch.AcceleratorError):
+            os._exit(1)  # Ray starts another; in this process all that comes would fail, at once
 
 
 @dataclass(frozen=True, slots=True)

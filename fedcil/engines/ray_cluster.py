@@ -12,7 +12,7 @@ import psutil
 import ray
 
 from fedcil.engines import ray_head
-from fedcil.engines.gpu import gpus_per_worker
+from fedcil.engines.gpu import even, gpus_per_worker
 from fedcil.engines.ray_room import refuse_too_little
 from fedcil.engines.signals import ENDS, kept_from_children
 from fedcil.engines.workers import Share
@@ -29,7 +29,7 @@ STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 
 
 def share_of_worker(experiment: Experiment, workers: int) -> Share:
-    return Share(experiment.scenario.training.threads, gpus_per_worker(experiment, workers))
+    return Share(experiment.scenario.training.threads, even(gpus_per_worker(experiment, workers)))
 
 
 def store_bytes(experiment: Experiment, workers: int) -> int:

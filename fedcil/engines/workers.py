@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 
+import torch
 from joblib import cpu_count
 
 from fedcil.experiment import PROCESSES_POSSIBLE, Experiment
@@ -44,8 +45,10 @@ def worker_count(experiment: Experiment) -> int:
     scenario, at_once = experiment.scenario, experiment.execution.at_once
     if scenario.engine.name == "inline" and experiment.compute.device.type == "cuda":
         return 1
-    side_by_side = min(cpu_count() // scenario.training.threads, math.ceil(scenario.clients.per_round / at_once))
-    return scenario.engine.workers or max(1, side_by_side)
+    useful = math.ceil(scenario.clients.per_round / at_once)
+    if experiment.compute.device.type == "cuda":  # no GPU without work while another's lanes take it all
+        useful = max(useful, min(torch.cuda.device_count(), scenario.clients.per_round))
+    return scenario.engine.workers or max(1, min(cpu_count() // scenario.training.threads, useful))
 
 
 def may_use_processes(scenario: Scenario, workers: int) -> bool:

@@ -35,7 +35,7 @@ from fedcil.methods.inversion import Weights, generator_loss, running_norms, to_
 from fedcil.models import Architecture
 from fedcil.models.generator import Generator, default_upsamplings
 from fedcil.models.network import Network, allocate, freeze, initialise, load_state, snapshot, state_of
-from fedcil.section import Above0, Count, MethodSettings, NonNegative, Positive
+from fedcil.section import Above0, Count, ExtraImages, MethodSettings, NonNegative, Positive
 from fedcil.state import ServerState
 from fedcil.stream import Task
 
@@ -169,8 +169,8 @@ class MFCL(MethodSettings):
         assert self.synthetic_ratio is not None
         return max(1, round(self.synthetic_ratio * real * task.old / len(task.classes)))
 
-    def extra_images(self, real: int, task: Task) -> tuple[int, int]:
-        return self.pool, max(self.synthetic_images(real, task), 2 * self.generator_batch)
+    def extra_images(self, real: int, task: Task) -> ExtraImages:
+        return ExtraImages(self.pool, self.synthetic_images(real, task), 2 * self.generator_batch)
 
     def make_generator(self, compute: Compute) -> Generator:
         """On the CPU, in uninitialised memory."""

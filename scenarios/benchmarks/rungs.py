@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from client.lanes import Lane, local_sgd_in_lanes
+from client.lanes import Lane, local_sgd_in_lanes, make_streams
 from client.training import LocalSGD, Recipe, local_sgd
 from fedcil.capture import repeatable
 from fedcil.compute import Precision
@@ -171,7 +171,7 @@ def compiled(m: Material) -> Round:
 
 def lanes(m: Material, count: int) -> Round:
     """fedcil's captured steps, so many clients side by side."""
-    places = [Lane(m.student(), m.training) for _ in range(count)]
+    places = [Lane(m.student(), m.training, stream) for stream in make_streams(count, m.compute.device)]
 
     def clients() -> Iterator[Tensors]:
         for first in range(0, m.work.clients, count):

@@ -1,0 +1,36 @@
+"""Whose problem it is when a client's work breaks: its own, or more than that."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from fedcil.errors import FedcilError, RunFailed, Stopped, described
+from fedcil.messages import UNEXPECTED, Failure, Job
+
+
+class ClientProblem(FedcilError):
+    """A client that cannot do its job for a known reason; ``where`` is the stage."""
+
+
+class GpuBroken(RunFailed):
+    """No work on it can succeed in this process any more."""
+
+
+def failure(job: Job, error: BaseException) -> Failure:
+    """What a client's problem is to the server. Raises what is more than that: an end that was asked for, a signal's,
+    and GpuBroken after an assertion on the device or an address that is not there.
+    """
+    if isinstance(error, Stopped):
+        raise error
+    if isinstance(error, SystemExit) and threading.current_thread() is threading.main_thread():
+        raise error
+    if isinstance(error, torch.AcceleratorError):
+        raise GpuBroken(
+            f"a client's work broke the GPU for this process: {described(error)}",
+            next="`fedcil resume RUN` goes on in a new one; CUDA_LAUNCH_BLOCKING=1 in its environment shows the line",
+        ) from error
+    if isinstance(error, ClientProblem):
+        return Failure(job.client, error.where, error.what)
+    return Failure(job.client, UNEXPECTED, described(error))
