@@ -222,7 +222,9 @@ def test_what_a_method_prints_is_not_lost(tmp_path: Path) -> None:
         sets = [*SMALL, "method={name='speaking:Speaking'}", f"engine={{{engine}}}"]
         words = [part for text in sets for part in ("--set", text)]
         command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *words, "--no-figures"]
-        return subprocess.check_output(command, cwd=tmp_path, env=buffered, text=True).count("a step")
+        done = subprocess.run(command, cwd=tmp_path, env=buffered, capture_output=True, text=True, check=True)
+        assert "a step" not in done.stdout, "that is the results'"
+        return done.stderr.count("a step")
 
     assert steps("workers=3, processes=true") == steps("workers=1") > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+import fedcil
 
 FEDCIL = [sys.executable, "-m", "fedcil"]
 RUN = ["run", str(Path(__file__).with_name("tiny.toml")), "--no-figures"]
@@ -63,19 +66,38 @@ def test_a_terminal_without_a_character_shows_another(tmp_path: Path, monkeypatc
     assert " ? " in done.stdout
 
 
-def test_what_a_client_cannot_print_costs_no_client() -> None:
-    code = (
-        "import sys, threading; from fedcil.cli.streams import put_in_place, settle; put_in_place()\n"
-        "client = threading.Thread(target=print, args=('step',), kwargs={'flush': True})\n"
-        "client.start(); client.join()\n"
-        "print('trained', file=sys.stderr)\n"
-        "settle(sys.stdout)"
-    )
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=-1, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("trained\n")
-    assert "cannot write the output of this command: No space left" in done.stderr
+TALKATIVE = """
+from fedcil.methods.base import Method
+from fedcil.section import MethodSettings
+from torch.nn import functional as F
+print("at import")
+
+class Talkative(MethodSettings):
+    def build(self):
+        print("in build")
+        return Method(loss=loss)
+
+def loss(model, prepared, batch, draws):
+    print("in a step")
+    return F.cross_entropy(model(batch.images), batch.labels)
+"""
+
+
+@pytest.mark.parametrize(("command", "said"), [("run", ["at import", "in build", "in a step"]), ("plan", ["in build"])])
+def test_what_own_code_prints_is_no_result(command: str, said: list[str], tmp_path: Path) -> None:
+    (tmp_path / "talkative.py").write_text(TALKATIVE)
+    words = [command, *RUN[1:-1], "--set=method={name='talkative:Talkative'}", "--json"]
+    done = subprocess.run([*FEDCIL, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)
+    assert set(said) <= set(done.stderr.splitlines())
+
+
+def test_what_a_client_cannot_print_costs_no_client(tmp_path: Path) -> None:
+    (tmp_path / "talkative.py").write_text(TALKATIVE)
+    words = shlex.join([*RUN, "--set=method={name='talkative:Talkative'}"])
+    assert shell(f"fedcil {words} 2>/dev/full", tmp_path).returncode == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert not any(line["failures"] for line in fedcil.load(folder).kind("round"))
 
 
 def test_a_stream_that_does_not_wait_is_waited_for() -> None:

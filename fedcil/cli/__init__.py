@@ -9,7 +9,7 @@ from typing import Any
 
 from fedcil.cli.commands import app
 from fedcil.cli.guard import show_error
-from fedcil.cli.streams import put_in_place, settle
+from fedcil.cli.streams import put_in_place
 from fedcil.errors import FedcilError, InputError
 from fedcil.threads import left_behind
 
@@ -20,7 +20,7 @@ def main() -> None:
     put_in_place()
     try:
         code = exit_code()
-        settle(sys.stdout)
+        sys.stdout.flush()
     except FedcilError as error:  # of stdout
         show_error(error, as_json=False)
         code = error.exit_code

@@ -15,6 +15,7 @@ from fedcil.cli import deploy
 from fedcil.cli.guard import guarded, stoppable
 from fedcil.cli.options import DataRoot, Json, MaxSeconds, Sets
 from fedcil.cli.runs import Options, continue_run, identity_of, new_run, print_runs, refuse_idle, reuse, wanted_runs
+from fedcil.cli.streams import to_stderr
 from fedcil.errors import InputError, located
 
 if TYPE_CHECKING:
@@ -69,9 +70,9 @@ def run(
 ) -> None:
     """Run scenarios. With several (or --seeds), runs below --output that are finished already are skipped."""
     _check_picture(figure)
-    wanted = wanted_runs(scenarios, [*(overrides or []), *_engine_override(engine)], seeds)
     done: list[Run] = []
-    with stoppable(max_seconds) as stop:
+    with to_stderr(), stoppable(max_seconds) as stop:
+        wanted = wanted_runs(scenarios, [*(overrides or []), *_engine_override(engine)], seeds)
         options = Options(data_root, figures, stop, json)
         if len(wanted) == 1 and seeds is None:
             done.append(new_run(wanted[0], output, options))
@@ -99,7 +100,7 @@ def resume(
     """Continue a run; it ends with the same metrics as if it had never stopped."""
     from fedcil.record.run import open_run
 
-    with stoppable(max_seconds) as stop:
+    with to_stderr(), stoppable(max_seconds) as stop:
         options = Options(data_root, figures, stop, json, (*(overrides or []), *_engine_override(engine)))
         finished = continue_run(open_run(run), options)
     print_runs([finished], json=json)
@@ -159,9 +160,9 @@ def plan(
     from fedcil.experiment import open_experiment
     from fedcil.scenario_file import load_scenario
 
-    with located(scenario):
+    with to_stderr(), located(scenario):
         experiment = open_experiment(load_scenario(scenario, overrides or []), data_root, show_progress=not json)
-    facts = forecast(experiment)
+        facts = forecast(experiment)
     if json:
         print(jsonlib.dumps(facts))
     else:

@@ -14,6 +14,7 @@ from fedcil.cli.guard import guarded, stoppable
 from fedcil.cli.options import DataRoot, Json, MaxSeconds, Sets
 from fedcil.cli.run_folders import run_folder
 from fedcil.cli.runs import print_runs, refuse_idle
+from fedcil.cli.streams import to_stderr
 from fedcil.errors import FedcilError
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def local(
     from fedcil.deploy.local import deploy_local
 
     give_data_root(data_root)
-    folder = run_folder(scenario, overrides or [], output, continue_unfinished=False)
+    with to_stderr():
+        folder = run_folder(scenario, overrides or [], output, supervised=False)
     print(f"run folder: {folder} (logs: {folder / 'deployment' / 'logs'})", file=sys.stderr)
 
     def work(stop: StopSignal, progress: Callable[[], None]) -> Run:
@@ -121,7 +123,8 @@ def supervise(
     give_data_root(data_root)
     keys = Pki(pki)
     control = Control(superlink, keys.ca, Path.home() / ".fedcil" / "flower")
-    folder = run_folder(scenario, overrides or [], output, continue_unfinished=True)
+    with to_stderr():
+        folder = run_folder(scenario, overrides or [], output, supervised=True)
     print(f"run folder: {folder}", file=sys.stderr)
 
     def work(stop: StopSignal, progress: Callable[[], None]) -> Run:

@@ -65,18 +65,18 @@ def identity_of(wanted: Wanted, data_root: Path | None) -> dict[str, Any]:
 
 def reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Options) -> Run:
     """A finished run of exactly this below ``output``, else an unfinished one continued, else a new one."""
-    from fedcil.record.folder import revision
+    from fedcil.sources import program, revision
 
-    commit = revision()
-    earlier = sorted(_earlier_runs(wanted.scenario, identity, output), key=lambda run: run.revision != commit)
+    present = {program(), revision()}
+    earlier = sorted(_earlier_runs(wanted.scenario, identity, output), key=lambda run: run.program not in present)
     for run in earlier:
         if run.finished:
-            old = "" if run.revision == commit else " (by another commit of fedcil; delete it to have it made anew)"
+            old = "" if run.program in present else " (by other code of fedcil; delete it to have it made anew)"
             print(f"finished already: {run.path}{old}", file=sys.stderr)
             return run
     for run in earlier:
         try:
-            old = "" if run.revision == commit else " (begun by another commit of fedcil)"
+            old = "" if run.program in present else " (begun by other code of fedcil)"
             print(f"continuing: {run.path}{old}", file=sys.stderr)
             return continue_run(run, options)
         except (NotResumable, FolderBusy) as error:

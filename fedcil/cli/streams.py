@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -9,7 +10,7 @@ import select
 import signal
 import stat
 import sys
-import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +44,19 @@ class Log(Whole):
 
 
 class Results(Whole):
-    """stdout. Nobody waits at a terminal that has gone; else a command ends as soon as its output is not all there, but
-    not because of what a client prints in a thread: ``check`` says so in the end.
-    """
+    """stdout. A command ends as soon as its output is not all there; nobody waits at a terminal that has gone."""
 
-    problem: SystemExit | FedcilError | None = None
     told = False
 
     def write(self, data: Any) -> int:
-        if self.problem is None:
-            try:
-                return super().write(data)
-            except OSError as error:
-                if error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self.fileno()).st_mode):
-                    return memoryview(data).nbytes
-                self.problem = as_end(error)
-        if threading.current_thread() is threading.main_thread():
-            self.check()
-        return memoryview(data).nbytes
-
-    def check(self) -> None:
-        """Raise, once, that something could not be written."""
-        if self.problem is not None and not self.told:
+        try:
+            return super().write(data)
+        except OSError as error:
+            terminal_gone = error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self.fileno()).st_mode)
+            if self.told or terminal_gone:
+                return memoryview(data).nbytes
             self.told = True
-            raise self.problem
+            raise as_end(error) from None
 
 
 def as_end(error: OSError) -> SystemExit | FedcilError:
@@ -87,6 +77,13 @@ def put_in_place() -> None:
     sys.stderr = rebuilt(sys.stderr, sys.__stderr__, Log)
 
 
+@contextlib.contextmanager
+def to_stderr() -> Iterator[None]:
+    """What anybody prints meanwhile, a person's own code or Ray, is no result of the command."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
 def rebuilt(stream: Any, first: Any, kind: type[io.FileIO]) -> Any:
     if stream is None:  # closed by whoever called
         return Path(os.devnull).open("w", encoding="utf-8")
@@ -101,11 +98,3 @@ def rebuilt(stream: Any, first: Any, kind: type[io.FileIO]) -> Any:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
-
-
-def settle(stream: Any) -> None:
-    """Write what is left; raise what could not be written and nobody has been told of."""
-    stream.flush()
-    file = getattr(stream.buffer, "raw", stream.buffer) if hasattr(stream, "buffer") else None
-    if isinstance(file, Results):
-        file.check()

@@ -121,6 +121,15 @@ def _memory(opened: contextlib.ExitStack) -> int:
     return descriptor
 
 
+def shown(stream: Any) -> int | None:
+    """Where a process that is started prints what one of here would print; None in a notebook, where it is as it is."""
+    try:
+        descriptor: int = stream.fileno()
+    except (AttributeError, OSError):
+        return None
+    return descriptor
+
+
 def start_program(channels: list[tuple[int, int, int]], setting: Setting) -> subprocess.Popen[bytes]:
     """It finds modules where this process does, since a scenario may name a user's own, and ends with its input."""
     modules = [path for path in sys.path if isinstance(path, str)]  # import passes over all else
@@ -128,6 +137,7 @@ def start_program(channels: list[tuple[int, int, int]], setting: Setting) -> sub
         program = subprocess.Popen(
             [sys.executable, "-P", "-c", PROGRAM],
             stdin=subprocess.PIPE,
+            stdout=shown(sys.stdout),
             pass_fds=[descriptor for channel in channels for descriptor in channel],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(modules)},
         )
