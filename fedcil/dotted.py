@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from hashlib import blake2b
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from fedcil.errors import ScenarioError
+from fedcil.sources import sources_of
 
 
 def load_dotted(target: str, where: str) -> Any:
@@ -20,17 +18,8 @@ def load_dotted(target: str, where: str) -> Any:
         raise _missing(f"{target!r}: module {module!r} cannot be imported ({error})", where) from None
     if not name or not hasattr(found, name):
         raise _missing(f"{target!r}: module {module!r} has no {name!r}", where)
+    sources_of([target])  # as they are now, which a later run in this process may find changed
     return getattr(found, name)
-
-
-def sources_of(targets: Iterable[str]) -> dict[str, str]:
-    """Digest of the file of each module that such names are of; names without a module are left out."""
-    found = {}
-    for module in sorted({target.partition(":")[0] for target in targets if ":" in target}):
-        file = getattr(import_module(module), "__file__", None)
-        if file:
-            found[module] = blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
-    return found
 
 
 def _missing(what: str, where: str) -> ScenarioError:

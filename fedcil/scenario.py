@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedcil.dotted import load_dotted, sources_of
+from fedcil.dotted import load_dotted
 from fedcil.errors import ScenarioError
 from fedcil.methods import METHODS
 from fedcil.rule import FoldName, Rule
@@ -34,6 +34,7 @@ from fedcil.section import (
     Section,
     Share,
 )
+from fedcil.sources import changed_since_loaded, sources_of
 
 DATASETS = (
     "digits",
@@ -257,7 +258,11 @@ class TrainingSection(Section):
         "ragged", description="how an epoch that is no multiple of the batch size is cut"
     )
     lr: Above0 = Field(0.1, description="learning rate of a task's first round")
-    lr_end: Above0 = Field(0.01, description="reached exponentially over a task's rounds; equal to lr: constant")
+    lr_end: Above0 = Field(
+        default_factory=lambda given: given.get("lr", 0.0) / 10,
+        description="what it falls to exponentially, one round after a task's last; equal to lr: constant; "
+        "default: a tenth of lr",
+    )
     weight_decay: NonNegative = Field(1e-5, description="of SGD")
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="of SGD, from 0 for each client and round"
@@ -435,13 +440,20 @@ class Scenario(Section):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Settings that do nothing: what was meant may be something else."""
+        """Settings that do nothing, or hardly what was meant."""
         parts = {key: part for key, part in self if isinstance(part, Section) and key != "method"}
-        return tuple(
+        idle = [
             f"{table}.{key} does nothing with {table}.name = {name!r}; it is for {', '.join(map(repr, users))}"
             for table, part in parts.items()
             for name, key, users in part.idle()
-        )
+        ]
+        lr, lr_end = self.training.lr, self.training.lr_end
+        rises = f"training.lr_end = {lr_end:g} is above training.lr = {lr:g}: the rate rises within every task"
+        old = [
+            f"{module} has changed since it was imported, and this process goes on with what it imported"
+            for module in changed_since_loaded(self._targets())
+        ]
+        return (*idle, *([rises] if lr_end > lr else []), *old)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those that are not set (TOML has no null)."""
@@ -458,8 +470,13 @@ class Scenario(Section):
         return {key: value for key, value in plain.items() if key not in idle and not key.startswith("engine.")}
 
     def own_code(self) -> dict[str, str]:
-        """Digests of the files in which a person's own method, model, data set and partition are, by module."""
-        return sources_of((self.method.name, self.model.name, self.data.name, self.partition.name))
+        """Digests, by module, of the files in which a person's own method, model, data set and partition are, and of
+        what these import from beside them.
+        """
+        return sources_of(self._targets())
+
+    def _targets(self) -> tuple[str, ...]:
+        return self.method.name, self.model.name, self.data.name, self.partition.name
 
 
 YOUNGER: dict[str, Any] = {"server.fold": "mean", "server.byzantine": 0}

@@ -55,7 +55,7 @@ class RunState:
     cursor: Cursor = Cursor()
     client_states: Mapping[int, str] = field(default_factory=dict)  # client -> hash of what it keeps
     client_state_bytes: Mapping[int, int] = field(default_factory=dict)
-    holders: frozenset[int] = frozenset()  # clients that were sent this task's payload
+    holders: frozenset[int] = frozenset()  # clients that were sent the payload
     short_rounds: int = 0  # rounds without quorum in a row
     nodes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of real nodes: id -> the clients it serves
     pending: tuple[Pending, ...] = ()  # late updates, in the order in which they were asked for

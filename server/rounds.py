@@ -20,7 +20,7 @@ from fedcil.availability import Availability, make_availability
 from fedcil.clock import Devices, asked_clients, make_devices
 from fedcil.errors import RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment
-from fedcil.messages import BORDER, UNEXPECTED, Outcome, Payload, Request, count_bytes
+from fedcil.messages import BORDER, UNEXPECTED, Outcome, Payload, Request, Tensors, count_bytes
 from fedcil.methods.base import Phase, returned
 from fedcil.port import Port, StopSignal
 from fedcil.record.folder import RunFolder
@@ -164,8 +164,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
         evaluation = session.evaluator.evaluate(server, task)
         line |= {"accuracy": evaluation.accuracy, "task_aware": evaluation.task_aware}
     stopwatch.stage("evaluate")
-    after = replace(advance(state, answered, phase, status), server=server)
-    after = forget_leavers(after, experiment)
+    after = forget_leavers(advance(state, server, answered, phase, status), experiment)
     line |= simulated_line(answered, after.pending, experiment.number(cursor), scenario.clock)
     line["client_state_bytes"] = sum(after.client_state_bytes.values())
     line["cost"] = stopwatch.read() | {"wire_bytes": outcome.wire_bytes}
@@ -217,18 +216,20 @@ def evaluation_due(cursor: Cursor, phase: Phase, every: int) -> bool:
     return every > 0 and (cursor.round + 1) % every == 0 and cursor.round + 1 < phase.rounds
 
 
-def advance(state: RunState, answered: Answered, phase: Phase, status: str) -> RunState:
-    """Everything of the state but the model: cursor, who holds what, rounds without quorum, late updates."""
+def advance(state: RunState, server: ServerState, answered: Answered, phase: Phase, status: str) -> RunState:
+    """To the next round with a new model: cursor, who holds what, rounds without quorum, late updates."""
     cursor = Cursor(state.cursor.task, state.cursor.phase, state.cursor.round + 1)
     if cursor.round == phase.rounds:
         cursor = Cursor(cursor.task, cursor.phase + 1, 0)
+    same = server.payload and state.server.payload and server.payload.hash == state.server.payload.hash
     kept = {r.client: r for r in answered.outcome.reports if phase.work == "remember" and r.state}
     return replace(
         state,
+        server=server,
         cursor=cursor,
         client_states={**state.client_states, **{c: str(r.state) for c, r in kept.items()}},
         client_state_bytes={**state.client_state_bytes, **{c: r.state_bytes for c, r in kept.items()}},
-        holders=state.holders | set(answered.cohort) if state.server.payload else state.holders,
+        holders=state.holders | set(answered.cohort) if same else frozenset(),
         short_rounds=0 if status == "ok" else state.short_rounds + 1,
         nodes=seen.shares if (seen := answered.outcome.attendance) else state.nodes,
         pending=answered.pending if cursor.phase == state.cursor.phase else (),  # they do not outlive their phase
@@ -264,7 +265,7 @@ def round_line(state: RunState, task: Task, phase: Phase, answered: Answered, st
         "loss": mean_loss(outcome),
         "losses": [report.metrics.get("loss") for report in outcome.reports],
         "bytes": {
-            "down": {"model": len(cohort) * count_bytes(state.server.model)} | payload_bytes(payload, len(newcomers)),
+            "down": bytes_down(state.server.model, len(cohort), payload, len(newcomers)),
             "up": {SENT[phase.work]: sent},
         },
     }
@@ -273,12 +274,12 @@ def round_line(state: RunState, task: Task, phase: Phase, answered: Answered, st
 SENT = {"train": "model", "fit": "statistics", "remember": "nothing"}  # what clients send, by the phase's work
 
 
-def payload_bytes(payload: Payload | None, clients: int) -> dict[str, int]:
-    """By part of the payload (teacher, generator, ...), for so many clients."""
-    sizes: dict[str, int] = {}
+def bytes_down(model: Tensors, clients: int, payload: Payload | None, newcomers: int) -> dict[str, int]:
+    """Of the model to so many clients, and by part of the payload (teacher, generator, ...) to so many newcomers."""
+    sizes = {"model": clients * count_bytes(model)}
     for name, tensor in (payload.tensors if payload else {}).items():
         part = name.partition(".")[0]
-        sizes[part] = sizes.get(part, 0) + clients * tensor.numel() * tensor.element_size()
+        sizes[part] = sizes.get(part, 0) + newcomers * tensor.numel() * tensor.element_size()
     return sizes
 
 

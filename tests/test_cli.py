@@ -272,15 +272,15 @@ def test_a_finished_run_on_other_data_is_not_reused(tmp_path: Path) -> None:
     assert "finished already" not in other.stderr
 
 
-def test_a_finished_run_of_another_commit_is_reused_and_named_as_that(tmp_path: Path) -> None:
+def test_a_finished_run_by_other_code_is_reused_and_named_as_that(tmp_path: Path) -> None:
     words = ["run", "digits_fedavg", *SMALL[3:], "--seeds=0"]
     call(*words, cwd=tmp_path)
     (path,) = (tmp_path / "runs").glob("*/environment.json")
-    assert "another commit" not in call(*words, cwd=tmp_path).stderr
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "0" * 40}))
+    assert "other code" not in call(*words, cwd=tmp_path).stderr
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"program": "0" * 16}))
     again = call(*words, cwd=tmp_path).stderr
     assert "finished already" in again
-    assert "by another commit of fedcil; delete it" in again
+    assert "by other code of fedcil; delete it" in again
 
 
 def test_a_task_without_test_images_is_refused_before_it_trains(tmp_path: Path) -> None:
@@ -316,7 +316,9 @@ def test_a_finished_run_is_not_resumed_as_something_else(tmp_path: Path) -> None
 
 
 def test_a_run_whose_clients_all_diverged_says_so(tmp_path: Path) -> None:
-    done = call("run", "digits_fedavg", *SMALL, "--set=training.lr=1e30", "--json", cwd=tmp_path)
+    done = call(
+        "run", "digits_fedavg", *SMALL, "--set=training.lr=1e30", "--set=training.lr_end=0.01", "--json", cwd=tmp_path
+    )
     assert "of 4 rounds changed nothing" in done.stderr
     assert "lower training.lr" in done.stderr
 

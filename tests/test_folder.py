@@ -22,11 +22,11 @@ from fedcil import cpu
 from fedcil.errors import FolderBusy, InputError, NotResumable, RunFailed
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.messages import content_hash
-from fedcil.record import folder as record_folder
 from fedcil.record.figures import partition_figure
-from fedcil.record.folder import PACKAGES, RunFolder, revision
+from fedcil.record.folder import PACKAGES, RunFolder
 from fedcil.record.run import open_run, ragged
 from fedcil.scenario_file import load_scenario
+from fedcil.sources import revision
 from fedcil.state import Cursor, RunState, ServerState
 
 
@@ -96,11 +96,10 @@ def test_counts_by_client_and_label_are_left_out_where_they_would_fill_a_disk(
     assert partition_figure(run) is None
 
 
-def test_the_revision_is_that_of_our_own_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_revision_is_that_of_our_own_checkout(tmp_path: Path) -> None:
     """Installed below somebody's own repository there is none; a changed file is said."""
     module = tmp_path / "folder.py"
     module.write_text("")
-    monkeypatch.setattr(record_folder, "__file__", str(module))
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
 
     def commit() -> str:
@@ -108,14 +107,14 @@ def test_the_revision_is_that_of_our_own_checkout(tmp_path: Path, monkeypatch: p
         return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
 
     subprocess.run([*git, "init", "--quiet"], check=True)
-    assert revision() is None
+    assert revision(module) is None
     commit()
-    assert revision() is None
+    assert revision(module) is None
     subprocess.run([*git, "add", module], check=True)
     head = commit()
-    assert revision() == head
+    assert revision(module) == head
     module.write_text("changed")
-    assert revision() == f"{head}-dirty"
+    assert revision(module) == f"{head}-dirty"
 
 
 def test_folders_of_the_same_second_have_different_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +299,7 @@ def test_a_state_that_was_saved_is_not_saved_again(folder: RunFolder) -> None:
     ("overrides", "names"),
     [
         (["seed=1"], ["scenario.seed"]),
-        (["training.lr=0.2"], ["scenario.training.lr"]),
+        (["training.lr=0.2", "training.lr_end=0.01"], ["scenario.training.lr"]),
         (["server.patience=3"], ["scenario.server.patience"]),
         (["data.samples_per_class=9"], ["data", "scenario.data.samples_per_class"]),
         (

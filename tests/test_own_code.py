@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import subprocess
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 
 import fedcil
-from fedcil.engines import alike
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.record.compare import compare, differences
+from fedcil.sources import program, sources_of
 
 SCENARIO: dict[str, Any] = {
     "data": {"name": "synthetic", "classes": 4, "samples_per_class": 8},
@@ -178,10 +179,46 @@ def test_workers_of_one_version_but_other_files_differ(tmp_path: Path) -> None:
     for name in ("fedcil", "client", "server"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.py").write_text("x = 1\n")
-    before = alike.digest_of_files(tmp_path)
-    alike.digest_of_files.cache_clear()
-    assert alike.digest_of_files(tmp_path) == before
+    before = program(tmp_path)
+    program.cache_clear()
+    assert program(tmp_path) == before
     (tmp_path / "client" / "a.py").write_text("x = 2\n")
-    alike.digest_of_files.cache_clear()
-    changed = alike.digest_of_files(tmp_path)
+    program.cache_clear()
+    changed = program(tmp_path)
     assert changed != before
+
+
+def test_what_own_modules_import_from_beside_them_is_their_code_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "ours/__init__.py": "",
+        "ours/method.py": "import torch\nimport fedcil.section\nfrom .parts import losses\nclass Mine: pass\n",
+        "ours/parts/__init__.py": "",
+        "ours/parts/losses.py": "from lone import RATE\n",
+        "lone.py": "RATE = 1\n",
+        "unused.py": "RATE = 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = sources_of(["ours.method:Mine", "digits"])
+    assert list(before) == ["lone", "ours", "ours.method", "ours.parts", "ours.parts.losses"]
+    code = "from fedcil.sources import sources_of; print(sources_of(['ours.method:Mine']))"
+    (tmp_path / "lone.py").write_text("RATE = 2\n")
+    later = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    after = ast.literal_eval(later.stdout)
+    assert [name for name in before if after[name] != before[name]] == ["lone"]
+    assert sources_of(["ours.method:Mine"]) == before, "it runs what it has loaded"
+
+
+def test_a_process_that_has_imported_own_code_records_that_and_says_so(mine: Any, tmp_path: Path) -> None:
+    folder = mine(GOOD)
+    first = fedcil.run(SCENARIO, output=tmp_path / "runs", figures=False)
+    (folder / "mine.py").write_text(SOURCE.format(GOOD) + "\n# other\n")
+    with pytest.warns(UserWarning, match="mine has changed since it was imported"):
+        second = fedcil.run(SCENARIO, output=tmp_path / "runs", figures=False)
+    assert second.own_code == first.own_code
+    importlib.reload(sys.modules["mine"])
+    assert fedcil.run(SCENARIO, output=tmp_path / "runs", figures=False).own_code != first.own_code

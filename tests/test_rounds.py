@@ -275,6 +275,25 @@ def test_clients_that_cannot_train_are_never_asked(start: Start) -> None:
 # Payload, client states
 
 
+def test_a_payload_that_changes_in_a_round_is_sent_to_all_again(start: Start) -> None:
+    """Its part "model" is no part of the model."""
+    opened = experiment("stream.tasks=1", "training.rounds=3")
+    rounds = iter(range(3))
+
+    def reduce(server: ServerState, phase: Phase, total: Any) -> ServerState:
+        new = Payload.of({"model.round": torch.tensor([float(next(rounds))])})
+        return replace(opened.method.reduce(server, phase, total), payload=new)
+
+    ran = start(replace(opened, method=replace(opened.method, reduce=reduce)), Table())
+    assert ran.error is None
+    model = count_bytes(opened.first_state().server.model)
+    assert [line["bytes"]["down"] for line in ran.rounds()] == [
+        {"model": 3 * model},
+        {"model": 3 * (model + 4)},
+        {"model": 3 * (model + 4)},
+    ]
+
+
 def test_payload_bytes_count_once_for_each_client_and_task(start: Start) -> None:
     ran = start(experiment(), Table(lost=lambda _, client: client == 3))
     met: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}

@@ -388,6 +388,16 @@ def test_an_integer_for_a_number_is_the_same_scenario() -> None:
 # to_toml
 
 
+@pytest.mark.parametrize(
+    ("given_", "lr_end"), [({}, 0.01), ({"lr": 0.5}, 0.05), ({"lr": 0.5, "lr_end": 0.5}, 0.5), ({"lr_end": 1.0}, 1.0)]
+)
+def test_the_rate_falls_to_a_tenth_where_nothing_else_is_said(given_: dict[str, float], lr_end: float) -> None:
+    found = scenario(training=given_)
+    assert found.training.lr_end == lr_end
+    assert scenario(**found.to_dict()) == found
+    assert [("rises" in note) for note in found.notes] == [True] * (lr_end > found.training.lr)
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(), sizes=st.lists(st.integers(1, 2**62), min_size=1), lr=st.floats(1e-300, 1e300))
 def test_awkward_values_come_back_from_toml(text: str, sizes: list[int], lr: float) -> None:

@@ -6,8 +6,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Mapping
-from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ import fedcil
 from fedcil.experiment import Experiment
 from fedcil.record.folder import identity
 from fedcil.scenario import flatten
+from fedcil.sources import program
 
 Identity = Mapping[str, Any]
-ROOT = Path(fedcil.__file__).parent.parent
 
 
 def identity_of(experiment: Experiment) -> Identity:
@@ -31,20 +29,10 @@ def identity_of(experiment: Experiment) -> Identity:
         "mkldnn": torch.backends.mkldnn.enabled,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-    code = {"fedcil": fedcil.__version__, "fedcil_files": digest_of_files(ROOT)}
+    code = {"fedcil": fedcil.__version__, "fedcil_files": program()}
     mine = {**identity(experiment), **code, "own_code": experiment.scenario.own_code(), "torch": switches}
     plain: Identity = json.loads(json.dumps(flatten(mine)))
     return plain
-
-
-@lru_cache(maxsize=1)
-def digest_of_files(root: Path) -> str:
-    """Of the program's own modules as they lie on this machine's disk below ``root``."""
-    hasher = blake2b(digest_size=8)
-    for name in ("fedcil", "client", "server"):
-        for path in sorted((root / name).rglob("*.py")):
-            hasher.update(f"{path.relative_to(root).as_posix()} ".encode() + path.read_bytes())
-    return hasher.hexdigest()
 
 
 def differences(there: Identity, here: Identity) -> str:

@@ -118,6 +118,8 @@ def differences(groups: Sequence[Group]) -> list[str]:
     engines = sorted({run.scenario.engine.name for group in groups for run in group.runs})
     if len(engines) > 1:
         notes.append(f"seconds are from several engines ({', '.join(engines)}): do not compare them")
+    if len({run.program for group in groups for run in group.runs}) > 1:
+        notes.append("not all are by the same code of fedcil (`program` and `revision` in environment.json)")
     return notes + [note for group in groups for note in _repeated(group)]
 
 

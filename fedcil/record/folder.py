@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from fedcil.partition import save_partition
 from fedcil.record.checkpoints import Checkpoint, CheckpointFolder
 from fedcil.scenario import flatten
 from fedcil.scenario_file import to_toml
+from fedcil.sources import program, revision
 from fedcil.state import RunState
 
 PACKAGES = ("fedcil", "torch", "torchvision", "numpy", "flwr", "ray", "pydantic", "safetensors")
@@ -215,6 +215,7 @@ def _environment(experiment: Experiment) -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "revision": revision(),
+        "program": program(),
         "command": sys.argv,
         "numeric_configuration": experiment.numeric(),
         "identity": identity(experiment),
@@ -238,22 +239,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def revision() -> str | None:
-    """The checkout's commit, with ``-dirty`` if files differ from it; None where fedcil is installed and not checked
-    out, even if that is within somebody's own repository.
-    """
-    here = Path(__file__)
-    known = _git("ls-files", "--error-unmatch", here.name, folder=here.parent)
-    return _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty", folder=here.parent) if known else None
-
-
-def _git(*words: str, folder: Path) -> str | None:
-    """What git says about a folder, or None if it knows nothing of what was asked."""
-    command = ["git", "-C", str(folder), *words]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None

@@ -71,6 +71,11 @@ class Run:
         return dict(self.environment["identity"])
 
     @property
+    def program(self) -> str | None:
+        """Digest of the files of the fedcil that it was begun with, or, in older runs, its commit."""
+        return self.environment.get("program") or self.revision
+
+    @property
     def own_code(self) -> dict[str, str]:
         """Digests of a person's own modules as they were when it was begun (``Scenario.own_code``)."""
         return dict(self.environment.get("own_code", {}))
