@@ -39,6 +39,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 # What the libraries below would otherwise do at import or start: report usage, look for updates, install.
 for _name, _value in {
     "FLWR_TELEMETRY_ENABLED": "0",

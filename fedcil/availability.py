@@ -27,12 +27,11 @@ Mask = NDArray[np.bool_]
 def make_availability(section: AvailabilitySection, clients: int, key: Key, timeline: Timeline) -> Availability:
     """A function (task, phase, round) -> the clients of 0..clients - 1 that can be reached then.
 
-    Raises InputError if a file is missing or broken; the function made from a record raises InputError for a round
-    that is not in it.
+    Raises InputError if a file is missing or broken, or a record has not all rounds.
     """
     key = key.at("availability")
     if section.name == "recorded":
-        return recorded(Path(str(section.file)), clients)
+        return recorded(Path(str(section.file)), clients, timeline.places())
     if section.name == "always":
         everyone = frozenset(range(clients))
         return lambda *_: everyone

@@ -202,10 +202,10 @@ def build_method(scenario: Scenario, stream: Stream) -> Method:
         method = scenario.method.build()
         if not isinstance(method, Method):
             problem = f"build() gave {type(method).__name__}, not a fedcil.methods.base.Method"
-        elif not all(method.phases(task, scenario.training.rounds) for task in stream.tasks):
-            problem = "phases gave none for a task"
         else:
-            return method
+            problem = wrong_phases(method, stream, scenario.training.rounds)
+            if not problem:
+                return method
     except Exception as error:
         if scenario.method.name in METHODS:
             raise
@@ -213,6 +213,19 @@ def build_method(scenario: Scenario, stream: Stream) -> Method:
     raise ScenarioError(
         f"{scenario.method.name!r}: {problem}", where="method.name", next="mend it; docs/extending.md has the contract"
     )
+
+
+def wrong_phases(method: Method, stream: Stream, rounds: int) -> str:
+    """What is wrong with a method's phases, or nothing."""
+    for task in stream.tasks:
+        phases = method.phases(task, rounds)
+        if not isinstance(phases, tuple | list) or not all(isinstance(phase, Phase) for phase in phases):
+            return f"phases gave {phases!r:.100}, not a tuple of fedcil.methods.base.Phase"
+        if not phases:
+            return "phases gave none for a task"
+        if method.client_memory is None and any(phase.work == "remember" for phase in phases):
+            return "phases has one of work 'remember', but there is no client_memory"
+    return ""
 
 
 def refuse_processes(scenario: Scenario) -> None:

@@ -165,7 +165,7 @@ class PopulationSection(Section):
     @model_validator(mode="after")
     def _size_given(self) -> Self:
         if (self.name == "fixed") != (self.size is None):
-            raise ValueError("size belongs to name = 'turnover' and 'growing', which need it")
+            raise ValueError(f"size is for name = 'turnover' and 'growing', which need it; name is {self.name!r}")
         return self
 
     def replaced(self, share: float) -> int:
@@ -200,7 +200,7 @@ class AvailabilitySection(Section):
     @model_validator(mode="after")
     def _file_given(self) -> Self:
         if (self.name in ("recorded", "trace")) != (self.file is not None):
-            raise ValueError("file belongs to name = 'recorded' and 'trace', which need it")
+            raise ValueError(f"file is for name = 'recorded' and 'trace', which need it; name is {self.name!r}")
         if self.name == "diurnal" and not self.amplitude <= min(self.share, 1 - self.share) + 1e-9:
             raise ValueError("share - amplitude and share + amplitude must lie in 0 to 1")
         return self
@@ -230,7 +230,7 @@ class ClockSection(Section):
         if self.name == "lognormal" and None in medians:
             raise ValueError("lognormal needs samples_per_s, down_bytes_per_s and up_bytes_per_s")
         if (self.name == "tiers") != (self.tiers is not None):
-            raise ValueError("tiers belongs to name = 'tiers', which needs it")
+            raise ValueError(f"tiers is for name = 'tiers', which needs it; name is {self.name!r}")
         if self.name == "off" and (self.deadline_s or self.late != "drop"):
             raise ValueError("deadline_s and late need a clock; allowed: name = 'lognormal' or 'tiers'")
         return self

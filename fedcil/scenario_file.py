@@ -32,6 +32,9 @@ def shipped_scenarios() -> list[str]:
 
 def load_scenario(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Scenario:
     """Read a scenario from a path, a shipped name or a mapping and lay ``key=value`` overrides over it."""
+    if isinstance(overrides, str | Mapping):
+        example = '["training.rounds=20", "seed=1"]'
+        raise ScenarioError(f"{overrides!r:.100} is no list of overrides", where="overrides", allowed=f"like {example}")
     if isinstance(source, Mapping):
         return parse_scenario(dict(source), overrides, where="scenario")
     path = find_scenario(source)
@@ -53,8 +56,9 @@ def find_scenario(source: str | Path) -> Path:
     if not given.is_absolute() and ".." not in given.parts and _kind(shipped) == "file":
         return shipped
     folder = ": it is a folder" if _kind(given) == "folder" else ""
+    known = [*shipped_scenarios(), *(path.name for path in Path().glob("*.toml"))]
     raise ScenarioError(
-        f"no scenario {str(source)!r}{folder}{did_you_mean(str(source), shipped_scenarios())}",
+        f"no scenario {str(source)!r}{folder}{did_you_mean(str(source), known)}",
         where=str(source),
         allowed="a path to a TOML file, or one of: " + ", ".join(shipped_scenarios()),
         next="`fedcil list scenarios` shows what is shipped",
@@ -94,7 +98,7 @@ def _way_out(overrides: Sequence[str]) -> str:
     if renamed:
         name = renamed.partition("=")[2].strip(" '\"")
         return f"another method replaces the whole table: --set 'method={{name = \"{name}\"}}'"
-    return "`fedcil schema` prints every key with its type and range"
+    return "`fedcil schema --tables` prints every key, what it may be, and what it is"
 
 
 def _refuse_unwritable(value: Any, keys: tuple[str, ...], where: str) -> None:
@@ -148,13 +152,17 @@ def _explain(problem: Any, table: Mapping[str, Any]) -> tuple[str, str]:
     if kind == "extra_forbidden":
         *above, key = keys
         valid = list(_section(above, table).model_fields)
+        elsewhere = (
+            [] if above else [f"{table}.{key}" for table in _tables() if key in _section([table], {}).model_fields]
+        )
+        hint = f" (did you mean {' or '.join(elsewhere)}?)" if elsewhere else did_you_mean(key, valid)
         return (
-            f"unknown key {'.'.join(keys)}{did_you_mean(key, valid)}",
+            f"unknown key {'.'.join(keys)}{hint}",
             f"keys of {'.'.join(above) or 'a scenario'}: {', '.join(valid)}",
         )
     place = ".".join(key for key in keys if not _is_type_tag(key)) or "scenario"
     if kind == "missing":
-        return f"{place} is missing", ""
+        return f"{place} is missing", _allowed_at(keys, table)
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(given, Mapping | Section) else f" = {given!r:.200}"
     hint = did_you_mean(str(given), [word for word in re.findall(r"'([^']+)'", message) if word not in str(given)])
@@ -173,6 +181,12 @@ def _allowed_at(keys: Sequence[str], table: Mapping[str, Any]) -> str:
         return ""
     described = f" ({what['description']})" if "description" in what else ""
     return f"{'.'.join([*above, key])}: {allowed(what)}{described}"
+
+
+def _tables() -> list[str]:
+    """Of a scenario, but for the method's, whose keys depend on its name."""
+    kinds = {name: field.annotation for name, field in Scenario.model_fields.items() if name != "method"}
+    return [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)]
 
 
 def _is_type_tag(part: str) -> bool:

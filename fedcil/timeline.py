@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Self
@@ -32,6 +32,12 @@ class Timeline:
     def number(self, task: int, phase: int, round: int) -> int:
         """Of a place; behind a task's last phase stands its successor's first round, behind the last task the end."""
         return self.starts[task][phase] + round if task < len(self.starts) else self.rounds
+
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """(task, phase, round) of every round."""
+        for task in range(len(self.starts)):
+            for phase, rounds in enumerate(self.lengths(task)):
+                yield from ((task, phase, round_) for round_ in range(rounds))
 
     def span(self, task: int) -> range:
         """The rounds of a task."""

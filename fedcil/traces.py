@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,18 @@ Place = tuple[int, int, int]  # task, phase, round
 HEADER = ["client", "from", "to"]
 
 
-def recorded(path: Path, clients: int) -> Callable[[int, int, int], Clients]:
-    """The clients that answered in an earlier run, from its ``metrics.jsonl``."""
+def recorded(path: Path, clients: int, places: Iterable[Place]) -> Callable[[int, int, int], Clients]:
+    """The clients that answered in an earlier run, from its ``metrics.jsonl``; InputError if it has not all places."""
     answered = _read_rounds(path, clients)
-
-    def present(task: int, phase: int, round: int) -> Clients:
-        if (task, phase, round) not in answered:
-            raise InputError(
-                f"task {task}, phase {phase}, round {round} was not recorded",
-                where=str(path),
-                allowed="a record with every round of this scenario",
-                next="record a run with the same stream, method and training.rounds, run to its end",
-            )
-        return answered[task, phase, round]
-
-    return present
+    missing = next((place for place in places if place not in answered), None)
+    if missing:
+        raise InputError(
+            "task {}, phase {}, round {} was not recorded".format(*missing),
+            where=str(path),
+            allowed="a record with every round of this scenario",
+            next="record a run with the same stream, method and training.rounds, run to its end",
+        )
+    return lambda *place: answered[place]
 
 
 def _read_rounds(path: Path, clients: int) -> dict[Place, Clients]:

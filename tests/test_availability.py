@@ -37,9 +37,11 @@ def record(tmp_path: Path) -> Record:
     """Write a metrics.jsonl and replay it for 5 clients."""
 
     def replay(text: str) -> Availability:
+        """Rounds 0 and 1 of phase 0 in task 0, round 0 of phase 0 in task 1."""
         path = tmp_path / "metrics.jsonl"
         path.write_text(text, encoding="utf-8")
-        return make_availability(AvailabilitySection(name="recorded", file=str(path)), 5, Key(0), RUN)
+        section = AvailabilitySection(name="recorded", file=str(path))
+        return make_availability(section, 5, Key(0), Timeline.of([[2], [1]]))
 
     return replay
 
@@ -87,18 +89,18 @@ def test_a_record_is_replayed(record: Record) -> None:
         line(0, 0, 0, [3, 1], loss=0.5),
         json.dumps({"kind": "task", "task": 0, "accuracy": [0.5]}),
         line(0, 0, 1, []),
-        line(1, 1, 0, [4]),
+        line(1, 0, 0, [4]),
+        line(9, 9, 9, [4]),
     ]
     present = record("\n".join(lines) + "\n")
     assert present(0, 0, 0) == frozenset({1, 3})
     assert present(0, 0, 1) == frozenset()
-    assert present(1, 1, 0) == frozenset({4})
+    assert present(1, 0, 0) == frozenset({4})
 
 
-def test_a_round_that_is_not_recorded(record: Record) -> None:
-    present = record(line(0, 0, 0, [1]))
-    with pytest.raises(InputError, match="task 0, phase 0, round 7 was not recorded") as caught:
-        present(0, 0, 7)
+def test_a_round_that_is_not_recorded_is_said_before_any(record: Record) -> None:
+    with pytest.raises(InputError, match="task 0, phase 0, round 1 was not recorded") as caught:
+        record("\n".join([line(0, 0, 0, [1]), line(1, 0, 0, [1])]))
     assert caught.value.where.endswith("metrics.jsonl")
     assert "training.rounds" in caught.value.next
 

@@ -37,6 +37,8 @@ PRINTED = {
     "seconds",
     "bytes_up",
     "bytes_down",
+    "short_rounds",
+    "client_failures",
 }
 
 
@@ -270,6 +272,25 @@ def test_a_finished_run_on_other_data_is_not_reused(tmp_path: Path) -> None:
     assert "finished already" not in first.stderr
     assert "finished already" in again.stderr
     assert "finished already" not in other.stderr
+
+
+def test_runs_that_are_not_finished_are_left_out_of_a_comparison(tmp_path: Path) -> None:
+    done = json.loads(call("run", "digits_fedavg", *SMALL, "--json", cwd=tmp_path).stdout)["run_dir"]
+    call("run", "digits_fedavg", *SMALL, "--set=name=half", "--max-seconds=0", cwd=tmp_path, expect=5)
+    (half,) = (path.relative_to(tmp_path) for path in tmp_path.glob("runs/half-*"))
+    found = call("compare", str(half), done, "--json", cwd=tmp_path)
+    assert [element["run_dir"] for element in json.loads(found.stdout)] == [done]
+    assert found.stderr == f"left out, since it is not finished: {half}\n"
+    assert "is not finished" in call("compare", str(half), cwd=tmp_path, expect=2).stderr
+    listed = call("list", "runs", cwd=tmp_path).stdout.splitlines()
+    assert listed[1:] == [f"  {done}", f"  {half} (not finished)"]
+
+
+def test_seeds_that_are_given_twice(tmp_path: Path) -> None:
+    refused = call("run", "digits_fedavg", "--seeds=0,1", "--set=seed=3", cwd=tmp_path, expect=2)
+    assert "seeds are given twice" in refused.stderr
+    call("run", "digits_fedavg", *SMALL, "--seeds=0,0", cwd=tmp_path)
+    assert len(list(tmp_path.glob("runs/*"))) == 1
 
 
 def test_a_finished_run_by_other_code_is_reused_and_named_as_that(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ SUMMARY = {
     "seconds": 10.0,
     "bytes_up": 1_000_000,
     "bytes_down": 2_000_000,
+    "short_rounds": 0,
+    "client_failures": 0,
 }
 
 
@@ -185,3 +187,15 @@ def test_options_that_differ_within_one_method_are_named(tmp_path: Path) -> None
     mfcl = '[method]\nname = "mfcl"\npreset = "small"\nw_ie = {}\n'
     runs = [make_run(tmp_path / name, mfcl.format(w), name=name) for name, w in (("one", "5.0"), ("two", "20.0"))]
     assert differences(compare(runs)) == ["method.w_ie differs: 5 in one; 20 in two"]
+
+
+def test_a_run_with_rounds_that_changed_nothing_is_said(tmp_path: Path) -> None:
+    half = make_run(tmp_path / "half", summary={"rounds": 4, "short_rounds": 2})
+    assert f"{half.path}: 2 of 4 rounds changed nothing" in differences(compare([half]))
+
+
+def test_runs_by_other_code_of_fedcil_are_said(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    for run, program in zip(runs, "ab", strict=True):
+        (run.path / "environment.json").write_text(json.dumps({"program": program}))
+    assert any("not all are by the same code of fedcil" in note for note in differences(compare(runs)))

@@ -56,7 +56,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def no_network(*_: object) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr(download, "download", no_network)
+    monkeypatch.setattr(download, "refuse_silence", no_network)
     return folder
 
 
@@ -716,6 +716,7 @@ def test_missing_sets_say_where_and_how(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataMissing, match=f"{name}.*no network") as error:
         load(name=name, root=tmp_path / "empty")
     assert str(tmp_path / "empty") in error.value.where
+    assert not (tmp_path / "empty").exists(), "it may be misspelt"
     for word in ("--data-root", "data.root", "FEDCIL_DATA_ROOT"):
         assert word in error.value.next
     assert "data root that holds" in error.value.allowed
@@ -728,6 +729,7 @@ def test_download_brings_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         asked.append(torchvision_name)
         write_mnist(root)
 
+    monkeypatch.setattr(download, "refuse_silence", lambda _: None)
     monkeypatch.setattr(download, "download", bring)
     for _ in range(2):
         assert len(load(name="mnist", root=tmp_path / "new").train.labels) == 15

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 
 import fedcil
 from client.share import own_clients
+from fedcil.cli.deploy import refuse_idle_nodes
 from fedcil.cli.run_folders import run_folder
 from fedcil.deploy import supervisor as supervision
 from fedcil.deploy.control import UNKNOWN, ControlFailed
@@ -267,6 +268,13 @@ def test_a_simulated_run_that_servers_can_go_on_with(stopped_run: Any, tmp_path:
     assert run_folder(str(folder), (), tmp_path, supervised=False) == folder
     with pytest.raises(InputError, match="keeps its scenario"):
         run_folder(str(folder), ("seed=1",), tmp_path, supervised=False)
+
+
+def test_more_nodes_than_clients_are_refused(tmp_path: Path) -> None:
+    folder = run_folder("digits_fedavg", (*TINY, "server.deadline_s=60"), tmp_path, supervised=False)
+    refuse_idle_nodes(3, folder)
+    with pytest.raises(InputError, match="4 nodes for 3 clients"):
+        refuse_idle_nodes(4, folder)
 
 
 @pytest.mark.parametrize("words", ["device='cuda'", "training.precision='tf32'"])

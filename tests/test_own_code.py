@@ -30,7 +30,7 @@ SOURCE = """
 import torch
 from collections.abc import Callable
 from fedcil.losses import *
-from fedcil.methods.base import Method
+from fedcil.methods.base import Method, Phase
 from fedcil.section import MethodSettings
 
 class Mine(MethodSettings):
@@ -68,6 +68,17 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ("Method(phases=lambda task, rounds: ())", "phases gave none for a task"),
         ("Method(data='everything')", "allowed are 'task', 'so_far'"),
         ("Method(nothing=1)", "unexpected keyword argument 'nothing' (mine.py:"),
+        ("Method(phases=lambda task, rounds: Phase(name='a', rounds=1))", "phases gave Phase(name='a', rounds=1"),
+        ("Method(phases=lambda task, rounds: (1,))", "phases gave (1,), not a tuple of fedcil.methods.base.Phase"),
+        (
+            "Method(phases=lambda task, rounds: [Phase(name='a', rounds=1, work='trains')])",
+            "Phase(work='trains'); allowed: train, ",
+        ),
+        ("Method(phases=lambda task, rounds: [Phase(name='a', rounds=0)])", "Phase(rounds=0); allowed: 1 or more"),
+        (
+            "Method(phases=lambda task, rounds: [Phase(name='a', rounds=1, work='remember')])",
+            "but there is no client_memory",
+        ),
     ],
 )
 def test_what_is_no_method_is_said_before_a_run(built: str, says: str, mine: Any, tmp_path: Path) -> None:
@@ -76,6 +87,20 @@ def test_what_is_no_method_is_said_before_a_run(built: str, says: str, mine: Any
         fedcil.run(SCENARIO, output=tmp_path / "runs")
     assert says in caught.value.what
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("built", "says"),
+    [
+        ("lambda model, *_: model(_[1].images).sum(1)", "gave a Tensor of shape (4,); it must be a scalar tensor"),
+        ("lambda *_: 1.0", "gave a float; it must"),
+    ],
+)
+def test_a_loss_that_is_none_is_said(built: str, says: str, mine: Any, tmp_path: Path) -> None:
+    mine(f"Method(loss={built})")
+    with pytest.raises(RunFailed) as caught:
+        fedcil.run(SCENARIO, output=tmp_path / "runs", figures=False)
+    assert f"TypeError: the method's loss {says}" in str(caught.value)
 
 
 def test_options_of_any_type_do_no_harm(mine: Any, tmp_path: Path) -> None:

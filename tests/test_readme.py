@@ -42,10 +42,30 @@ def test_files_that_the_readme_points_to_exist() -> None:
         assert f"fedcil {command}" in README
 
 
+def test_the_method_of_the_docs_forgets_less(tmp_path: Path) -> None:
+    docs = (ROOT / "docs" / "extending.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", docs, flags=re.DOTALL) if "boundary" in block]
+    (command,) = [line for line in docs.splitlines() if line.startswith("fedcil run")]
+    (tmp_path / "teacher.py").write_text(code)
+    forgotten = []
+    for words in (shlex.split(command), ["fedcil", "run", "digits_fedavg"]):
+        more = ["--set=stream.tasks=2", "--set=data.classes=4", "--set=training.rounds=3", "--no-figures", "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", *words, *more],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        forgotten.append(json.loads(done.stdout)["forgetting"])
+    assert forgotten[0] < forgotten[1]
+
+
 def test_own_data_and_model_of_the_docs_run(tmp_path: Path) -> None:
     codes = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), flags=re.DOTALL)
-    assert len(codes) == 2
-    (tmp_path / "mine.py").write_text("\n\n".join(codes))
+    (tmp_path / "mine.py").write_text("\n\n".join(codes[:2]))
     sets = ["data.name=mine:load", "model.name=mine:build", "stream.tasks=2", "training.rounds=1"]
     sets += ["clients.count=4", "clients.per_round=2"]
     words = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", "--no-figures"]

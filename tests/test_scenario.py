@@ -551,3 +551,35 @@ def test_any_override_is_a_scenario_or_a_scenario_error(key: str, raw: str) -> N
     except ScenarioError:
         return
     assert isinstance(made, Scenario)
+
+
+@pytest.mark.parametrize(
+    ("given_", "says"),
+    [
+        ({"rounds": 3}, "unknown key rounds (did you mean training.rounds?)"),
+        ({"width": 3}, "unknown key width (did you mean model.width?)"),
+        (
+            {"availability": {"name": "trace"}},
+            "file is for name = 'recorded' and 'trace', which need it; name is 'trace'",
+        ),
+        ({"population": {"name": "turnover"}}, "size is for name = 'turnover' and 'growing', which need it; name is"),
+    ],
+)
+def test_a_key_in_the_wrong_place_or_missing_is_said_where_it_belongs(given_: dict[str, Any], says: str) -> None:
+    with pytest.raises(ScenarioError) as caught:
+        scenario(**given_)
+    assert says in caught.value.what
+
+
+@pytest.mark.parametrize("overrides", ["training.rounds=2", {"training.rounds": 2}])
+def test_overrides_that_are_no_list_are_said(overrides: Any) -> None:
+    with pytest.raises(ScenarioError, match="is no list of overrides") as caught:
+        load_scenario("digits_fedavg", overrides)
+    assert '["training.rounds=20", "seed=1"]' in str(caught.value)
+
+
+def test_a_file_without_its_ending_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").touch()
+    with pytest.raises(ScenarioError, match=r"did you mean 'mine\.toml'"):
+        load_scenario("mine")

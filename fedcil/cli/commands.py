@@ -120,7 +120,7 @@ def compare(
     from fedcil.record.run import open_run
 
     _check_picture(figure)
-    opened = [open_run(path) for path in runs]
+    opened = _finished([open_run(path) for path in runs])
     groups = group(opened)
     if json:
         print(jsonlib.dumps(to_json(groups)))
@@ -179,6 +179,8 @@ def list_(
     """What there is: methods, data sets, models, scenarios, runs."""
     if what is not None and what not in KINDS:
         raise InputError(f"nothing is called {what!r}", where="fedcil list", allowed=", ".join(KINDS))
+    from fedcil.record.run import Run
+
     things = {kind: _list_kind(kind, output) for kind in ([what] if what else KINDS)}
     if json:
         print(jsonlib.dumps(things[what] if what else things))
@@ -186,7 +188,7 @@ def list_(
     for kind, names in things.items():
         print(f"{kind}: " + (", ".join(names) if kind != "runs" else ""))
         for name in names if kind == "runs" else []:
-            print(f"  {name}")
+            print(f"  {name}" + ("" if Run(Path(name)).finished else " (not finished)"))
 
 
 @app.command()
@@ -201,6 +203,15 @@ def schema(
     from fedcil.scenario import scenario_schema
 
     print(reference() if tables else jsonlib.dumps(scenario_schema(), indent=1))
+
+
+def _finished(runs: Sequence[Run]) -> list[Run]:
+    """Those that are, if any is; what is left out is said."""
+    finished = [run for run in runs if run.finished]
+    for run in runs:
+        if finished and not run.finished:
+            print(f"left out, since it is not finished: {run.path}", file=sys.stderr)
+    return finished or list(runs)
 
 
 def _engine_override(engine: str | None) -> list[str]:

@@ -39,6 +39,8 @@ class Options:
 def wanted_runs(names: Sequence[str], overrides: Sequence[str], seeds: str | None) -> list[Wanted]:
     from fedcil.scenario_file import load_scenario
 
+    if seeds is not None and any(text.partition("=")[0].strip() == "seed" for text in overrides):
+        raise ScenarioError("seeds are given twice", where="--seeds, --set seed=...", next="leave one of them out")
     sets = [[*overrides, *seed] for seed in _seeds(seeds)]
     return [Wanted(name, load_scenario(name, over)) for name in names for over in sets]
 
@@ -49,7 +51,7 @@ def _seeds(text: str | None) -> list[list[str]]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise ScenarioError(f"--seeds {text!r} is no list of numbers", where="--seeds", allowed="0,1,2")
-    return [[f"seed={part}"] for part in parts]
+    return [[f"seed={part}"] for part in dict.fromkeys(parts)]
 
 
 def identity_of(wanted: Wanted, data_root: Path | None) -> dict[str, Any]:

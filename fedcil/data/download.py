@@ -21,6 +21,7 @@ def obtain(name: str, root: Path, files: Sequence[Path], layout: str, torchvisio
     if not absent:
         return
     try:
+        refuse_silence(torchvision_name)
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{torchvision_name}.lock"):
             if not all(file.is_file() for file in files):
@@ -36,14 +37,14 @@ def download(torchvision_name: str, root: Path) -> None:
     """Let torchvision download, check and unpack its set of that name into ``root``."""
     from torchvision import datasets
 
+    getattr(datasets, torchvision_name)(root, download=True)
+
+
+def refuse_silence(torchvision_name: str) -> None:
+    """OSError if the server of that set does not answer: torchvision would wait for it without limit."""
+    from torchvision import datasets
+
     kind = getattr(datasets, torchvision_name)
-    # torchvision waits without limit for a server that never answers; ask once with a limit.
-    with urlopen(_address(kind), timeout=SECONDS_TO_ANSWER):
+    address = kind.mirrors[0] + kind.resources[0][0] if hasattr(kind, "mirrors") else kind.url
+    with urlopen(str(address), timeout=SECONDS_TO_ANSWER):
         pass
-    kind(root, download=True)
-
-
-def _address(kind: type) -> str:
-    if hasattr(kind, "mirrors"):
-        return str(kind.mirrors[0]) + str(kind.resources[0][0])  # type: ignore[attr-defined]
-    return str(kind.url)  # type: ignore[attr-defined]

@@ -32,7 +32,8 @@ class Phase:
     """Rounds of one kind inside a task.
 
     ``work``: local SGD (``train``), the method's own ``fit``, or ``remember`` (client state only, nothing is
-    sent). ``fold``: how contributions are put together.
+    sent). ``fold``: what ``reduce`` takes of the total, its ``mean()`` or its ``tensors`` (each times its weight,
+    summed). Raises ValueError for other words.
     """
 
     name: str
@@ -40,6 +41,17 @@ class Phase:
     who: Literal["sampled", "all"] = "sampled"
     work: Literal["train", "fit", "remember"] = "train"
     fold: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        for name, words in (
+            ("who", ("sampled", "all")),
+            ("work", ("train", "fit", "remember")),
+            ("fold", ("mean", "sum")),
+        ):
+            if getattr(self, name) not in words:
+                raise ValueError(f"Phase({name}={getattr(self, name)!r}); allowed: {', '.join(words)}")
+        if self.rounds < 1:
+            raise ValueError(f"Phase(rounds={self.rounds!r}); allowed: 1 or more")
 
     @property
     def sends_model(self) -> bool:

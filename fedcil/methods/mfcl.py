@@ -245,7 +245,7 @@ class MFCL(MethodSettings):
     def _train_generator(
         self, generator: Generator, classifier: Network, key: Key, progress: Progress
     ) -> dict[str, list[float]]:
-        """Adam on the generator alone; returns each term at ten evenly spaced steps and the last."""
+        """Adam on the generator alone; returns each term at every tenth part of the steps and at the last."""
         device, start = classifier.head.weight.device, snapshot(generator)
         optimizer, weights = Adam(generator.train().parameters(), self.generator_lr), self.loss_weights()
         latents, terms = torch.zeros(self.generator_batch, self.latent, device=device), dict[str, Tensor]()

@@ -21,6 +21,8 @@ METRICS = (
     "seconds",
     "bytes_up",
     "bytes_down",
+    "short_rounds",
+    "client_failures",
 )
 COSTS_NOTHING = ("seed", "engine", "data.root", "server.checkpoint_every")  # not what a scenario compares
 HEADINGS = (
@@ -106,7 +108,7 @@ def run_entry(run: Run) -> dict[str, Any]:
     """A run's name, numbers and costs, and where its folder is now (not where it was made)."""
     scenario = run.scenario
     own = {"run_dir": str(run.path), "name": scenario.name, "method": scenario.method.name, "seed": scenario.seed}
-    return own | {name: run.summary[name] for name in METRICS}
+    return own | {name: run.summary.get(name) for name in METRICS}
 
 
 def differences(groups: Sequence[Group]) -> list[str]:
@@ -118,6 +120,12 @@ def differences(groups: Sequence[Group]) -> list[str]:
     engines = sorted({run.scenario.engine.name for group in groups for run in group.runs})
     if len(engines) > 1:
         notes.append(f"seconds are from several engines ({', '.join(engines)}): do not compare them")
+    for group in groups:
+        short = [run for run in group.runs if run.summary.get("short_rounds")]
+        notes += [
+            f"{run.path}: {run.summary['short_rounds']} of {run.summary['rounds']} rounds changed nothing"
+            for run in short
+        ]
     if len({run.program for group in groups for run in group.runs}) > 1:
         notes.append("not all are by the same code of fedcil (`program` and `revision` in environment.json)")
     return notes + [note for group in groups for note in _repeated(group)]
@@ -250,7 +258,8 @@ def _difference(key: str, groups: Sequence[Group], settings: Sequence[Mapping[st
     """``key differs: value in name, name; value in name``; where names are equal, labels tell them apart."""
     holders: dict[str, dict[str, None]] = {}
     for group, each in zip(groups, settings, strict=True):
-        holders.setdefault(_show(each.get(key)), {})[group.name] = None
+        name = group.label if [other.name for other in groups].count(group.name) > 1 else group.name
+        holders.setdefault(_show(each.get(key)), {})[name] = None
     return f"{key} differs: " + "; ".join(f"{value} in {', '.join(who)}" for value, who in holders.items())
 
 
