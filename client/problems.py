@@ -18,6 +18,15 @@ class GpuBroken(RunFailed):
     """No work on it can succeed in this process any more."""
 
 
+def broken() -> bool:
+    """Whether the GPU does nothing more here after an error: after some it goes on."""
+    try:
+        torch.cuda.synchronize()
+    except (RuntimeError, AssertionError):  # the second: a torch without CUDA
+        return True
+    return False
+
+
 def failure(job: Job, error: BaseException) -> Failure:
     """What a client's problem is to the server. Raises what is more than that: an end that was asked for, a signal's,
     and GpuBroken after an assertion on the device or an address that is not there.
@@ -26,7 +35,7 @@ def failure(job: Job, error: BaseException) -> Failure:
         raise error
     if isinstance(error, SystemExit) and threading.current_thread() is threading.main_thread():
         raise error
-    if isinstance(error, torch.AcceleratorError):
+    if isinstance(error, torch.AcceleratorError) and broken():
         raise GpuBroken(
             f"a client's work broke the GPU for this process: {described(error)}",
             next="`fedcil resume RUN` goes on in a new one; CUDA_LAUNCH_BLOCKING=1 in its environment shows the line",

@@ -47,9 +47,9 @@ class Recipe:
         return self.method.norm_updates(self.task)
 
     def loss(self, model: Network, images: Tensor, labels: Tensor, draws: Any) -> Tensor:
-        """Of one batch, a scalar. TypeError if the method gives something else."""
+        """Of one batch, one number. TypeError if the method gives something else."""
         loss = self.method.loss(model, self.prepared, Batch(images, labels, self.task, self.anchor), draws)
-        if not isinstance(loss, Tensor) or loss.ndim:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
             raise TypeError(f"the method's loss gave a {type(loss).__name__}{shape}; it must be a scalar tensor")
         return loss

@@ -75,8 +75,7 @@ def resume(
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)
     folder, state = RunFolder.reopen(old.path, experiment)
-    changed = [name for name, digest in scenario.own_code().items() if old.own_code.get(name, digest) != digest]
-    if changed:
+    if changed := old.changed_code(scenario):
         warnings.warn(f"{', '.join(changed)} changed since this run began: its parts are by other code", stacklevel=2)
     if state.client_states and not (folder.path / CLIENT_STATES).is_dir() and not scenario.engine.address:
         folder.close()

@@ -259,7 +259,8 @@ class TrainingSection(Section):
     )
     lr: Above0 = Field(0.1, description="learning rate of a task's first round")
     lr_end: Above0 = Field(
-        default_factory=lambda given: given.get("lr", 0.0) / 10,
+        default_factory=lambda given: given["lr"] / 10,
+        validate_default=True,
         description="what it falls to exponentially, one round after a task's last; equal to lr: constant; "
         "default: a tenth of lr",
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from hashlib import blake2b
@@ -14,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("fedcil", "client", "server")
+INSTALLED = frozenset({"site-packages", "dist-packages"})  # folders of what packages bring
 
 
 @lru_cache(maxsize=1)
@@ -45,14 +45,13 @@ def _git(*words: str, folder: Path) -> str | None:
 
 
 def sources_of(targets: Iterable[str]) -> dict[str, str]:
-    """Digests, by module, of the files of such names as ``package.module:name`` and of all that these import from the
-    same place, as they were loaded. Names without a module are left out.
+    """Digests, by module, of the files of such names as ``package.module:name`` and of what these have imported at once
+    from the same place. Names without a module are left out; an installed module is known by its own file.
     """
     found: dict[str, str] = {}
     for name in sorted({target.partition(":")[0] for target in targets if ":" in target}):
-        file = _file(name)
-        if file:
-            _follow(name, file, file.parents[name.count(".") + (file.name == "__init__.py")], found)
+        import_module(name)
+        _follow(name, found)
     return dict(sorted(found.items()))
 
 
@@ -63,45 +62,53 @@ def changed_since_loaded(targets: Iterable[str]) -> list[str]:
 
 
 def _file(name: str) -> Path | None:
-    """None for what has none: a notebook, standard input."""
-    path = Path(getattr(import_module(name), "__file__", None) or "")
+    """Of a loaded module; None for what has none: a notebook, standard input, a namespace."""
+    path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
     return path if path.is_file() else None
 
 
-def _follow(name: str, file: Path, root: Path, found: dict[str, str]) -> None:
-    """A module below ``root``, and what it imports from there. Of installed ones only its own package."""
-    if name in found:
+def _follow(name: str, found: dict[str, str]) -> None:
+    """A module, and those that it has loaded from below the folder that its outermost package lies in."""
+    file = _file(name)
+    if name in found or file is None:
         return
     found[name] = _as_loaded(name, file)
-    if file.suffix != ".py":
+    spec = sys.modules[name].__spec__
+    full = spec.name if spec else name  # of what runs as __main__
+    is_package = file.name == "__init__.py"
+    root = file.parents[full.count(".") + is_package]
+    if INSTALLED.intersection(file.parts) or file.suffix != ".py":
         return
-    installed = root in {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib", "stdlib")}
-    for other in _imported(name, file):
-        top = other.partition(".")[0]
-        if top in ROOMS or (installed and top != name.partition(".")[0]):
-            continue
-        stem = root.joinpath(*other.split("."))
-        for path in (stem.with_suffix(".py"), stem / "__init__.py"):
-            if path.is_file():
-                _follow(other, path, root, found)
+    for other in _imported(file, full if is_package else full.rpartition(".")[0]):
+        path = root.joinpath(*other.split("."))
+        beside = _file(other) in (path.with_suffix(".py"), path / "__init__.py")
+        if beside and other.partition(".")[0] not in ROOMS:
+            _follow(other, found)
 
 
-def _imported(name: str, file: Path) -> Iterator[str]:
-    """Names that may be modules, with the packages that they lie in."""
-    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_bytes())):
+def _imported(file: Path, package: str) -> Iterator[str]:
+    """What a file imports as it is loaded, not in a function later: names that may be modules, and their packages."""
+    try:
+        left: list[ast.AST] = [ast.parse(file.read_bytes())]
+    except (SyntaxError, ValueError):  # another version of Python's
+        return
+    while left:
+        node = left.pop()
         match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
+                continue
             case ast.Import(names):
                 wanted = [each.name for each in names]
             case ast.ImportFrom(module, names, level):
                 above = package.split(".")[: package.count(".") + 2 - level] if level else []
-                base = ".".join([*above, *([module] if module else [])])
+                base = ".".join(part for part in (*above, module) if part)
                 wanted = [base, *(f"{base}.{each.name}" for each in names)]
             case _:
-                continue
+                wanted = []
+        left += ast.iter_child_nodes(node)
         for full in wanted:
             parts = full.split(".")
-            yield from (".".join(parts[: end + 1]) for end in range(len(parts)))
+            yield from (".".join(parts[: end + 1]) for end in range(len(parts)) if all(parts))
 
 
 def _digest(file: Path) -> str:
@@ -110,7 +117,7 @@ def _digest(file: Path) -> str:
 
 def _as_loaded(name: str, file: Path) -> str:
     """Its digest when this was first asked for, kept with the module's spec, of which a reload makes another."""
-    spec = getattr(sys.modules.get(name), "__spec__", None)
+    spec = sys.modules[name].__spec__
     if spec is None:
         return _digest(file)
     digest: str = vars(spec).setdefault("fedcil_digest", _digest(file))

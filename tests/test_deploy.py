@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives import serialization
 
 import fedcil
 from client.share import own_clients
-from fedcil.cli.deploy import refuse_idle_nodes
 from fedcil.cli.run_folders import run_folder
 from fedcil.deploy import supervisor as supervision
 from fedcil.deploy.control import UNKNOWN, ControlFailed
@@ -260,30 +259,29 @@ def test_a_simulated_run_that_servers_cannot_go_on_with_is_refused(
 ) -> None:
     folder = stopped_run("digits_fedavg", 4, tmp_path, sets)
     with pytest.raises(kind, match=words):
-        run_folder(str(folder), (), tmp_path, supervised=False)
+        run_folder(str(folder), (), tmp_path, 3)
 
 
 def test_a_simulated_run_that_servers_can_go_on_with(stopped_run: Any, tmp_path: Path) -> None:
     folder = stopped_run("digits_fedavg", 2, tmp_path, (*TINY, "server.deadline_s=60"))
-    assert run_folder(str(folder), (), tmp_path, supervised=False) == folder
+    assert run_folder(str(folder), (), tmp_path, 3) == folder
     with pytest.raises(InputError, match="keeps its scenario"):
-        run_folder(str(folder), ("seed=1",), tmp_path, supervised=False)
+        run_folder(str(folder), ("seed=1",), tmp_path, 3)
 
 
 def test_more_nodes_than_clients_are_refused(tmp_path: Path) -> None:
-    folder = run_folder("digits_fedavg", (*TINY, "server.deadline_s=60"), tmp_path, supervised=False)
-    refuse_idle_nodes(3, folder)
-    with pytest.raises(InputError, match="4 nodes for 3 clients"):
-        refuse_idle_nodes(4, folder)
+    with pytest.raises(ScenarioError, match="4 nodes for 3 clients"):
+        run_folder("digits_fedavg", (*TINY, "server.deadline_s=60"), tmp_path / "runs", 4)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("words", ["device='cuda'", "training.precision='tf32'"])
 def test_a_supervisor_needs_no_gpu(words: str, tmp_path: Path) -> None:
     """Server app and nodes compute elsewhere."""
     sets = (*TINY, "server.deadline_s=60", words)
-    assert run_folder("digits_fedavg", sets, tmp_path, supervised=True).is_dir()
+    assert run_folder("digits_fedavg", sets, tmp_path, None).is_dir()
     with pytest.raises(ScenarioError, match="GPU"):
-        run_folder("digits_fedavg", sets, tmp_path, supervised=False)
+        run_folder("digits_fedavg", sets, tmp_path, 3)
 
 
 def test_a_run_whose_clients_keep_something_elsewhere_is_not_resumed_here(stopped_run: Any, tmp_path: Path) -> None:

@@ -103,12 +103,15 @@ def test_a_step_that_does_not_fit_leaves_a_whole_gpu(monkeypatch: pytest.MonkeyP
     assert gpus_per_worker(on_a_gpu(experiment_of()), workers=4) == 1.0
 
 
-@given(st.integers(1, 8), st.floats(0.02, 1.0))
-def test_flower_makes_as_many_workers_as_ray_has_room_for(gpus: int, given_: float) -> None:
+@pytest.mark.parametrize("parts", range(1, 120))
+def test_flower_makes_as_many_workers_as_ray_has_room_for(parts: int) -> None:
     """Flower divides all GPUs of a node by the share; Ray puts a share on one of them."""
-    found = even(given_)
-    assert int(gpus / found) == room_on({"CPU": 10_000, "GPU": gpus}, Share(1, given_))
-    assert given_ <= found or found == pytest.approx(given_, abs=1e-4)
+    for given_ in (1 / parts, 1 / parts - 0.3 * (1 / parts - 1 / (parts + 1))):
+        found = even(given_)
+        assert 0 < found < 1 or parts == 1
+        assert 1 / found <= 1.2 * parts
+        for gpus in range(1, 17):
+            assert int(gpus / found) == room_on({"CPU": 10_000, "GPU": gpus}, Share(1, found)), (gpus, found)
 
 
 def test_no_gpu_is_without_work_where_one_workers_lanes_would_take_it_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +16,7 @@ import pytest
 import fedcil
 from fedcil.errors import RunFailed, ScenarioError
 from fedcil.record.compare import compare, differences
-from fedcil.sources import program, sources_of
+from fedcil.sources import program
 
 SCENARIO: dict[str, Any] = {
     "data": {"name": "synthetic", "classes": 4, "samples_per_class": 8},
@@ -213,29 +213,67 @@ def test_workers_of_one_version_but_other_files_differ(tmp_path: Path) -> None:
     assert changed != before
 
 
-def test_what_own_modules_import_from_beside_them_is_their_code_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = {
-        "ours/__init__.py": "",
-        "ours/method.py": "import torch\nimport fedcil.section\nfrom .parts import losses\nclass Mine: pass\n",
-        "ours/parts/__init__.py": "",
-        "ours/parts/losses.py": "from lone import RATE\n",
-        "lone.py": "RATE = 1\n",
-        "unused.py": "RATE = 1\n",
-    }
-    for name, text in files.items():
+OURS = {
+    "ours/__init__.py": "",
+    "ours/method.py": """
+import torch, fedcil.section
+from .parts import losses
+try:
+    import broken
+except SyntaxError:
+    pass
+import torch.nn, json
+import joblib
+
+def plot():
+    import plots
+
+if __name__ == "__main__":
+    import driver
+
+class Mine: pass
+""",
+    "ours/parts/__init__.py": "",
+    "ours/parts/losses.py": "from lone import RATE\n",
+    "lone.py": """
+try:
+    from . import helper
+except ImportError:
+    import helper
+RATE = 1
+""",
+    "helper.py": "",
+    "broken.py": "print 'of Python 2'",
+    "plots.py": "import a_package_that_is_not_there",
+    "driver.py": "raise SystemExit('driven')",
+    "joblib.py": "raise SystemExit('not the one that is installed')",
+}
+
+
+def test_what_own_modules_import_from_beside_them_is_their_code_too(tmp_path: Path) -> None:
+    """Not what is installed, even if a file beside them has its name; nothing is imported for it."""
+    for name, text in OURS.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    before = sources_of(["ours.method:Mine", "digits"])
-    assert list(before) == ["lone", "ours", "ours.method", "ours.parts", "ours.parts.losses"]
-    code = "from fedcil.sources import sources_of; print(sources_of(['ours.method:Mine']))"
-    (tmp_path / "lone.py").write_text("RATE = 2\n")
-    later = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    after = ast.literal_eval(later.stdout)
-    assert [name for name in before if after[name] != before[name]] == ["lone"]
-    assert sources_of(["ours.method:Mine"]) == before, "it runs what it has loaded"
+    code = (
+        "import json, sys; sys.path.append(''); from fedcil.sources import changed_since_loaded, sources_of\n"
+        "targets = ['ours.method:Mine', 'digits']; before = sources_of(targets)\n"
+        "open('helper.py', 'a').write('x = 1\\n'); assert sources_of(targets) == before\n"
+        "assert changed_since_loaded(targets) == ['helper']; assert 'plots' not in sys.modules\n"
+        "print(json.dumps(before))"
+    )
+
+    def found() -> dict[str, str]:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        digests: dict[str, str] = json.loads(done.stdout)
+        return digests
+
+    before = found()
+    assert list(before) == ["helper", "lone", "ours", "ours.method", "ours.parts", "ours.parts.losses"]
+    assert [name for name, digest in found().items() if digest != before[name]] == ["helper"]
 
 
 def test_a_process_that_has_imported_own_code_records_that_and_says_so(mine: Any, tmp_path: Path) -> None:

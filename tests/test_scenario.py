@@ -583,3 +583,10 @@ def test_a_file_without_its_ending_is_found_out(tmp_path: Path, monkeypatch: pyt
     Path("mine.toml").touch()
     with pytest.raises(ScenarioError, match=r"did you mean 'mine\.toml'"):
         load_scenario("mine")
+
+
+def test_a_rate_that_is_none_is_one_problem() -> None:
+    with pytest.raises(ScenarioError) as caught:
+        scenario(training={"lr": -1.0})
+    assert len(caught.value.what.splitlines()) == 1
+    assert caught.value.what.startswith("training.lr = -1.0 must be greater than 0")

@@ -90,6 +90,11 @@ def test_what_own_code_prints_is_no_result(command: str, said: list[str], tmp_pa
     done = subprocess.run([*FEDCIL, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)
     assert set(said) <= set(done.stderr.splitlines())
+    if command == "run":
+        again = ["compare", json.loads(done.stdout)["run_dir"], "--json"]
+        done = subprocess.run([*FEDCIL, *again], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)
+        assert "at import" in done.stderr
 
 
 def test_what_a_client_cannot_print_costs_no_client(tmp_path: Path) -> None:

@@ -120,8 +120,9 @@ def compare(
     from fedcil.record.run import open_run
 
     _check_picture(figure)
-    opened = _finished([open_run(path) for path in runs])
-    groups = group(opened)
+    with to_stderr():
+        opened = _finished([open_run(path) for path in runs])
+        groups = group(opened)
     if json:
         print(jsonlib.dumps(to_json(groups)))
     else:
@@ -144,7 +145,9 @@ def report(
     from fedcil.record.report import write_report
     from fedcil.record.run import open_run
 
-    print(write_report(open_run(run), output))
+    with to_stderr():
+        written = write_report(open_run(run), output)
+    print(written)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from fedcil.cli.options import DataRoot, Json, MaxSeconds, Sets
 from fedcil.cli.run_folders import run_folder
 from fedcil.cli.runs import print_runs, refuse_idle
 from fedcil.cli.streams import to_stderr
-from fedcil.errors import FedcilError, InputError
+from fedcil.errors import FedcilError
 
 if TYPE_CHECKING:
     from fedcil.port import StopSignal
@@ -52,8 +52,7 @@ def local(
 
     give_data_root(data_root)
     with to_stderr():
-        folder = run_folder(scenario, overrides or [], output, supervised=False)
-    refuse_idle_nodes(nodes, folder)
+        folder = run_folder(scenario, overrides or [], output, nodes)
     print(f"run folder: {folder} (logs: {folder / 'deployment' / 'logs'})", file=sys.stderr)
 
     def work(stop: StopSignal, progress: Callable[[], None]) -> Run:
@@ -125,7 +124,7 @@ def supervise(
     keys = Pki(pki)
     control = Control(superlink, keys.ca, Path.home() / ".fedcil" / "flower")
     with to_stderr():
-        folder = run_folder(scenario, overrides or [], output, supervised=True)
+        folder = run_folder(scenario, overrides or [], output, None)
     print(f"run folder: {folder}", file=sys.stderr)
 
     def work(stop: StopSignal, progress: Callable[[], None]) -> Run:
@@ -134,19 +133,6 @@ def supervise(
 
     command = f"fedcil deploy supervise --superlink {superlink} --pki {pki}"
     conclude(folder, work, command, data_root, None, figures=figures, json=json)
-
-
-def refuse_idle_nodes(nodes: int, folder: Path) -> None:
-    from fedcil.record.run import open_run
-
-    clients = open_run(folder).scenario.clients.count
-    if nodes > clients:
-        raise InputError(
-            f"{nodes} nodes for {clients} clients: some would have none",
-            where="--nodes",
-            allowed=f"1 to {clients}",
-            next=f"`fedcil deploy local {folder} --nodes {clients}`",
-        )
 
 
 def give_data_root(path: Path | None) -> None:

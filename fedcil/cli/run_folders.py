@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from fedcil.scenario import Scenario
 
 
-def run_folder(target: str, overrides: Sequence[str], output: Path, *, supervised: bool) -> Path:
-    """A run folder that is there, or a new one with the scenario in it. ``supervised``: goes on with an unfinished one,
-    and computes elsewhere.
+def run_folder(target: str, overrides: Sequence[str], output: Path, nodes: int | None) -> Path:
+    """A run folder that is there, or a new one with the scenario in it, for so many nodes here. None: nodes and server
+    are elsewhere, and an unfinished run is gone on with.
     """
     from fedcil.record.folder import METRICS, new_folder
     from fedcil.scenario_file import load_scenario, to_toml
@@ -22,11 +22,11 @@ def run_folder(target: str, overrides: Sequence[str], output: Path, *, supervise
     if (Path(target) / "scenario.toml").is_file():
         if overrides:
             raise InputError("a run that was begun keeps its scenario", where="--set", next="leave --set out")
-        return begun_folder(Path(target), here=not supervised)
+        return begun_folder(Path(target), nodes)
     with located(target):
         scenario = load_scenario(target, overrides)
-        check_deployable(scenario, here=not supervised)
-    found = unfinished(scenario, output) if supervised else None
+        check_deployable(scenario, nodes)
+    found = unfinished(scenario, output) if nodes is None else None
     if found is not None:
         return found
     folder = new_folder(output, f"{scenario.name}-{scenario.seed}")
@@ -35,13 +35,13 @@ def run_folder(target: str, overrides: Sequence[str], output: Path, *, supervise
     return folder
 
 
-def begun_folder(folder: Path, *, here: bool) -> Path:
+def begun_folder(folder: Path, nodes: int | None) -> Path:
     """A run that was begun, if servers can go on with it."""
     from fedcil.record.folder import CLIENT_STATES
     from fedcil.scenario_file import load_scenario
 
     with located(str(folder)):
-        check_deployable(load_scenario(folder / "scenario.toml"), here=here)
+        check_deployable(load_scenario(folder / "scenario.toml"), nodes)
     if (folder / CLIENT_STATES).is_dir():
         raise NotResumable(
             "what this run's clients keep lies in its folder, and nodes have their own",
@@ -62,9 +62,9 @@ def unfinished(scenario: Scenario, output: Path) -> Path | None:
     return None
 
 
-def check_deployable(scenario: Scenario, *, here: bool) -> None:
-    """What is wrong is said here, by the command, and not by a server somewhere; of device and precision only if it
-    computes ``here``. Loads the data.
+def check_deployable(scenario: Scenario, nodes: int | None) -> None:
+    """What is wrong is said here, by the command, and not by a server somewhere; of device and precision only if the
+    ``nodes`` are here. Loads the data.
     """
     from fedcil.experiment import open_experiment
 
@@ -75,7 +75,14 @@ def check_deployable(scenario: Scenario, *, here: bool) -> None:
             allowed="seconds, above the longest time that a node's clients train",
             next="begin the run with --set server.deadline_s=120",
         )
-    if not here:
+    if nodes is None:
         exact = scenario.training.model_copy(update={"precision": "fp32"})
         scenario = scenario.model_copy(update={"device": "cpu", "training": exact})
+    elif nodes > scenario.clients.count:
+        raise ScenarioError(
+            f"{nodes} nodes for {scenario.clients.count} clients: some would have none",
+            where="--nodes, clients.count",
+            allowed=f"1 to {scenario.clients.count} nodes",
+            next="lower --nodes",
+        )
     open_experiment(scenario)

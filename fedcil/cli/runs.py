@@ -67,23 +67,27 @@ def identity_of(wanted: Wanted, data_root: Path | None) -> dict[str, Any]:
 
 def reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Options) -> Run:
     """A finished run of exactly this below ``output``, else an unfinished one continued, else a new one."""
-    from fedcil.sources import program, revision
-
-    present = {program(), revision()}
-    earlier = sorted(_earlier_runs(wanted.scenario, identity, output), key=lambda run: run.program not in present)
+    earlier = sorted(_earlier_runs(wanted.scenario, identity, output), key=_by_other_code)
     for run in earlier:
         if run.finished:
-            old = "" if run.program in present else " (by other code of fedcil; delete it to have it made anew)"
+            old = " (by other code of fedcil; delete it to have it made anew)" if _by_other_code(run) else ""
             print(f"finished already: {run.path}{old}", file=sys.stderr)
             return run
     for run in earlier:
         try:
-            old = "" if run.program in present else " (begun by other code of fedcil)"
+            old = " (begun by other code of fedcil)" if _by_other_code(run) else ""
             print(f"continuing: {run.path}{old}", file=sys.stderr)
             return continue_run(run, options)
         except (NotResumable, FolderBusy) as error:
             print(f"cannot be continued: {error}", file=sys.stderr)
     return new_run(wanted, output, options)
+
+
+def _by_other_code(run: Run) -> bool:
+    """Than the fedcil that asks; of older runs the commit is all that is known."""
+    from fedcil.sources import program, revision
+
+    return run.program != program() if run.program else run.revision != revision()
 
 
 def _earlier_runs(scenario: Scenario, identity: Mapping[str, Any], output: Path) -> list[Run]:
@@ -96,7 +100,7 @@ def _earlier_runs(scenario: Scenario, identity: Mapping[str, Any], output: Path)
         run = Run(path)
         try:
             begun = run.finished or any((path / "checkpoints").glob("state-*.json"))
-            same = run.identity == identity and run.own_code == scenario.own_code()
+            same = run.identity == identity and not run.changed_code(scenario)
             if begun and same and run.versions == versions():
                 found.append(run)
         except (FedcilError, OSError, LookupError):

@@ -125,7 +125,7 @@ def shown(stream: Any) -> int | None:
     """Where a process that is started prints what one of here would print; None in a notebook, where it is as it is."""
     try:
         descriptor: int = stream.fileno()
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, ValueError):  # the last: it is closed
         return None
     return descriptor
 

@@ -6,6 +6,7 @@ ran on one H200; workers that share a card were never run.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -22,7 +23,8 @@ MARGIN = 1.25  # what an allocator reserves over what is used
 USABLE = 0.95  # of the memory that is free
 COPIES = 5  # of the model for each client at work: parameters, gradients, anchor, contribution, partial sum
 PRECISION = 10_000  # Ray counts resources in ten-thousandths
-MOST = 64  # workers on a GPU; beyond 100 a share rounded down would let one more in
+MOST = 64  # workers on a GPU
+GPUS = 16  # of a node, at most
 
 
 def gpus_per_worker(experiment: Experiment, workers: int) -> float:
@@ -38,10 +40,16 @@ def gpus_per_worker(experiment: Experiment, workers: int) -> float:
         )
     if given is not None or device.type != "cuda":
         return given or 0.0
-    try:
-        need = worker_bytes(experiment, measured_peak(experiment))
-    except torch.OutOfMemoryError:
-        return 1.0  # clients come one by one then
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return measured_share(experiment, workers)
+    torch.cuda.empty_cache()  # which the failed attempt has filled
+    return 1.0  # clients are trained one by one then
+
+
+def measured_share(experiment: Experiment, workers: int) -> float:
+    """torch.OutOfMemoryError if the largest step does not fit."""
+    device = experiment.compute.device
+    need = worker_bytes(experiment, measured_peak(experiment))
     free, _ = torch.cuda.mem_get_info(device)
     wanted = math.ceil(workers / max(1, torch.cuda.device_count()))
     return share(need, int(USABLE * free) - need, wanted)  # boundary and evaluation of the server take a part, too
@@ -59,7 +67,12 @@ def share(need: int, usable: int, wanted: int) -> float:
 
 def even(share_: float) -> float:
     """A part of a GPU as one of equal parts: Flower would count what is left over of several GPUs as one more."""
-    return one_over(int(1 / share_)) if 0.0 < share_ < 1.0 else share_
+    if not 0.0 < share_ < 1.0:
+        return share_
+    parts = min(int(1 / share_), PRECISION)
+    while GPUS / one_over(parts) >= GPUS * parts + 1:  # what rounding leaves over would be a worker more
+        parts -= 1
+    return one_over(parts)
 
 
 def one_over(workers: int) -> float:

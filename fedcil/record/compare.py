@@ -126,7 +126,7 @@ def differences(groups: Sequence[Group]) -> list[str]:
             f"{run.path}: {run.summary['short_rounds']} of {run.summary['rounds']} rounds changed nothing"
             for run in short
         ]
-    if len({run.program for group in groups for run in group.runs}) > 1:
+    if len({run.program for group in groups for run in group.runs} - {None}) > 1:
         notes.append("not all are by the same code of fedcil (`program` and `revision` in environment.json)")
     return notes + [note for group in groups for note in _repeated(group)]
 
@@ -212,7 +212,7 @@ def _mean(rows: Sequence[Mapping[str, Any]]) -> Values:
 
 def _over(rows: Sequence[Mapping[str, Any]], statistic: Any) -> Values:
     """A statistic of each metric; None if a row has none, since the runs of a group have equal tasks."""
-    columns = {name: [row[name] for row in rows] for name in METRICS}
+    columns = {name: [row.get(name) for row in rows] for name in METRICS}
     return {name: None if None in column else statistic(column) for name, column in columns.items()}
 
 

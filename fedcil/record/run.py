@@ -72,13 +72,18 @@ class Run:
 
     @property
     def program(self) -> str | None:
-        """Digest of the files of the fedcil that it was begun with, or, in older runs, its commit."""
-        return self.environment.get("program") or self.revision
+        """Digest of the files of the fedcil that it was begun with; older runs have none."""
+        found: str | None = self.environment.get("program")
+        return found
 
     @property
     def own_code(self) -> dict[str, str]:
         """Digests of a person's own modules as they were when it was begun (``Scenario.own_code``)."""
         return dict(self.environment.get("own_code", {}))
+
+    def changed_code(self, scenario: Scenario) -> list[str]:
+        """Own modules of a scenario that were others when this was begun, as far as that was recorded."""
+        return [name for name, digest in scenario.own_code().items() if self.own_code.get(name, digest) != digest]
 
     @cached_property
     def environment(self) -> dict[str, Any]:
