@@ -153,9 +153,7 @@ def _explain(problem: Any, table: Mapping[str, Any]) -> tuple[str, str]:
     if kind == "extra_forbidden":
         *above, key = keys
         valid = list(_section(above, table).model_fields)
-        elsewhere = (
-            [] if above else [f"{table}.{key}" for table in _tables() if key in _section([table], {}).model_fields]
-        )
+        elsewhere = [f"{table}.{key}" for table, kind in _tables() if key in kind.model_fields and not above]
         hint = f" (did you mean {' or '.join(elsewhere)}?)" if elsewhere else did_you_mean(key, valid)
         return (
             f"unknown key {'.'.join(keys)}{hint}",
@@ -184,10 +182,10 @@ def _allowed_at(keys: Sequence[str], table: Mapping[str, Any]) -> str:
     return f"{'.'.join([*above, key])}: {allowed(what)}{described}"
 
 
-def _tables() -> list[str]:
+def _tables() -> list[tuple[str, type[Section]]]:
     """Of a scenario, but for the method's, whose keys depend on its name."""
-    kinds = {name: field.annotation for name, field in Scenario.model_fields.items() if name != "method"}
-    return [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)]
+    kinds = [(name, field.annotation) for name, field in Scenario.model_fields.items() if name != "method"]
+    return [(name, kind) for name, kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
 
 
 def _is_type_tag(part: str) -> bool:
