@@ -73,33 +73,35 @@ class Evaluator:
     def evaluate(self, state: ServerState, task: Task) -> Evaluation:
         """Scores over all classes seen so far; task-aware: the best among the image's own task's classes."""
         seen, tasks = self._ready_for(task, state.model), task.index + 1
-        task_of = seen.task_of
-        confusion = torch.zeros(tasks, tasks, dtype=torch.int64)
-        right = torch.zeros(2, tasks, dtype=torch.int64)
-        for index in seen.rows.split(BATCH):
-            images, labels = normalise(self.images.take(index), self.mean, self.std), self.labels[index]
-            scores = self.experiment.method.predict(seen.network, state.memory, images)
-            if scores.shape != (len(images), task.seen):
-                raise RunFailed(
-                    f"predict gave scores of shape {tuple(scores.shape)} for {len(images)} images",
-                    where=f"the method, task {task.index + 1}",
-                    allowed=f"(images, classes seen), here ({len(images)}, {task.seen})",
-                    next="mend the method's predict and `fedcil resume RUN`",
-                )
-            own = task_of[labels]
-            guess = scores.argmax(1)
-            aware = scores.masked_fill(task_of[None, :] != own[:, None], -torch.inf).argmax(1)
-            for place, hits in enumerate((guess == labels, aware == labels)):
-                right[place] += torch.bincount(own[hits], minlength=tasks).cpu()
-            pairs = own * tasks + task_of[guess]
-            confusion += torch.bincount(pairs, minlength=confusion.numel()).view_as(confusion).cpu()
+        guess, aware = torch.cat([self._guess(state, seen, rows) for rows in seen.rows.split(BATCH)], dim=1)
+        labels = self.labels[seen.rows]
+        own = seen.task_of[labels]
+        pairs = own * tasks + seen.task_of[guess]
+        confusion = torch.bincount(pairs, minlength=tasks * tasks).view(tasks, tasks).cpu()
+        right, right_aware = (
+            torch.bincount(own[guessed == labels], minlength=tasks).cpu() for guessed in (guess, aware)
+        )
         counts = confusion.sum(1)
         return Evaluation(
-            accuracy=_shares(right[0], counts),
-            task_aware=_shares(right[1], counts),
+            accuracy=_shares(right, counts),
+            task_aware=_shares(right_aware, counts),
             confusion=[_shares(row, counts[t]) for t, row in enumerate(confusion)],
             test_images=counts.tolist(),
         )
+
+    def _guess(self, state: ServerState, seen: Seen, rows: Tensor) -> Tensor:
+        """(2, n): the best of all classes, and of those of the image's own task. Nothing here waits for the device."""
+        images = normalise(self.images.take(rows), self.mean, self.std)
+        scores = self.experiment.method.predict(seen.network, state.memory, images)
+        if scores.shape != (len(images), seen.task.seen):
+            raise RunFailed(
+                f"predict gave scores of shape {tuple(scores.shape)} for {len(images)} images",
+                where=f"the method, task {seen.task.index + 1}",
+                allowed=f"(images, classes seen), here ({len(images)}, {seen.task.seen})",
+                next="mend the method's predict and `fedcil resume RUN`",
+            )
+        elsewhere = seen.task_of[None, :] != seen.task_of[self.labels[rows]][:, None]
+        return torch.stack([scores.argmax(1), scores.masked_fill(elsewhere, -torch.inf).argmax(1)])
 
 
 def _shares(part: Tensor, whole: Tensor) -> list[float]:

@@ -13,9 +13,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedcil.errors import NotResumable
 from fedcil.files import write_atomic
-from fedcil.messages import Payload, Tensors, Total, content_hash
+from fedcil.messages import Payload, Tensors, Total, content_hash, moved
 from fedcil.state import Cursor, Pending, RunState, ServerState
 from fedcil.tensor_files import read_tensors, write_tensors
 
@@ -114,7 +116,9 @@ class CheckpointFolder:
         return Pending(**fields, total=total)
 
     def _put(self, tensors: Tensors, name: str | None = None) -> str:
-        name = name or content_hash(tensors)
+        if name is None:
+            tensors = moved(tensors, torch.device("cpu"))  # once, for its hash and for the file
+            name = content_hash(tensors)
         if name not in self._intact:
             write_tensors(self._tensor_path(name), tensors)
             self._intact.add(name)

@@ -1,0 +1,506 @@
+"""A GPU played on the CPU, for what only a run on one would show: where tensors lie, what waits for the device, what a
+captured graph does when it is replayed, whether streams wait for one another, and how much memory is held.
+
+Its tensors are ``OnCard``: to a program they lie on ``cuda``, their numbers are a CPU's. Work is done at once in the
+order of its launch, so its results are those of a card that is used rightly; where a real one might do it in another
+order, or reads memory that is another's by then, is kept in ``Card.races``. Not played: times, several cards, the
+memory that libraries take for themselves, and torch's own kernels for CUDA.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tag, Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+COPIES = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+NARROW = {  # operators that autocast has done in bf16, and in fp32, of those that fedcil calls
+    *(torch.conv2d, F.conv2d, torch.conv_transpose2d, F.conv_transpose2d, F.linear),
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.baddbmm, torch.addmm),
+}
+WIDE = {
+    *(F.cross_entropy, F.log_softmax, torch.log_softmax, Tensor.log_softmax, F.softmax, torch.softmax, Tensor.softmax),
+    *(
+        F.mse_loss,
+        F.kl_div,
+        torch.exp,
+        torch.log,
+        torch.pow,
+        Tensor.pow,
+        torch.norm,
+        Tensor.norm,
+        torch.sum,
+        Tensor.sum,
+    ),
+}
+Found = list["OnCard"]
+
+
+class Stream:
+    """Work in the order of its launch. ``seen``: how much of each stream's work is done before this one's next."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.launched = name, 0
+        self.seen: Counter[Stream] = Counter()
+
+    def wait_stream(self, other: Stream) -> None:
+        self.seen |= other.seen | Counter({other: other.launched})
+
+
+@dataclass(eq=False)
+class Block:
+    """Memory on the card, of the stream on which it was asked for; who wrote and read it last, and when."""
+
+    card: Card
+    bytes: int
+    stream: Stream
+    graph: Graph | None  # in whose pool it lies
+    written: tuple[Stream, int] | None = None
+    read: Counter[Stream] = field(default_factory=Counter)
+
+    def __del__(self) -> None:
+        self.card.free(self)
+
+
+class OnCard(Tensor):
+    """``host`` holds the numbers; to torch's dispatcher a tensor of CUDA without memory."""
+
+    host: Tensor
+    block: Block
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, host: Tensor, block: Block) -> OnCard:
+        bare = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device="meta")
+        made: OnCard = Tensor._make_subclass(cls, bare, False, device_for_backend_keys=CUDA)
+        made.host, made.block = host, block
+        return made
+
+    def __init__(self, host: Tensor, block: Block) -> None:
+        pass
+
+    device = property(lambda _: CUDA)
+    is_cuda = property(lambda _: True)
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, other: OnCard) -> None:
+        with _disable_current_modes():
+            Tensor.data.__set__(self, other)
+        self.host, self.block = other.host, other.block
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def __setitem__(self, where: Any, value: Any) -> None:
+        if isinstance(value, Tensor):
+            super().__setitem__(where, value)
+        else:
+            self[where].fill_(value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            memo[id(self)] = copy = self.detach().clone().requires_grad_(self.requires_grad)
+            if isinstance(self, torch.nn.Parameter):
+                copy._is_param = True
+        return memo[id(self)]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        card = next(each.block.card for each in tree_leaves((args, kwargs)) if isinstance(each, OnCard))
+        return card.launch(func, args, kwargs or {})
+
+
+class Placed(TorchDispatchMode):
+    """Sees what is made on the card from nothing, and what comes from the CPU."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card, self.autocast = card, Autocast()
+
+    def __enter__(self) -> Placed:
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") asks for its copy where it is seen
+        super().__enter__()
+        self.autocast.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.autocast.__exit__(*error)
+        super().__exit__(*error)
+        torch._C._set_only_lift_cpu_tensors(False)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.card.launch(func, args, kwargs or {})
+
+
+class Autocast(TorchFunctionMode):
+    """``torch.autocast("cuda")``, which torch itself does for tensors whose memory it knows to be there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        wanted = torch.bfloat16 if func in NARROW else torch.float32 if func in WIDE else None
+        if wanted and torch.is_autocast_enabled("cuda"):
+            args, kwargs = tree_map(lambda x: x.to(wanted) if _narrowable(x) else x, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _narrowable(value: Any) -> bool:
+    return isinstance(value, OnCard) and value.dtype in (torch.float32, torch.bfloat16)
+
+
+class Generator(torch.Generator):
+    """Of the CPU, wherever it was asked for."""
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        return super().__new__(cls, "cpu")
+
+
+class Pool:
+    """Memory of graphs that never run at the same time: as much as they ever held of it at once, until all are gone."""
+
+    def __init__(self, card: Card) -> None:
+        self.card, self.held, self.most = card, 0, 0
+
+    def add(self, size: int) -> None:
+        self.held += size
+        self.card.hold(max(0, self.held - self.most))
+        self.most = max(self.most, self.held)
+
+    def __del__(self) -> None:
+        self.card.used -= self.most
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operator of a graph."""
+
+    work: Callable[[], Any]
+    results: tuple[tuple[int, Tensor], ...]  # memory that it was given then: (place among the results, tensor)
+    reads: tuple[Memory, ...]
+    writes: tuple[Memory, ...]
+
+
+class Memory:
+    """A block that a graph works on. What was there before the graph is not the graph's to keep."""
+
+    def __init__(self, block: Block, graph: Graph) -> None:
+        self.block, self.own = weakref.ref(block), block.graph is graph
+
+
+class Graph:
+    """A replay does every kernel anew, in the memory of its capture."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.pool: Pool | None = None
+        self.kernels: list[Kernel] = []
+        self.before: dict[int, tuple[Any, Any]] = {}  # memory that the capture must leave as it was
+
+    def replay(self) -> None:
+        self.card.replays += 1
+        for kernel in self.kernels:
+            if any(each.block() is None and not each.own for each in kernel.reads + kernel.writes):
+                self.card.race("a graph works on memory that was freed after its capture")
+            reads, writes = ([each.block() for each in found] for found in (kernel.reads, kernel.writes))
+            self.card.in_order([block for block in reads if block], [block for block in writes if block])
+            with _disable_current_modes():
+                results = tree_leaves(kernel.work())
+                for place, tensor in kernel.results:
+                    tensor.copy_(results[place])
+
+
+class Card:
+    """``waits``: how often the program waited for the device, by reason. ``sent``: bytes that came from the CPU."""
+
+    def __init__(self, memory: int) -> None:
+        self.memory, self.used, self.peak = memory, 0, 0
+        self.waits: Counter[str] = Counter()
+        self.races: list[str] = []
+        self.sent = 0
+        self.replays = 0
+        self.default = self.current = Stream("the default stream")
+        self.streams = [self.default]
+        self.done: Counter[Stream] = Counter()  # what the program knows to be done of each stream
+        self.graph: Graph | None = None
+        self.draws = torch.Generator()
+        self.given_back = False
+
+    # Work
+
+    def launch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An operator: on the card if one of its tensors lies there, or it makes one there."""
+        leaves = tree_leaves((args, kwargs))
+        on = [each for each in leaves if isinstance(each, OnCard)]
+        off = [each for each in leaves if isinstance(each, Tensor) and not isinstance(each, OnCard)]
+        here = _result_is_here(func, args, kwargs, on)
+        with _disable_current_modes():
+            if not on and not here:
+                return func(*args, **kwargs)
+            if Tag.inplace_view in func.tags:
+                raise NotImplementedError(f"{func} is not played")
+            if on and any(each.dim() for each in off) and func not in COPIES | INDEXED:
+                raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got some of the CPU")
+            self._pass_the_border(func, args, kwargs, on, off, here)
+            writes = _written(func, args, kwargs)
+            self.in_order([each.block for each in on], [each.block for each in writes])
+            args, kwargs = tree_map(_on_host, (args, kwargs))
+            if self.graph:  # numbers of the CPU stay what they were
+                args, kwargs = tree_map(lambda x: x.clone() if any(x is y for y in off) else x, (args, kwargs))
+                self._save(writes)
+            results = self._work(func, args, kwargs)
+            return self._taken(lambda: func(*args, **kwargs), results, on, writes) if here else results
+
+    def _work(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        if self.graph:
+            raise RuntimeError(f"{func}: a captured step draws the same at every replay here")
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.draws.get_state())
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.draws.set_state(torch.get_rng_state())
+            torch.set_rng_state(before)
+
+    def _taken(self, work: Callable[[], Any], results: Any, on: Found, writes: Found) -> Any:
+        """``results`` as tensors of the card: the operator's own, views of their memory, or new ones."""
+        known = {id(each.host): each for each in on}
+        blocks = {each.host.untyped_storage()._cdata: each.block for each in on}
+        fresh: list[tuple[int, Tensor]] = []
+        for place, tensor in enumerate(tree_leaves(results)):
+            if isinstance(tensor, Tensor) and id(tensor) not in known:
+                memory = tensor.untyped_storage()
+                if memory._cdata not in blocks:
+                    blocks[memory._cdata] = self._allocate(memory.nbytes())
+                    fresh.append((place, tensor))
+                known[id(tensor)] = OnCard(tensor, blocks[memory._cdata])
+        self.in_order([], [known[id(tensor)].block for _, tensor in fresh])
+        if graph := self.graph:
+            reads, written = (tuple(Memory(each.block, graph) for each in found) for found in (on, writes))
+            graph.kernels.append(Kernel(work, tuple(fresh), reads, written))
+        return tree_map(lambda each: known.get(id(each), each), results)
+
+    def _pass_the_border(
+        self, func: Any, args: Any, kwargs: dict[str, Any], on: Found, off: list[Tensor], here: bool
+    ) -> None:
+        """What moves between CPU and card, and what the program waits for."""
+        copies = func in COPIES
+        at_once = bool(
+            kwargs.get("non_blocking") or (copies and func is not aten._to_copy.default and args[2:] == (True,))
+        )
+        if not here or func is aten._local_scalar_dense.default:
+            if at_once:
+                self.race("the CPU reads what the card may not have written yet")
+            self.wait("to the CPU")
+        elif copies and off:
+            self.sent += sum(each.nbytes for each in off)
+            if self.graph:
+                raise RuntimeError(f"operation not permitted when stream is capturing: {func} from the CPU")
+            if not at_once:
+                self.wait("from the CPU")
+        elif func in INDEXED:
+            indices = [each for each in tree_leaves(args[1]) if isinstance(each, Tensor)]
+            if any(each.dtype == torch.bool or not isinstance(each, OnCard) for each in indices):
+                self.wait("index")
+        elif on and {Tag.data_dependent_output, Tag.dynamic_output_shape} & set(func.tags):
+            self.wait(str(func))
+
+    # Order
+
+    def wait(self, reason: str) -> None:
+        """The program goes on when all work of the current stream is done, and of all streams at a synchronisation."""
+        if self.graph:
+            raise RuntimeError(f"operation not permitted when stream is capturing: waits ({reason})")
+        self.waits[reason] += 1
+        for stream in self.streams if reason in ("synchronize", "capture") else [self.current]:
+            self.done |= stream.seen | Counter({stream: stream.launched})
+
+    def in_order(self, reads: Sequence[Block], writes: Sequence[Block]) -> None:
+        """The current stream's next work. A race if what it touches may still be at work on another."""
+        stream = self.current
+        stream.launched += 1
+        stream.seen |= self.done | Counter({stream: stream.launched})
+        for block in reads:
+            self._after(block.written, "reads what is not yet written")
+            block.read[stream] = stream.launched
+        for block in writes:
+            for event in (block.written, *block.read.items()):
+                self._after(event, "writes over what is still in use")
+            block.written = (stream, stream.launched)
+
+    def _after(self, event: tuple[Stream, int] | None, problem: str) -> None:
+        if event and self.current.seen[event[0]] < event[1]:
+            self.race(f"{self.current.name} {problem} on {event[0].name}")
+
+    def race(self, problem: str) -> None:
+        self.races.append(problem + "\n" + "".join(traceback.format_stack(limit=20)))
+
+    @contextmanager
+    def on(self, stream: Stream | None) -> Iterator[None]:
+        before, self.current = self.current, stream or self.current
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def new_stream(self, *_: object) -> Stream:
+        self.streams.append(Stream(f"stream {len(self.streams)}"))
+        return self.streams[-1]
+
+    # Memory
+
+    def _allocate(self, size: int) -> Block:
+        if self.graph and self.graph.pool:
+            self.graph.pool.add(size)
+        else:
+            self.hold(size)
+        return Block(self, size, self.current, self.graph)
+
+    def hold(self, size: int) -> None:
+        if self.used + size > self.memory:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes")
+        self.used += size
+        self.peak = max(self.peak, self.used)
+
+    def free(self, block: Block) -> None:
+        """Its stream may have it for something else from now on."""
+        if block.graph and block.graph.pool:
+            block.graph.pool.held -= block.bytes
+            return
+        self.used -= block.bytes
+        if self.given_back:
+            return
+        for event in (block.written, *block.read.items()):
+            if event and event[0] is not block.stream:
+                stream, when = event
+                if max(block.stream.seen[stream], self.done[stream]) < when:
+                    self.race(f"memory of {block.stream.name} is free while {stream.name} is at work on it")
+
+    # Graphs
+
+    @contextmanager
+    def capture(
+        self, graph: Graph, pool: Pool | None = None, stream: Stream | None = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
+        """Kernels are kept and nothing is changed: not what was there before, and new memory holds no number."""
+        self.wait("capture")
+        with self.on(stream):
+            self.graph, graph.pool = graph, pool or Pool(self)
+            try:
+                yield
+            finally:
+                self.graph = None
+                with _disable_current_modes():
+                    for memory, before in graph.before.values():
+                        memory.copy_(before)
+                    for tensor in (tensor for kernel in graph.kernels for _, tensor in kernel.results):
+                        tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+                graph.before.clear()
+
+    def _save(self, writes: Found) -> None:
+        assert self.graph
+        for each in writes:
+            memory = each.host.untyped_storage()
+            if each.block.graph is not self.graph and memory._cdata not in self.graph.before:
+                self.graph.before[memory._cdata] = (memory, memory.clone())
+
+
+def _result_is_here(func: Any, args: Any, kwargs: dict[str, Any], on: Found) -> bool:
+    if func is aten.copy_.default:
+        return isinstance(args[0], OnCard)
+    if func is aten._foreach_copy_.default:
+        return isinstance(args[0][0], OnCard)
+    device = kwargs.get("device")  # of a tensor of the card that is to stay where it is: meta
+    return bool(on) if device is None else torch.device(device).type != "cpu"
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return CPU
+    return value.host if isinstance(value, OnCard) else value
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Found:
+    """The operator's arguments that it writes to."""
+    found: Found = []
+    for place, parameter in enumerate(func._schema.arguments):
+        if parameter.alias_info is not None and parameter.alias_info.is_write:
+            given = args[place] if place < len(args) else kwargs.get(parameter.name)
+            found += [each for each in tree_leaves(given) if isinstance(each, OnCard)]
+    return found
+
+
+@contextmanager
+def played_card(monkeypatch: pytest.MonkeyPatch, memory: int = 1 << 40) -> Iterator[Card]:
+    """In here torch has one GPU with so many bytes."""
+    card = Card(memory)
+    for name, part in _torch_cuda(card).items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # torch's own batch norm, which a CPU has, too
+    plain = threading.Thread.run
+
+    def run(thread: threading.Thread) -> None:
+        with Placed(card):
+            plain(thread)
+
+    monkeypatch.setattr(threading.Thread, "run", run)
+    torch._C._ensureCUDADeviceGuardSet()
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with Placed(card):
+            yield card
+    finally:
+        card.given_back = True
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+
+
+def _torch_cuda(card: Card) -> dict[str, Any]:
+    """What fedcil uses of ``torch.cuda``."""
+    return {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda **_: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_name": lambda *_: "a card that is played",
+        "device": lambda *_: nullcontext(),
+        "mem_get_info": lambda *_: (card.memory - card.used, card.memory),
+        "memory_allocated": lambda *_: card.used,
+        "max_memory_allocated": lambda *_: card.peak,
+        "reset_peak_memory_stats": lambda *_: setattr(card, "peak", card.used),
+        "empty_cache": lambda: None,
+        "synchronize": lambda *_: card.wait("synchronize"),
+        "Stream": card.new_stream,
+        "stream": card.on,
+        "current_stream": lambda *_: card.current,
+        "default_stream": lambda *_: card.default,
+        "CUDAGraph": lambda: Graph(card),
+        "graph": card.capture,
+        "graph_pool_handle": lambda: Pool(card),
+        "manual_seed": card.draws.manual_seed,
+        "get_rng_state": lambda *_: card.draws.get_state(),
+        "set_rng_state": lambda state, *_: card.draws.set_state(state),
+    }
