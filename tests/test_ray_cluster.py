@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from played_card import played_card
 
 from fedcil import api
 
@@ -176,22 +177,34 @@ engine.warnings.warn = lambda message, **_: print(message)
     + RUN
 )
 
-# One node more, with a GPU: Ray counts those that it is told of, and torch falls back to the CPU where there is none.
+# One node more, with a GPU: Ray counts those that it is told of. Here and in the workers it is played.
 SHARES = """
+import pytest
+from played_card import played_card
+
+MEMORY = 4 << 30
 cluster.add_node(**node | {"num_cpus": 3, "num_gpus": 1})
 cluster.wait_for_nodes()
 told = Path(sys.argv[2])
 
-class Telling(engine.ClientWorker):
+class Played(engine.ClientWorker):
     def __init__(self, *words):
+        self.play = played_card(pytest.MonkeyPatch(), MEMORY)  # for as long as the process lasts
+        self.card = self.play.__enter__()
         super().__init__(*words)
+
+    def run(self, *words):
+        reply = super().run(*words)
         here = ray.get_runtime_context()
         where = {"node": here.get_node_id(), "gpus": [str(gpu) for gpu in ray.get_gpu_ids()]}
-        (told / str(os.getpid())).write_text(json.dumps(where | here.get_assigned_resources()))
+        done = {"replays": self.card.replays, "races": self.card.races}
+        (told / str(os.getpid())).write_text(json.dumps(where | here.get_assigned_resources() | done))
+        return reply
 
-engine.ClientWorker = Telling
+engine.ClientWorker = Played
 engine.warnings.warn = lambda message, **_: print(message)
-run(sys.argv[1], *sys.argv[3:])
+with played_card(pytest.MonkeyPatch(), MEMORY):
+    run(sys.argv[1], *sys.argv[3:])
 """
 
 # Started by fedcil itself: how nice the process and a worker are.
@@ -290,16 +303,21 @@ def test_a_run_whose_last_node_goes_says_so_and_goes_on_with_the_next(tmp_path: 
 
 
 def test_workers_share_a_gpu_and_stay_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two halves on the one node with a GPU, although there are CPUs for four workers. Ray is only told of it."""
+    """Two, with halves by what a worker needs, on the one node with a GPU, although there are CPUs for four."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     told = tmp_path / "told"
     told.mkdir()
-    expected = api.run("digits_fedavg", overrides=SHORT, output=tmp_path / "inline", figures=False)
-    assert not on_a_cluster(SHARES, tmp_path / "ray", told, "engine.gpus_per_worker=0.5", *SHORT)
+    mfcl = "method={name='mfcl', preset='small', steps=5, pool=64}"
+    words = ["device='cuda'", mfcl, "data.classes=4", "stream.tasks=2", "training.rounds=2", "training.epochs=1"]
+    with played_card(monkeypatch) as card:
+        expected = api.run("digits_fedavg", overrides=words, output=tmp_path / "inline", figures=False)
+    assert not on_a_cluster(SHARES, tmp_path / "ray", told, "engine.workers=2", *words)
     workers = [json.loads(path.read_text()) for path in told.iterdir()]
     assert len(workers) == 2
     assert len({worker.pop("node") for worker in workers}) == 1
-    assert workers == [{"gpus": ["0"], "CPU": 1.0, "GPU": 0.5}] * 2
+    assert sum(worker.pop("replays") for worker in workers) == card.replays - 5  # which are the boundary's
+    assert workers == [{"gpus": ["0"], "CPU": 1.0, "GPU": 0.5, "races": []}] * 2
     (folder,) = (tmp_path / "ray").iterdir()
     assert api.load(folder).results == expected.results
 

@@ -1,7 +1,7 @@
 """How much of a GPU a worker gets where the scenario does not say: by memory, measured once at the start of a run.
 
-The arithmetic is tested on a card that is played, and where workers with shares go with a GPU that Ray is only told of;
-the measurement ran on one H200; workers that share a real card were never run.
+The measurement ran on one H200. Arithmetic, memory and Ray's workers with shares are tested on a card that is played;
+workers that share a real one were never run.
 """
 
 from __future__ import annotations
