@@ -13,7 +13,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.handle import Shared, Worker, do_jobs
+from client.handle import Round, Shared, Worker, do_jobs
 from client.share import own_clients
 from client.states import StateStore
 from fedcil.allocator import keep_freed_memory
@@ -66,7 +66,7 @@ def work(message: Message, context: Context) -> Message:
     worker = open_worker(str(config["scenario"]), os.environ.get(ROOT_VARIABLE), home)
     records = {}
     jobs = [Job(client, position, state) for client, position, state in json.loads(str(config["jobs"]))]
-    for job, answer in do_jobs(broadcast, jobs, worker):
+    for job, answer in do_jobs(Round.of(broadcast, worker), jobs):
         packet = pack_answer(answer, header["run"], place_of(broadcast))
         records[f"client-{job.client}"] = packet_record(packet)
     return Message(RecordDict(records), reply_to=message)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from fedcil.data.augment import make_batch, normalise
 from fedcil.data.store import Images
 from fedcil.errors import MessageRefused
 from fedcil.experiment import Experiment
+from fedcil.fold import Fold
 from fedcil.keys import Key
 from fedcil.messages import (
     BORDER,
@@ -39,7 +40,7 @@ from fedcil.messages import (
 )
 from fedcil.methods.base import TRAINABLE, Phase, Prepared, Samples
 from fedcil.models.network import Network, bind_again, buffers_of, copy_into, other_buffers, restore_buffers, state_of
-from fedcil.robust import admissible, empty_fold
+from fedcil.robust import admissible
 from fedcil.rule import Rule
 from fedcil.stream import Task
 
@@ -145,6 +146,11 @@ class Round:
     broadcast: Broadcast
     worker: Worker
 
+    @classmethod
+    def of(cls, broadcast: Broadcast, worker: Worker) -> Self:
+        """From elsewhere a model comes on the CPU."""
+        return cls(broadcast.to(worker.shared.device), worker)
+
     @property
     def shared(self) -> Shared:
         return self.worker.shared
@@ -159,7 +165,7 @@ class Round:
 
     @cached_property
     def key(self) -> Key:
-        return round_key(self.shared.experiment.key, self.broadcast)
+        return self.shared.experiment.round_key(self.broadcast)
 
     @cached_property
     def bytes_up(self) -> int:
@@ -189,12 +195,12 @@ Answered = tuple[Job, Answer]
 
 def handle(request: Request, worker: Worker) -> Reply:
     """Do every job of a request. A client that breaks becomes a Failure. Raises Stopped, and GpuBroken."""
-    broadcast = request.broadcast.to(worker.shared.device)  # from elsewhere a model comes on the CPU
-    fold = empty_fold(request.cohort, request.rule)
+    round_ = Round.of(request.broadcast, worker)
+    fold = Fold.empty(request.cohort, request.rule)
     reports: list[Report] = []
     failures: list[Failure] = []
-    for job, given in do_jobs(broadcast, request.jobs, worker):
-        answer = _bounded(given, broadcast, request.rule)
+    for job, given in do_jobs(round_, request.jobs):
+        answer = _bounded(given, round_.broadcast, request.rule)
         if isinstance(answer.result, Failure):
             failures.append(answer.result)
         else:
@@ -216,12 +222,11 @@ def _bounded(answer: Answer, broadcast: Broadcast, rule: Rule) -> Answer:
         return Answer(Failure(answer.result.client, BORDER, error.what))
 
 
-def do_jobs(broadcast: Broadcast, jobs: Sequence[Job], worker: Worker) -> Iterator[Answered]:
+def do_jobs(round_: Round, jobs: Sequence[Job]) -> Iterator[Answered]:
     """Answers as they come, of as many clients at the same time as the scenario's execution has. A contribution's
     tensors are the worker's memory until the next answer is asked for.
     """
-    round_ = Round(broadcast.to(worker.shared.device), worker)
-    size = worker.shared.experiment.execution.at_once
+    size = round_.shared.experiment.execution.at_once
     for start in range(0, len(jobs), size):
         run = jobs[start : start + size]
         yield from try_at_once(round_, run) or ((job, do_job(round_, job)) for job in run)
@@ -381,8 +386,3 @@ def _with_memory(own: Samples, job: Job, shared: Shared) -> Samples:
 def _augmented(shared: Shared, images: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
     mode = shared.experiment.scenario.data.augment
     return make_batch(images, index, mode, generator, shared.mean, shared.std)
-
-
-def round_key(key: Key, broadcast: Broadcast) -> Key:
-    """The place of a round in the run; ``at("client", c)`` is that of one client's work."""
-    return key.at("task", broadcast.task, "phase", broadcast.phase, "round", broadcast.round)

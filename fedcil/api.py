@@ -47,7 +47,7 @@ def run(
         load_engine(scenario.engine.name)
         experiment = open_experiment(scenario, root, show_progress=watcher is not None)
     folder, state = RunFolder.create(Path(output), experiment), experiment.first_state()
-    folder.checkpoint(state, experiment)  # from here on a run can be resumed, whatever the engine does
+    folder.checkpoint(state)  # from here on a run can be resumed, whatever the engine does
     return _carry_on(experiment, folder, state, root, figures, watcher, stop)
 
 

@@ -19,7 +19,8 @@ from fedcil import cpu
 from fedcil.errors import ScenarioError
 from fedcil.messages import Tensors
 from fedcil.models import Architecture
-from fedcil.models.network import Network, change_alike, fold_norms, freeze, load_state, narrow
+from fedcil.models.frozen import change_alike, fold_norms, narrow
+from fedcil.models.network import Network, freeze, load_state
 from fedcil.models.pooling import pool_before_relu
 from fedcil.models.small_maps import convolve_small_maps_by_products
 

@@ -24,7 +24,7 @@ from fedcil.compute import (
 from fedcil.data import Dataset, load_dataset
 from fedcil.errors import ScenarioError, described
 from fedcil.keys import Key
-from fedcil.messages import Tensors
+from fedcil.messages import Broadcast, Tensors
 from fedcil.methods import METHODS
 from fedcil.methods.base import TRAINABLE, Method, Phase, Samples
 from fedcil.models import make_architecture
@@ -64,11 +64,15 @@ class Experiment:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of this scenario, its data and this machine."""
-        return (*self.scenario.notes, *self.data.notes, *self.compute.notes)
+        return (*self.scenario.notes, *self.scenario.stale_code, *self.data.notes, *self.compute.notes)
 
     def number(self, cursor: Cursor) -> int:
         """Of the round that the cursor stands before, counted from the start of the run."""
         return self.timeline.number(cursor.task, cursor.phase, cursor.round)
+
+    def round_key(self, place: Cursor | Broadcast) -> Key:
+        """The place of a round's draws; ``at("client", c)`` is that of one client's work."""
+        return self.key.at("task", place.task, "phase", place.phase, "round", place.round)
 
     def phases(self, task: Task) -> tuple[Phase, ...]:
         """Of a task, in their order."""

@@ -16,13 +16,16 @@ from torch import Tensor
 
 from fedcil.errors import RunFailed
 from fedcil.messages import Contribution, Total
+from fedcil.robust import combined
+from fedcil.rule import PLAIN, Rule
 
 Node = tuple[int, int]  # (level, index): the leaves [index * 2**level, (index + 1) * 2**level)
 
 
 @dataclass(slots=True)
 class Fold:
-    """Sums of disjoint aligned intervals of ``leaves`` leaves; None stands for leaves that gave nothing.
+    """Sums of disjoint aligned intervals of ``leaves`` leaves; None stands for leaves that gave nothing. A rule that
+    has to see every contribution has them all apart, at their leaves.
 
     The one mutable value of the message layer: it is made, filled and read inside one round.
     """
@@ -30,21 +33,27 @@ class Fold:
     leaves: int
     sums: dict[Node, Total | None]
     own: set[Node] = field(default_factory=set)  # sums in memory that was made here, and may be written to
+    rule: Rule = PLAIN
 
     @classmethod
-    def empty(cls, leaves: int) -> Self:
-        return cls(leaves, {})
+    def empty(cls, leaves: int, rule: Rule = PLAIN) -> Self:
+        return cls(leaves, {}, rule=rule)
 
     def add(self, position: int, contribution: Contribution) -> None:
-        """Put one client's tensors, times its weight, at its leaf. ValueError if the leaf was taken."""
+        """Put one client's tensors at its leaf: times its weight, or a copy. ValueError if the leaf was taken."""
         weight, tensors = contribution.weight, contribution.tensors
         if not tensors:
             raise misfit("a client gives no tensors")
-        scaled = dict(zip(tensors, _scaled(list(tensors.values()), weight), strict=True))
-        self._put((0, position), Total(scaled, weight), own=True)
+        self._refuse_overlap((0, position))
+        if self._sums_up:
+            kept = dict(zip(tensors, _scaled(list(tensors.values()), weight), strict=True))
+        else:  # a worker trains the next client in the same memory
+            kept = {name: tensor.clone() for name, tensor in tensors.items()}
+        self._put((0, position), Total(kept, weight), own=True)
 
     def absent(self, position: int) -> None:
         """Say that this leaf will never give anything."""
+        self._refuse_overlap((0, position))
         self._put((0, position), None, own=False)
 
     def merge(self, other: Fold) -> None:
@@ -61,18 +70,26 @@ class Fold:
             self._put(node, total, own=node in own)
 
     def total(self) -> Total | None:
-        """The sum over all leaves that gave something; missing leaves count as absent. None if none gave."""
+        """The sum over all leaves that gave something, or what another rule makes of them; missing leaves count as
+        absent. None if none gave, or fewer than the rule needs.
+        """
+        if not self._sums_up:
+            return combined([total.tensors for _, total in sorted(self.sums.items()) if total], self.rule)
         missing = set(range(self.leaves)) - {leaf for node in self.sums for leaf in _leaves(node)}
         whole = Fold(next_power_of_two(self.leaves), dict(self.sums))
         for leaf in [*sorted(missing), *range(self.leaves, whole.leaves)]:
-            whole.absent(leaf)
+            whole._put((0, leaf), None, own=False)
         (result,) = whole.sums.values()
         return result
 
+    @property
+    def _sums_up(self) -> bool:
+        return self.rule.fold == "mean"
+
     def _put(self, node: Node, total: Total | None, *, own: bool) -> None:
-        self._refuse_overlap(node)
+        """At a place that is free."""
         level, index = node
-        while (sibling := (level, index ^ 1)) in self.sums:
+        while self._sums_up and (sibling := (level, index ^ 1)) in self.sums:
             other, others = self.sums.pop(sibling), sibling in self.own
             self.own.discard(sibling)
             left, right = ((other, others), (total, own)) if index & 1 else ((total, own), (other, others))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from fedcil.fold import next_power_of_two
+from fedcil.fold import Fold, next_power_of_two
 from fedcil.messages import Contribution, Failure, Job, Outcome, Reply, Report, Request
 from fedcil.port import ClientDone
-from fedcil.robust import empty_fold
 
 
 def cut(request: Request, workers: int, least: int = 1) -> list[Request]:
@@ -36,7 +35,7 @@ class Gathered:
 
     def __init__(self, request: Request, done: ClientDone) -> None:
         self._jobs: dict[int, Job] = {job.client: job for job in request.jobs}
-        self._fold = empty_fold(request.cohort, request.rule)
+        self._fold = Fold.empty(request.cohort, request.rule)
         self._reports: list[Report] = []
         self._failures: list[Failure] = []
         self._done = done

@@ -97,7 +97,7 @@ def _turnover(section: PopulationSection, clients: int, timeline: Timeline, key:
     arrives, leaves = np.full(clients, NEVER), np.full(clients, NEVER)
     known = section.size or 0
     arrives[:known] = 0
-    for place in _places(timeline):
+    for place in timeline.places():
         number, (task, phase, round) = timeline.number(*place), place
         count = section.replaced(section.replaced_per_round if round else section.replaced_per_task)
         if not count or not number or (phase and not round):
@@ -108,11 +108,6 @@ def _turnover(section: PopulationSection, clients: int, timeline: Timeline, key:
         arrives[known : known + count] = number
         known += count
     return Population(timeline, arrives, leaves, _fixed(clients, timeline).behind)
-
-
-def _places(timeline: Timeline) -> list[tuple[int, int, int]]:
-    tasks = range(len(timeline.starts))
-    return [(t, p, r) for t in tasks for p, rounds in enumerate(timeline.lengths(t)) for r in range(rounds)]
 
 
 def _growing(section: PopulationSection, clients: int, timeline: Timeline, key: Key) -> Population:

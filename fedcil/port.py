@@ -27,8 +27,8 @@ class Port(Protocol):
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
         """Ask the clients of ``request`` and wait for the answers, at most ``deadline_s`` seconds.
 
-        A client that does not answer in time, or that breaks, is a Failure in the outcome; the only error
-        raised is Stopped.
+        A client that does not answer in time, or that breaks, is a Failure in the outcome. Raises Stopped, RunFailed
+        if the round cannot go on, and TooFewClients if nobody can be reached.
         """
         ...
 
@@ -37,7 +37,7 @@ class Port(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StopSignal:
     """Set by Ctrl-C, SIGTERM or a time limit; looked at between steps, so that nothing is cut in two.
 

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
-from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedcil.errors import MessageRefused
-from fedcil.fold import Fold, Node
 from fedcil.messages import Contribution, Tensors, Total
-from fedcil.rule import PLAIN, Rule
+from fedcil.rule import Rule
 
 
 def admissible(contribution: Contribution, start: Tensors, rule: Rule) -> Contribution:
@@ -93,40 +90,8 @@ COMBINE: dict[str, Combine] = {
 }
 
 
-@dataclass(slots=True)
-class Collection(Fold):
-    """A fold that keeps every contribution apart, at its leaf, for a rule that has to see all of them."""
-
-    rule: Rule = PLAIN
-
-    @classmethod
-    def of(cls, leaves: int, rule: Rule) -> Self:
-        return cls(leaves, {}, rule=rule)
-
-    def add(self, position: int, contribution: Contribution) -> None:
-        """Keep a copy: a worker trains the next client in the same memory."""
-        copies = {name: tensor.clone() for name, tensor in contribution.tensors.items()}
-        self._put((0, position), Total(copies, contribution.weight), own=False)
-
-    def total(self) -> Total | None:
-        """The rule's answer, of weight 1; None if fewer gave something than the rule needs."""
-        given = [total.tensors for _, total in sorted(self.sums.items()) if total]
-        if len(given) < max(1, self.rule.least):
-            return None
-        return Total(COMBINE[self.rule.fold](given, self.rule.byzantine), 1.0)
-
-    def _put(self, node: Node, total: Total | None, *, own: bool) -> None:  # noqa: ARG002
-        self._refuse_overlap(node)
-        self.sums[node] = total
-
-    def _refuse_overlap(self, node: Node) -> None:
-        level, position = node
-        if level or not 0 <= position < self.leaves:
-            raise ValueError(f"leaf {position} of level {level} is outside a cohort of {self.leaves}")
-        if node in self.sums:
-            raise ValueError(f"leaves {position}..{position} are counted already")
-
-
-def empty_fold(leaves: int, rule: Rule) -> Fold:
-    """The fold of a round by this rule."""
-    return Fold.empty(leaves) if rule.fold == "mean" else Collection.of(leaves, rule)
+def combined(given: Sequence[Tensors], rule: Rule) -> Total | None:
+    """The rule's answer, of weight 1; None if fewer gave something than the rule needs."""
+    if len(given) < max(1, rule.least):
+        return None
+    return Total(COMBINE[rule.fold](given, rule.byzantine), 1.0)

@@ -337,14 +337,6 @@ class EngineSection(Section):
             raise ValueError("a part of one GPU, from 0.0001 on, or a whole number of them")
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _forget_stack(cls, value: object) -> object:
-        """Folders of older runs say ``stack = 1``, which meant none."""
-        if isinstance(value, Mapping) and value.get("stack") == 1:
-            return {name: item for name, item in value.items() if name != "stack"}
-        return value
-
 
 def _load_method(value: object) -> object:
     """Lay the preset under the given options and let the named method's settings class check them."""
@@ -450,11 +442,15 @@ class Scenario(Section):
         ]
         lr, lr_end = self.training.lr, self.training.lr_end
         rises = f"training.lr_end = {lr_end:g} is above training.lr = {lr:g}: the rate rises within every task"
-        old = [
+        return (*idle, *([rises] if lr_end > lr else []))
+
+    @property
+    def stale_code(self) -> tuple[str, ...]:
+        """Own modules of which this process has another version than the disk, in words."""
+        return tuple(
             f"{module} has changed since it was imported, and this process goes on with what it imported"
             for module in changed_since_loaded(self._targets())
-        ]
-        return (*idle, *([rises] if lr_end > lr else []), *old)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those that are not set (TOML has no null)."""
@@ -462,13 +458,9 @@ class Scenario(Section):
         return plain
 
     def deciding(self) -> dict[str, Any]:
-        """What decides the result, by key (``training.lr``): all but engine, data root and how often state is saved.
-
-        A key that is younger than runs that exist counts only where it is not at its default: they stay resumable.
-        """
-        plain = flatten(self.to_dict())
-        idle = {"data.root", "server.checkpoint_every"} | {key for key in YOUNGER if plain[key] == YOUNGER[key]}
-        return {key: value for key, value in plain.items() if key not in idle and not key.startswith("engine.")}
+        """What decides the result, by key (``training.lr``): all but engine, data root and how often state is saved."""
+        idle = ("engine.", "data.root", "server.checkpoint_every")
+        return {key: value for key, value in flatten(self.to_dict()).items() if not key.startswith(idle)}
 
     def own_code(self) -> dict[str, str]:
         """Digests, by module, of the files in which a person's own method, model, data set and partition are, and of
@@ -478,9 +470,6 @@ class Scenario(Section):
 
     def _targets(self) -> tuple[str, ...]:
         return self.method.name, self.model.name, self.data.name, self.partition.name
-
-
-YOUNGER: dict[str, Any] = {"server.fold": "mean", "server.byzantine": 0}
 
 
 def _without_none(value: Any) -> Any:

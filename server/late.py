@@ -67,8 +67,7 @@ def wanted_answers(per_round: int, phase: Phase, cohort: Sequence[int]) -> int:
 
 def drop_outs(experiment: Experiment, state: RunState, cohort: Sequence[int], chance: float) -> dict[int, float]:
     """Who vanishes, and after which part of its work."""
-    cursor = state.cursor
-    key = experiment.key.at("task", cursor.task, "phase", cursor.phase, "round", cursor.round, "dropout")
+    key = experiment.round_key(state.cursor).at("dropout")
     draws = {client: key.at(client).numpy().random(2).tolist() for client in cohort}
     return {client: part for client, (luck, part) in draws.items() if luck < chance}
 

@@ -90,9 +90,9 @@ class Nodes:
         """Messages to pull, so that no late answer stays in Flower's state."""
         return list(self._owed)
 
-    def paid(self, message: str) -> bool:
-        """Whether this was an answer that came too late; its node may be asked again."""
-        return self._owed.pop(message, None) is not None
+    def paid(self, message: str) -> None:
+        """If this was an answer that came too late, its node may be asked again."""
+        self._owed.pop(message, None)
 
     def attendance(self) -> Attendance:
         """Shares now, and what happened since this was last called."""

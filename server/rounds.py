@@ -85,7 +85,7 @@ class Session:
         return replace(outcome, total=outcome.total and outcome.total.to(self.experiment.compute.device))
 
     def save(self, state: RunState) -> None:
-        self.folder.checkpoint(state, self.experiment)
+        self.folder.checkpoint(state)
 
     def progress(self, step: int, steps: int, terms: Mapping[str, float]) -> None:
         self.stop.check()
@@ -198,9 +198,8 @@ def choose_cohort(session: Session, state: RunState, task: Task, phase: Phase) -
     present = (here & session.port.reachable()) - busy
     counts = experiment.counts_at(task, experiment.number(cursor))
     candidates = eligible(present, counts, experiment.least_samples(phase))
-    place = ("task", cursor.task, "phase", cursor.phase, "round", cursor.round, "cohort")
     asked = asked_clients(clients.per_round, clients.over_sample)
-    return choose(candidates, phase, asked, experiment.key.at(*place))
+    return choose(candidates, phase, asked, experiment.round_key(cursor).at("cohort"))
 
 
 def round_status(answered: int, asked: int, quorum: float, least: int = 0) -> str:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fedcil
-from client.handle import Shared, Worker, do_jobs
+from client.handle import Round, Shared, Worker, do_jobs
 from client.lanes import Lane, local_sgd_in_lanes
 from client.states import StateStore
 from client.training import Recipe, cut_epoch, local_sgd
@@ -28,7 +28,7 @@ from fedcil.errors import ScenarioError, Stopped
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.keys import Key
 from fedcil.messages import Broadcast, Job, Payload, Report
-from fedcil.methods.base import Method, Samples
+from fedcil.methods.base import Method, Samples, prefixed
 from fedcil.methods.feder import FedER
 from fedcil.methods.fedlwf import FedLwF
 from fedcil.methods.fedprox import FedProx
@@ -60,7 +60,7 @@ def payload_for(small: Any, method: str, net: str) -> Payload | None:
     teacher = small.network(3, net, seed=3)
     if method.startswith("mfcl"):
         return small.payload(teacher, small.generator())
-    return Payload.of(state_of(teacher)) if method in ("fedlwf", "feder") else None
+    return Payload.of(prefixed("teacher", state_of(teacher))) if method in ("fedlwf", "feder") else None
 
 
 @pytest.mark.parametrize("way", ["stack", "lanes"])
@@ -226,7 +226,7 @@ def answers(
             (given := answer.contribution) and {name: tensor.clone() for name, tensor in given.tensors.items()},
             given and given.weight,
         )
-        for job, answer in do_jobs(broadcast, jobs, worker)
+        for job, answer in do_jobs(Round.of(broadcast, worker), jobs)
     ]
 
 
@@ -347,10 +347,10 @@ def test_a_run_in_lanes_goes_on_after_it_was_stopped_in_mid_training(tmp_path: P
 
     worker = Worker(Shared(experiment, StateStore(tmp_path)), check=check)
     with pytest.raises(Stopped):
-        list(do_jobs(broadcast, [Job(0, 0), Job(1, 1)], worker))
+        list(do_jobs(Round.of(broadcast, worker), [Job(0, 0), Job(1, 1)]))
     worker.check = lambda: None
     expected = answers({"lanes": 2}, tmp_path, (0, 1))
-    for place, (_, answer) in enumerate(do_jobs(broadcast, [Job(0, 0), Job(1, 1)], worker)):
+    for place, (_, answer) in enumerate(do_jobs(Round.of(broadcast, worker), [Job(0, 0), Job(1, 1)])):
         gift = answer.contribution
         assert gift is not None
         assert all(torch.equal(gift.tensors[name], tensor) for name, tensor in expected[place][2].items())

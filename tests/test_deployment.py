@@ -19,7 +19,7 @@ import pytest
 
 from fedcil import load
 from fedcil.deploy.control import Control, ControlFailed, wait_healthy
-from fedcil.deploy.health import healthy
+from fedcil.deploy.health import LOCAL_NAMES, healthy
 from fedcil.deploy.pki import Pki, make_pki, new_secret
 from fedcil.deploy.processes import (
     Keeper,
@@ -32,7 +32,6 @@ from fedcil.deploy.processes import (
 from fedcil.port import StopSignal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
-LOOPBACK = ("127.0.0.1", "localhost")
 T = TypeVar("T")
 
 
@@ -88,7 +87,7 @@ def proxies() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     folder = tmp_path_factory.mktemp("servers")
-    pki, port = make_pki(folder / "pki", hosts=LOOPBACK, nodes=2), free_port()
+    pki, port = make_pki(folder / "pki", hosts=LOCAL_NAMES, nodes=2), free_port()
     control, keeper = Control(f"127.0.0.1:{port}", pki.ca, folder / "control"), Keeper()
     command = superlink(pki, "127.0.0.1", port, folder / "superlink.db")
     keeper.start(Role("superlink", command, folder / "superlink.log", flower_environment(folder / "home")))
@@ -140,7 +139,7 @@ def test_a_node_without_tls_is_refused(servers: Servers) -> None:
 
 
 def test_a_superlink_of_another_authority_is_not_trusted(servers: Servers, tmp_path: Path) -> None:
-    stranger = make_pki(tmp_path / "pki", hosts=LOOPBACK, nodes=1)
+    stranger = make_pki(tmp_path / "pki", hosts=LOCAL_NAMES, nodes=1)
     assert "CERTIFICATE_VERIFY_FAILED" in servers.node_says(stranger, 0)
     assert not servers.online()
     assert not replace(servers.control, ca=stranger.ca).healthy()
@@ -159,7 +158,7 @@ def test_the_node_with_the_registered_key_is_let_in_and_says_goodbye(servers: Se
 
 
 def test_an_expired_certificate_is_refused(tmp_path: Path) -> None:
-    pki, port, keeper = make_pki(tmp_path / "pki", hosts=LOOPBACK, nodes=1), free_port(), Keeper()
+    pki, port, keeper = make_pki(tmp_path / "pki", hosts=LOCAL_NAMES, nodes=1), free_port(), Keeper()
     expire(pki)
     command = superlink(pki, "127.0.0.1", port, tmp_path / "superlink.db")
     keeper.start(Role("superlink", command, tmp_path / "superlink.log", flower_environment(tmp_path / "home")))
@@ -176,7 +175,7 @@ def test_an_expired_certificate_is_refused(tmp_path: Path) -> None:
 def expire(pki: Pki) -> None:
     """The same names and authority, but a certificate whose time is over."""
     pki.certificate.unlink()
-    make_pki(pki.folder, hosts=LOOPBACK, nodes=1, days=-1.0)
+    make_pki(pki.folder, hosts=LOCAL_NAMES, nodes=1, days=-1.0)
 
 
 SMALL = ["data.classes=4", "stream.tasks=2", "training.rounds=2", "training.epochs=2"]

@@ -35,7 +35,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_clients_start_from_the_model_on_their_device(worker: Any) -> None:
-    for _, answer in client.do_jobs(BROADCAST, JOBS, worker):
+    for _, answer in client.do_jobs(client.Round.of(BROADCAST, worker), JOBS):
         assert answer.contribution is not None
         assert answer.contribution.tensors["weight"].device == META
 

@@ -82,7 +82,7 @@ def test_defaults_are_fedavgs(small: Any) -> None:
     """One phase of all rounds, this task's data, one update of the running statistics, nothing at a boundary."""
     method = FedAvg().build()
     (phase,) = method.phases(TASK, 7)
-    assert (phase.rounds, phase.who, phase.work, phase.fold) == (7, "sampled", "train", "mean")
+    assert (phase.rounds, phase.who, phase.work) == (7, "sampled", "train")
     assert (method.data, method.client_memory, method.norm_updates(TASK)) == ("task", None, 1)
     state = ServerState(model=state_of(small.network(3)))
     made = method.boundary(state, TASK, Key(0), small.compute(), lambda *_: None)

@@ -11,7 +11,7 @@ import torch
 from client.training import Recipe, local_sgd
 from fedcil.keys import Key
 from fedcil.messages import Payload, content_hash
-from fedcil.methods.base import Batch, Method, Prepared, Samples
+from fedcil.methods.base import Batch, Method, Prepared, Samples, prefixed
 from fedcil.methods.fedavg import FedAvg
 from fedcil.methods.fedlwf import FedLwF
 from fedcil.models.network import Network, freeze, grow_head, snapshot, state_of
@@ -94,7 +94,7 @@ def test_the_teacher_is_the_model_at_the_end_of_the_task(small: Any) -> None:
     made = method.boundary(ServerState(model=model), small.first, Key(0), small.compute(), lambda *_: None)
     payload = made.state.payload
     assert isinstance(payload, Payload)
-    assert payload.hash == content_hash(model)
+    assert payload.hash == content_hash(prefixed("teacher", model))
     teacher = method.prepare(small.compute(), small.second, payload, Key(1))
     images = small.images(6)
     torch.testing.assert_close(teacher(images), small.network(3).eval()(images), rtol=1e-4, atol=1e-5)

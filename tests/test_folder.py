@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
 def two_rounds(folder: RunFolder) -> bytes:
     """A checkpoint after the first round, a line of the second; returns metrics.jsonl as of the checkpoint."""
     folder.append({"kind": "round", "round": 0})
-    folder.checkpoint(state(1), experiment())
+    folder.checkpoint(state(1))
     saved = (folder.path / "metrics.jsonl").read_bytes()
     folder.append({"kind": "round", "round": 1})
     folder.close()
@@ -173,10 +173,10 @@ def test_a_run_folder_that_cannot_be_written_is_bad_input_and_not_locked(folder:
     metrics.rename(folder.path / "kept")
     metrics.mkdir()
     with pytest.raises(InputError, match="cannot write to this run folder"):
-        RunFolder(folder.path)
+        RunFolder(folder.path, {})
     metrics.rmdir()
     (folder.path / "kept").rename(metrics)
-    RunFolder(folder.path).close()
+    RunFolder(folder.path, {}).close()
 
 
 def test_a_full_disk_ends_the_run_with_a_message_and_frees_the_folder(tmp_path: Path) -> None:
@@ -184,19 +184,19 @@ def test_a_full_disk_ends_the_run_with_a_message_and_frees_the_folder(tmp_path: 
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    made = RunFolder(tmp_path)
+    made = RunFolder(tmp_path, {})
     with pytest.raises(RunFailed, match="No space left on device") as caught:
         made.append({"kind": "round"})
     assert caught.value.where == str(tmp_path)
     assert caught.value.next == "make room, then start the run again"  # nothing was saved that could go on
     made.close()
-    RunFolder(tmp_path).close()
+    RunFolder(tmp_path, {}).close()
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_last_one_intact(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder.checkpoint(state(1), experiment())
+    folder.checkpoint(state(1))
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_last_one_inta
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(RunFailed, match="No space left on device") as caught:
-            folder.checkpoint(state(2), experiment())
+            folder.checkpoint(state(2))
         assert "`fedcil resume RUN`" in caught.value.next
         with pytest.raises(RunFailed, match="No space left on device"):
             folder.write("summary.json", "{}")
@@ -218,18 +218,18 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_last_one_inta
 def test_a_second_writer_is_refused_at_once(folder: RunFolder) -> None:
     started = time.perf_counter()
     with pytest.raises(FolderBusy) as caught:
-        RunFolder(folder.path)
+        RunFolder(folder.path, {})
     assert time.perf_counter() - started < 1.0
     assert caught.value.where == str(folder.path)
     assert caught.value.exit_code == 3
     folder.close()
-    RunFolder(folder.path).close()
+    RunFolder(folder.path, {}).close()
 
 
 def test_a_killed_writer_leaves_no_lock(folder: RunFolder) -> None:
     two_rounds(folder)
     program = "import sys, time; from pathlib import Path; from fedcil.record.folder import RunFolder\n"
-    program += "folder = RunFolder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    program += "folder = RunFolder(Path(sys.argv[1]), {}); print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", program, str(folder.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent) as other:
         assert other.stdout is not None
@@ -255,7 +255,7 @@ def test_metrics_are_cut_back_to_the_checkpoint_and_the_tail_is_kept(folder: Run
     (tail,) = folder.path.glob("metrics.cut-*.jsonl")
     assert tail.read_bytes() == b'{"kind": "round", "round": 1}\n{"half": '
     again.append({"kind": "round", "round": "again"})
-    again.checkpoint(state(2), experiment())
+    again.checkpoint(state(2))
     assert again.checkpoints.load().metrics_length == (folder.path / "metrics.jsonl").stat().st_size
     again.close()
     assert [line["round"] for line in open_run(folder.path).lines] == [0, "again"]
@@ -263,7 +263,7 @@ def test_metrics_are_cut_back_to_the_checkpoint_and_the_tail_is_kept(folder: Run
 
 def test_metrics_that_end_with_the_checkpoint_are_left_alone(folder: RunFolder) -> None:
     folder.append({"kind": "round", "round": 0})
-    folder.checkpoint(state(1), experiment())
+    folder.checkpoint(state(1))
     folder.close()
     RunFolder.reopen(folder.path, experiment())[0].close()
     assert list(folder.path.glob("metrics.cut-*")) == []
@@ -283,14 +283,14 @@ def test_metrics_shorter_than_the_checkpoint_are_refused(folder: RunFolder) -> N
 def test_a_state_that_was_saved_is_not_saved_again(folder: RunFolder) -> None:
     """Its metrics length is that of the first time: what was written after it is repeated."""
     one = state(1)
-    folder.checkpoint(one, experiment())
+    folder.checkpoint(one)
     folder.append({"kind": "task"})
-    folder.checkpoint(one, experiment())
+    folder.checkpoint(one)
     assert folder.checkpoints.load().metrics_length == 0
     folder.close()
     again, found = RunFolder.reopen(folder.path, experiment())
     again.append({"kind": "task"})
-    again.checkpoint(found, experiment())
+    again.checkpoint(found)
     assert again.checkpoints.load().metrics_length == 0
     again.close()
 
@@ -327,7 +327,7 @@ def test_what_was_made_differently_is_refused_with_the_differences(
     changes = caught.value.what.partition("differently: ")[2].split("; ")
     assert [change.partition(" was ")[0] for change in changes] == names
     assert all(", now " in change for change in changes)
-    RunFolder(folder.path).close()  # a refused resume holds no lock
+    RunFolder(folder.path, {}).close()  # a refused resume holds no lock
 
 
 def test_other_data_of_the_same_form_are_refused(folder: RunFolder) -> None:

@@ -120,7 +120,7 @@ class Statistics(MethodSettings):
             return Contribution(tensors, 1.0)
 
         return Method(
-            phases=lambda task, rounds: (Phase(name="statistics", rounds=rounds, work="fit", fold="sum"),),
+            phases=lambda task, rounds: (Phase(name="statistics", rounds=rounds, work="fit"),),
             fit=fit,
             reduce=lambda state, phase, total: state,
         )

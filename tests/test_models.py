@@ -7,25 +7,26 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.models import resnet18 as torchvision_resnet18
 
 from fedcil.keys import Key
 from fedcil.messages import content_hash, count_bytes
 from fedcil.models import Architecture, make_architecture
+from fedcil.models.frozen import fold_norms
 from fedcil.models.generator import Generator
 from fedcil.models.network import (
     Backbone,
     Network,
     count_parameters,
     drop_counters,
-    fold_norms,
     freeze,
     grow_head,
     initialise,
@@ -361,6 +362,46 @@ def test_folded_norms_are_gone_and_change_nothing(small: Any, name: str) -> None
     assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
     torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-12)
     assert not any(p.requires_grad for p in network.parameters())
+
+
+READY, DONE = threading.Event(), threading.Event()
+
+
+class Waiting(Backbone):
+    """While torch.fx looks at it, another thread is at work."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if isinstance(images, fx.Proxy):
+            READY.set()
+            DONE.wait(20)
+        x: Tensor = self.norm(self.conv(images))
+        return x.mean((2, 3))
+
+
+def test_other_threads_train_while_a_teacher_is_traced() -> None:
+    """torch.fx changes ``nn.Module.__call__`` for the whole process meanwhile."""
+    found: list[object] = []
+
+    def train() -> None:
+        READY.wait(20)
+        try:
+            found.append(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())(torch.ones(2, 3, 8, 8)).shape)
+        except Exception as error:
+            found.append(error)
+        DONE.set()
+
+    network = Network(Waiting(), 2)
+    freeze(network)
+    thread = threading.Thread(target=train)
+    thread.start()
+    fold_norms(network, torch.rand(2, 3, 8, 8))
+    thread.join()
+    assert found == [(2, 4, 6, 6)]
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
 
 
 def test_a_backbone_that_cannot_be_traced_stays_as_it_is() -> None:

@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 import fedcil
 from fedcil.errors import MessageRefused, RunFailed, ScenarioError
 from fedcil.experiment import open_experiment
+from fedcil.fold import Fold
 from fedcil.messages import Contribution, Tensors, content_hash
 from fedcil.record.summary import finish
-from fedcil.robust import Collection, admissible, distance, empty_fold, krum_order, median, multi_krum, trimmed_mean
+from fedcil.robust import admissible, distance, krum_order, median, multi_krum, trimmed_mean
 from fedcil.rule import PLAIN, Rule
 from fedcil.scenario_file import load_scenario
 from fedcil.wire import pack, unpack
@@ -196,7 +197,7 @@ def test_order_grouping_and_absence_change_no_bit(rule: Rule) -> None:
     """Whole, or merged from parts in any order; a client that is lost is the same as one that is absent."""
     clients = drawn(9)
     present = [place for place in range(9) if place != 4]
-    whole = empty_fold(9, rule)
+    whole = Fold.empty(9, rule)
     for place in present:
         whole.add(place, Contribution(clients[place], 1.0 + place))
     expected = whole.total()
@@ -204,12 +205,12 @@ def test_order_grouping_and_absence_change_no_bit(rule: Rule) -> None:
     assert expected.weight == 1.0
     for seed in range(10):
         rng = random.Random(seed)
-        parts = [empty_fold(9, rule) for _ in range(3)]
+        parts = [Fold.empty(9, rule) for _ in range(3)]
         for place in rng.sample(present, 8):
             rng.choice(parts).add(place, Contribution(clients[place], 1.0 + place))
         parts[seed % 3].absent(4)
         rng.shuffle(parts)
-        merged = empty_fold(9, rule)
+        merged = Fold.empty(9, rule)
         for part in parts:
             merged.merge(part)
         total = merged.total()
@@ -218,10 +219,10 @@ def test_order_grouping_and_absence_change_no_bit(rule: Rule) -> None:
         assert content_hash(total.mean()) == content_hash(expected.tensors)
 
 
-def test_a_collection_keeps_copies_and_counts_each_leaf_once() -> None:
+def test_it_keeps_copies_and_counts_each_leaf_once() -> None:
     """A worker trains the next client in the same memory."""
     memory = {"x": torch.zeros(2)}
-    fold = Collection.of(3, Rule("median"))
+    fold = Fold.empty(3, Rule("median"))
     for place in range(3):
         memory["x"].fill_(float(place))
         fold.add(place, Contribution(memory, 1.0))
@@ -240,7 +241,7 @@ def test_a_collection_keeps_copies_and_counts_each_leaf_once() -> None:
 def test_with_fewer_contributions_than_it_needs_a_fold_says_nothing(rule: Rule, least: int) -> None:
     clients = drawn(5)
     for count in range(6):
-        fold = empty_fold(5, rule)
+        fold = Fold.empty(5, rule)
         for place in range(count):
             fold.add(place, Contribution(clients[place], 1.0))
         assert (fold.total() is not None) == (count >= least)

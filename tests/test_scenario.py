@@ -453,13 +453,6 @@ def test_the_reference_is_as_the_schema_is() -> None:
     assert written == reference() + "\n", "run `fedcil schema --tables > docs/scenario.md`"
 
 
-def test_an_older_run_folder_that_says_stack_is_1_is_read() -> None:
-    older = {"method": {"name": "fedavg"}, "engine": {"workers": 2, "stack": 1}}
-    assert load_scenario(older) == load_scenario({"method": {"name": "fedavg"}, "engine": {"workers": 2}})
-    with pytest.raises(ScenarioError, match="stack"):
-        load_scenario({"method": {"name": "fedavg"}, "engine": {"stack": 5}})
-
-
 @pytest.mark.parametrize(
     "tables",
     [

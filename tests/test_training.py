@@ -425,7 +425,7 @@ def test_clients_rounds_and_tasks_are_places_of_their_own(tmp_path: Path) -> Non
     experiment = experiment_of()
     worker = worker_of(experiment, tmp_path)
     keys = {
-        handle.round_key(experiment.key, broadcast_of(experiment, task=task, round=round_)).at("client", client)
+        experiment.round_key(broadcast_of(experiment, task=task, round=round_)).at("client", client)
         for task in (0, 1)
         for round_ in (0, 1)
         for client in (0, 1)

@@ -84,10 +84,10 @@ def reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Op
 
 
 def _by_other_code(run: Run) -> bool:
-    """Than the fedcil that asks; of older runs the commit is all that is known."""
-    from fedcil.sources import program, revision
+    """Than the fedcil that asks."""
+    from fedcil.sources import program
 
-    return run.program != program() if run.program else run.revision != revision()
+    return run.program != program()
 
 
 def _earlier_runs(scenario: Scenario, identity: Mapping[str, Any], output: Path) -> list[Run]:

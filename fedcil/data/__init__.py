@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from fedcil.data.dataset import Dataset, Split, digest_of
 from fedcil.data.places import default_root
-from fedcil.errors import ScenarioError
 
 if TYPE_CHECKING:
     from fedcil.scenario import DataSection
@@ -63,12 +62,6 @@ def _load(section: DataSection, root: Path, show_progress: bool) -> Dataset:
         from fedcil.data.own import load_own
 
         return load_own(section, root)
-    if section.name not in LOADERS:
-        raise ScenarioError(
-            f"unknown data set {section.name!r}",
-            where="data.name",
-            allowed=f"{', '.join(LOADERS)}, or your own as package.module:function",
-        )
     module, _, function = LOADERS[section.name].partition(":")
     loaded: Dataset = getattr(import_module(module), function)(section, root, show_progress)
     return loaded

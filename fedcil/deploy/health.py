@@ -13,7 +13,8 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
-LOOPBACK = ("127.0.0.1", "localhost")
+LOOPBACK = "127.0.0.1"
+LOCAL_NAMES = (LOOPBACK, "localhost")  # of this machine
 
 
 def healthy(url: str, ca: Path | None = None, timeout_s: float = 3.0) -> bool:
@@ -23,7 +24,7 @@ def healthy(url: str, ca: Path | None = None, timeout_s: float = 3.0) -> bool:
     context = ssl.create_default_context(cafile=str(ca)) if ca else None
     parts = urlsplit(url)
     handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context)]
-    if parts.hostname in LOOPBACK:
+    if parts.hostname in LOCAL_NAMES:
         handlers.append(urllib.request.ProxyHandler({}))
     try:
         if parts.scheme == "tcp":

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcil.deploy.control import Control, enrol
+from fedcil.deploy.health import LOCAL_NAMES, LOOPBACK
 from fedcil.deploy.node import Node
 from fedcil.deploy.pki import Pki, make_pki
 from fedcil.deploy.processes import Keeper, Role, flower_environment, free_port, server_app, superlink
 from fedcil.deploy.supervisor import Supervisor
 from fedcil.port import StopSignal
 from fedcil.record.run import Run
-
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ def deploy_local(
 ) -> Run:
     """Take the run in this folder to its end on real servers. Raises what ``Supervisor.run`` raises."""
     folder = (run / "deployment").absolute()
-    pki = make_pki(folder / "pki", hosts=(LOOPBACK, "localhost"), nodes=nodes)
+    pki = make_pki(folder / "pki", hosts=LOCAL_NAMES, nodes=nodes)
     topology, keeper = Topology(folder, nodes, free_port(), pki), Keeper()
     try:
         start_servers(topology, keeper)

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from fedcil.deploy.health import LOCAL_NAMES, LOOPBACK
 from fedcil.deploy.pki import Pki
 
 GRACE_S = 15.0  # between being asked to end and being ended
 LONGEST_PAUSE_S = 15.0  # between two starts of a process that ends again and again
 SETTLED_S = 30.0  # a process that ran so long starts again at once
 PR_SET_PDEATHSIG = 1
-LOOPBACK = "127.0.0.1,localhost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def flower_environment(home: Path) -> dict[str, str]:
     """
     scripts = str(Path(sys.executable).parent)  # they start each other by name
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    direct = f"{direct},{LOOPBACK}" if direct else LOOPBACK
+    direct = ",".join([direct, *LOCAL_NAMES] if direct else LOCAL_NAMES)
     return {
         "OMP_NUM_THREADS": "1",
         **os.environ,
@@ -77,7 +77,7 @@ def supernode(pki: Pki, slot: int, address: str, port: int, secret: Path, config
         program("flower-supernode"),
         *("--superlink", address, "--root-certificates", str(pki.ca)),
         *("--auth-supernode-private-key", str(pki.node_key(slot)), "--node-config", config),
-        *("--host", "127.0.0.1", "--port", str(port), "--isolation", "process"),
+        *("--host", LOOPBACK, "--port", str(port), "--isolation", "process"),
         *("--superexec-auth-secret-file", str(secret)),
     )
 
@@ -86,7 +86,7 @@ def client_app(port: int, secret: Path) -> tuple[str, ...]:
     """On loopback, between two processes of one node: no TLS, but a secret of their own."""
     return (
         program("flower-superexec"),
-        *("--runtime-api-address", f"127.0.0.1:{port}", "--insecure"),
+        *("--runtime-api-address", f"{LOOPBACK}:{port}", "--insecure"),
         *("--superexec-auth-secret-file", str(secret)),
     )
 
@@ -97,7 +97,7 @@ def program(name: str) -> str:
 
 def free_port() -> int:
     with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
+        one.bind((LOOPBACK, 0))
         port: int = one.getsockname()[1]
         return port
 

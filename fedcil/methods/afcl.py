@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
@@ -48,7 +49,7 @@ class AFCL(MethodSettings):
         )
 
     def _phases(self, task: Task, rounds: int) -> tuple[Phase, ...]:
-        statistics = Phase(name="statistics", rounds=1, who="all", work="fit", fold="sum")
+        statistics = Phase(name="statistics", rounds=1, who="all", work="fit")
         if self.backbone == "task1" and task.old == 0:
             return (Phase(name="train", rounds=rounds), statistics)
         return (statistics,)
@@ -73,7 +74,7 @@ class AFCL(MethodSettings):
         return Contribution({"gram": upper(gram), "cross": cross}, weight=1.0)
 
     def _reduce(self, state: ServerState, phase: Phase, total: Total | None) -> ServerState:
-        if phase.fold != "sum" or total is None:
+        if phase.sends_model or total is None:
             return replace_model(state, phase, total)
         gram, cross = total.tensors["gram"], total.tensors["cross"]
         if state.memory:
@@ -81,7 +82,7 @@ class AFCL(MethodSettings):
             past = state.memory["cross"]  # a class not seen before had label 0 in all past samples
             cross = F.pad(past, (0, cross.shape[1] - past.shape[1])) + cross
         memory = {"gram": gram, "cross": cross, "weight": self._solve(gram, cross)}
-        return ServerState(model=state.model, memory=memory, payload=state.payload)
+        return replace(state, memory=memory)
 
     def _solve(self, gram: Tensor, cross: Tensor) -> Tensor:
         """W (d + 1, classes) by Cholesky; a matrix that is not definite gets a little more on its diagonal."""

@@ -6,7 +6,7 @@ What a function gets is all it may use; what it needs later it returns. Nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor
@@ -32,22 +32,16 @@ class Phase:
     """Rounds of one kind inside a task.
 
     ``work``: local SGD (``train``), the method's own ``fit``, or ``remember`` (client state only, nothing is
-    sent). ``fold``: what ``reduce`` takes of the total, its ``mean()`` or its ``tensors`` (each times its weight,
-    summed). Raises ValueError for other words.
+    sent). Raises ValueError for other words.
     """
 
     name: str
     rounds: int
     who: Literal["sampled", "all"] = "sampled"
     work: Literal["train", "fit", "remember"] = "train"
-    fold: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
-        for name, words in (
-            ("who", ("sampled", "all")),
-            ("work", ("train", "fit", "remember")),
-            ("fold", ("mean", "sum")),
-        ):
+        for name, words in (("who", ("sampled", "all")), ("work", ("train", "fit", "remember"))):
             if getattr(self, name) not in words:
                 raise ValueError(f"Phase({name}={getattr(self, name)!r}); allowed: {', '.join(words)}")
         if self.rounds < 1:
@@ -56,7 +50,7 @@ class Phase:
     @property
     def sends_model(self) -> bool:
         """Whether limits and robust folds (fedcil/rule.py) are for this phase."""
-        return self.work == "train" and self.fold == "mean"
+        return self.work == "train"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +131,7 @@ def cross_entropy_seen(model: Network, prepared: Prepared, batch: Batch, draws: 
 
 def replace_model(state: ServerState, phase: Phase, total: Total | None) -> ServerState:
     """The mean becomes the model; without contributions nothing changes."""
-    if total is None or phase.fold != "mean":
-        return state
-    return ServerState(model=total.mean(), memory=state.memory, payload=state.payload)
+    return state if total is None else replace(state, model=total.mean())
 
 
 def no_boundary(state: ServerState, task: Task, key: Key, compute: Compute, progress: Progress) -> Boundary:
@@ -176,7 +168,8 @@ class Method:
             uint8 images into normalised ones.
         norm_updates: how often a step updates batch norm's running statistics with its batch.
         client_memory: what clients keep, if anything.
-        reduce: folds a round's total into the state.
+        reduce: puts a round's total into the state: its ``mean()``, or its ``tensors``, each times its client's weight
+            and summed.
         boundary: the end of a task that is not the last; sees model and memory, never data.
         predict: scores for evaluation.
     """

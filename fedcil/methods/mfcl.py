@@ -16,7 +16,7 @@ with one student pass and one teacher pass over X.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -237,7 +237,7 @@ class MFCL(MethodSettings):
         histogram = coverage(generator, classifier, key.at("coverage"))
         tensors = prefixed("teacher", state.model) | prefixed("generator", snapshot(generator))
         return Boundary(
-            ServerState(model=state.model, memory=state.memory, payload=Payload.of(tensors)),
+            replace(state, payload=Payload.of(tensors)),
             log={"generator": terms, "histogram": histogram},  # by label, in the order of the stream
             warnings=vanished_classes(histogram),
         )

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from fedcil.messages import Tensors
 
-ROUNDING = 1e-3  # of the largest feature: what folded norms may change (seen: 1e-6)
 Module = TypeVar("Module", bound=nn.Module)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 NORM_MOMENTUM = 0.1  # PyTorch's default: the share of the batch in one update of the running statistics
@@ -155,58 +153,6 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 def freeze(module: nn.Module) -> None:
     """Eval mode, and no gradient is ever computed for the module's own parameters."""
     module.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def fold_norms(network: Network, images: Tensor) -> None:
-    """Fold batch norms of a frozen network into the convolutions before them; equal up to rounding.
-
-    A person's own backbone stays as it is if torch.fx cannot trace it (say, with a branch on its input) or copy it, or
-    if what comes out gives other features for these ``images``: fx folds a convolution that is used twice as if each
-    use were all of it.
-    """
-    backbone = network.backbone
-    plain = backbone(images)
-    try:
-        folded: Any = fuse(backbone)
-        found = folded(images)
-    except Exception:  # of a person's own code, or of fx about it
-        return
-    if _near(found, plain):
-        folded.width = backbone.width
-        network.backbone = folded
-
-
-def _near(found: Tensor, plain: Tensor) -> bool:
-    """Features that are all 0 say nothing."""
-    scale = plain.abs().max()
-    return bool(scale > 0 and (found - plain).abs().max() <= ROUNDING * scale)
-
-
-@torch.no_grad()
-def change_alike(network: Network, change: Callable[[nn.Module], None], images: Tensor) -> None:
-    """``change`` the type of a frozen backbone's weights if its features for these ``images`` stay what they are."""
-    plain = network.features(images)
-    weights = {parameter: parameter.data for parameter in network.backbone.parameters()}
-    change(network.backbone)
-    try:
-        alike = _near(network.features(images), plain)
-    except RuntimeError:  # a layer that has switched autocast off
-        alike = False
-    if not alike:
-        for parameter, data in weights.items():
-            parameter.data = data
-
-
-def narrow(module: nn.Module, dtype: torch.dtype) -> None:
-    """Weights of a frozen module's convolutions and linear layers in the type that autocast would bring them to anew at
-    every call: the same bits for less.
-    """
-    for part in module.modules():
-        own = {name for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))}
-        # Who inherits from them, or has more tensors than they have, may compute with its weights otherwise.
-        if type(part) in (nn.Conv2d, nn.Linear) and own <= {"weight", "bias"}:
-            part.to(dtype)
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:

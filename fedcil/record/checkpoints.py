@@ -105,8 +105,8 @@ class CheckpointFolder:
             client_state_bytes={int(client): size for client, size in plain["client_state_bytes"].items()},
             holders=frozenset(plain["holders"]),
             short_rounds=plain["short_rounds"],
-            nodes={node: tuple(clients) for node, clients in plain.get("nodes", {}).items()},
-            pending=tuple(self._read_pending(late) for late in plain.get("pending", ())),
+            nodes={node: tuple(clients) for node, clients in plain["nodes"].items()},
+            pending=tuple(self._read_pending(late) for late in plain["pending"]),
         )
         return Checkpoint(state, plain["metrics_length"], plain["identity"])
 
@@ -137,7 +137,7 @@ class CheckpointFolder:
             self._state_path(number).unlink()
         kept = [json.loads(self._state_path(number).read_text()) for number in numbers[-KEPT:]]
         named = {name for plain in kept for name in plain["tensors"].values() if name}
-        named |= {late["tensors"] for plain in kept for late in plain.get("pending", ())}
+        named |= {late["tensors"] for plain in kept for late in plain["pending"]}
         self.client_states = frozenset(name for plain in kept for name in plain["client_states"].values())
         self._intact &= named
         for path in self.folder.iterdir():

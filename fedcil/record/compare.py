@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from fedcil.errors import InputError
 from fedcil.record.run import Run
-from fedcil.scenario import flatten
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +23,6 @@ METRICS = (
     "short_rounds",
     "client_failures",
 )
-COSTS_NOTHING = ("seed", "engine", "data.root", "server.checkpoint_every")  # not what a scenario compares
 HEADINGS = (
     "average\nincr. acc.\n%",
     "final\naccuracy\n%",
@@ -145,9 +143,8 @@ def _settings(run: Run) -> dict[str, Any]:
     """The scenario as dotted keys, without what leaves a result as it is and without the seed; and a person's own
     modules, as digests.
     """
-    flat = flatten(run.scenario.to_dict())
     own = {f"{module}.py": digest[:8] for module, digest in run.own_code.items()}
-    return {key: value for key, value in flat.items() if not key.startswith(COSTS_NOTHING)} | own
+    return {key: value for key, value in run.scenario.deciding().items() if key != "seed"} | own
 
 
 def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -37,8 +37,9 @@ MOST_COUNTS = 1 << 24  # of samples by task, client and label: 64 MB; more soon 
 class RunFolder:
     """Writes a run folder; holds its lock from opening to ``close``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
+        self._identity = identity
         self._lock = FileLock(path / ".lock")
         try:
             self._lock.acquire(timeout=0)
@@ -66,7 +67,7 @@ class RunFolder:
     @classmethod
     def begin(cls, path: Path, experiment: Experiment) -> Self:
         """A folder that is there and has no run in it yet."""
-        folder = cls(path)
+        folder = cls(path, identity(experiment))
         try:
             folder.write("scenario.toml", to_toml(experiment.scenario))
             folder.write("environment.json", json.dumps(_environment(experiment), indent=1))
@@ -82,10 +83,10 @@ class RunFolder:
     @classmethod
     def reopen(cls, path: Path, experiment: Experiment) -> tuple[Self, RunState]:
         """An existing folder and the state to continue from; metrics are cut back to that state."""
-        folder = cls(path)
+        folder = cls(path, identity(experiment))
         try:
             checkpoint = folder.checkpoints.load()
-            refuse_changes(checkpoint.identity, identity(experiment), path)
+            refuse_changes(checkpoint.identity, folder._identity, path)
             with on_disk(path):
                 folder._cut_metrics(checkpoint.metrics_length)
         except BaseException:
@@ -109,12 +110,12 @@ class RunFolder:
             self._metrics.flush()
             os.fsync(self._metrics.fileno())
 
-    def checkpoint(self, state: RunState, experiment: Experiment) -> None:
+    def checkpoint(self, state: RunState) -> None:
         """Save the state unless it is the one saved last."""
         if state is self._saved:
             return
         with on_disk(self.path):
-            self.checkpoints.save(Checkpoint(state, self._metrics.tell(), identity(experiment)))
+            self.checkpoints.save(Checkpoint(state, self._metrics.tell(), self._identity))
             self._forget_client_states()
         self._saved = state
 

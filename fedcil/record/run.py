@@ -72,7 +72,7 @@ class Run:
 
     @property
     def program(self) -> str | None:
-        """Digest of the files of the fedcil that it was begun with; older runs have none."""
+        """Digest of the files of the fedcil that it was begun with."""
         found: str | None = self.environment.get("program")
         return found
 

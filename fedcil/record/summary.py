@@ -70,7 +70,7 @@ def _costs(run: Run) -> dict[str, float]:
     rounds = run.kind("round")
     return {
         "seconds": sum(line["cost"]["seconds"] for line in run.lines),
-        "cpu_seconds": sum(line["cost"].get("cpu_seconds", 0.0) for line in run.lines),
+        "cpu_seconds": sum(line["cost"]["cpu_seconds"] for line in run.lines),
         "bytes_up": sum(sum(line["bytes"]["up"].values()) for line in rounds),
         "bytes_down": sum(sum(line["bytes"]["down"].values()) for line in rounds),
         "client_state_bytes": max((line["client_state_bytes"] for line in rounds), default=0),

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from client.handle import round_key
 from fedcil.compute import Precision
 from fedcil.data import Dataset, Split, digest_of
 from fedcil.engines import Setting
@@ -29,6 +28,7 @@ from fedcil.experiment import Experiment, open_experiment
 from fedcil.messages import Broadcast, Job, Request, Tensors
 from fedcil.port import StopSignal
 from fedcil.scenario_file import load_scenario
+from fedcil.state import Cursor
 from scenarios.benchmarks.nets import CLASSES, build
 from scenarios.benchmarks.peers.session import Session
 from scenarios.benchmarks.plain import BATCH, MEAN, RATE, STD, PlainLoop
@@ -116,10 +116,9 @@ def our_loop(net: str, **options: Any) -> Iterator[OurLoop]:
 def write_data(path: Path, clients: int = CLIENTS) -> Path:
     """The clients' images, each client's in the order in which fedcil's first round trains on them."""
     opened = experiment(SMALL_NET, clients=clients)
-    broadcast = Broadcast(task=0, phase=0, round=0, tensors={})
     rows = []
     for client in range(clients):
-        place = round_key(opened.key, broadcast).at("client", client, "epoch", 0, "order")
+        place = opened.round_key(Cursor()).at("client", client, "epoch", 0, "order")
         rows.append(opened.indices(client, opened.stream.tasks[0])[torch.randperm(SAMPLES, generator=place.torch())])
     train = opened.data.train
     np.savez(path, images=train.images[np.stack(rows)], labels=train.labels[np.stack(rows)])
