@@ -38,7 +38,7 @@ def run(
     Raises ScenarioError, DataMissing, TooFewClients, or Stopped if ``stop`` is set; after the first round a
     checkpoint is always there.
     """
-    source = str(scenario) if isinstance(scenario, str | Path) else "scenario"
+    source = "" if isinstance(scenario, Scenario) else str(scenario) if isinstance(scenario, str | Path) else "scenario"
     if isinstance(scenario, Scenario):
         scenario = scenario.to_dict()
     scenario = load_scenario(scenario, overrides)
@@ -46,7 +46,7 @@ def run(
     with located(source):
         load_engine(scenario.engine.name)
         experiment = open_experiment(scenario, root, show_progress=watcher is not None)
-    folder, state = RunFolder.create(Path(output), experiment), experiment.first_state()
+        folder, state = RunFolder.create(Path(output), experiment), experiment.first_state()
     folder.checkpoint(state)  # from here on a run can be resumed, whatever the engine does
     return _carry_on(experiment, folder, state, root, figures, watcher, stop)
 

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcil.errors import ScenarioError
+
 if TYPE_CHECKING:
     from fedcil.keys import Key
     from fedcil.scenario import ClockSection
 
 Floats = NDArray[np.float64]
+FASTEST = 1e100  # samples or bytes a second, and its inverse the slowest: what can be added up
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +40,25 @@ class Devices:
 
 
 def make_devices(section: ClockSection, clients: int, key: Key) -> Devices | None:
-    """Draw each client's device from ``key.at("clock", ...)``; more clients change nobody's. None where it is off."""
-    key = key.at("clock")
+    """Draw each client's device from ``key.at("clock", ...)``; more clients change nobody's. None where it is off.
+    ScenarioError for times that are no numbers any more.
+    """
     if section.name == "off":
         return None
+    with np.errstate(over="ignore", under="ignore"):
+        devices = _drawn(section, clients, key.at("clock"))
+    rates = np.concatenate([devices.speed, devices.down, devices.up])
+    if not (rates.min() >= 1 / FASTEST and rates.max() <= FASTEST):
+        raise ScenarioError(
+            f"the clock gives clients {rates.min():g} to {rates.max():g} samples or bytes a second",
+            where="clock",
+            allowed=f"{1 / FASTEST:g} to {FASTEST:g}",
+            next="change the medians or the tiers, or lower speed_sigma and network_sigma",
+        )
+    return devices
+
+
+def _drawn(section: ClockSection, clients: int, key: Key) -> Devices:
     if section.name == "tiers":
         shares, *columns = np.array(section.tiers, dtype=np.float64).T
         tier = np.searchsorted(np.cumsum(shares) / shares.sum(), key.at("tier").numpy().random(clients), side="right")

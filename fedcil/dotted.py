@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from fedcil.errors import ScenarioError
+from fedcil.errors import ScenarioError, described
 from fedcil.sources import sources_of
 
 
@@ -16,6 +16,12 @@ def load_dotted(target: str, where: str) -> Any:
         found = import_module(module)
     except (ImportError, TypeError, ValueError) as error:
         raise _missing(f"{target!r}: module {module!r} cannot be imported ({error})", where) from None
+    except (Exception, SystemExit) as error:
+        raise ScenarioError(
+            f"{target!r}: module {module!r} raised {described(error)} as it was imported",
+            where=where,
+            next="mend it; docs/extending.md has the contract",
+        ) from error
     if not name or not hasattr(found, name):
         raise _missing(f"{target!r}: module {module!r} has no {name!r}", where)
     sources_of([target])  # as they are now, which a later run in this process may find changed

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedcil.availability import Availability, make_availability
+from fedcil.clock import Devices, make_devices
 from fedcil.compute import (
     Compute,
     Execution,
@@ -73,6 +75,14 @@ class Experiment:
     def round_key(self, place: Cursor | Broadcast) -> Key:
         """The place of a round's draws; ``at("client", c)`` is that of one client's work."""
         return self.key.at("task", place.task, "phase", place.phase, "round", place.round)
+
+    def attendance(self) -> tuple[Availability, Devices | None]:
+        """Who can be reached when, and how fast clients are: what a server alone has to know. Raises InputError for a
+        file that is missing or broken, and ScenarioError for a clock that cannot be computed with.
+        """
+        scenario, clients = self.scenario, self.scenario.clients.count
+        there = make_availability(scenario.availability, clients, self.key, self.timeline)
+        return there, make_devices(scenario.clock, clients, self.key)
 
     def phases(self, task: Task) -> tuple[Phase, ...]:
         """Of a task, in their order."""

@@ -156,6 +156,13 @@ def _refuse_too_few_samples(samples: int, clients: int, section: PartitionSectio
             allowed="at least one sample of each task",
             next="check data.classes, data.samples_per_class and stream.class_order",
         )
+    if clients == 0:
+        raise ScenarioError(
+            "nobody gets samples of this task",
+            where="population",
+            allowed="newcomers, or old members that move on, at each task border",
+            next="raise population.newcomers, population.size or population.move_on",
+        )
     if samples < clients and not section.allow_empty:
         raise ScenarioError(
             f"{clients} clients cannot share {samples} samples",
@@ -305,6 +312,13 @@ def _iid(labels: Ints, clients: int, _section: PartitionSection, rng: Rng) -> li
 
 def _shards(labels: Ints, clients: int, section: PartitionSection, rng: Rng) -> list[Ints]:
     """Samples sorted by label and cut into shards, as many for each client (arXiv 1602.05629)."""
+    if section.shards_per_client > len(labels):
+        raise ScenarioError(
+            f"{len(labels)} samples cannot be cut into {section.shards_per_client} shards for each client",
+            where="partition.shards_per_client",
+            allowed=f"1 to {len(labels)}",
+            next="lower partition.shards_per_client",
+        )
     owner_of_shard = rng.permutation(np.repeat(np.arange(clients), section.shards_per_client))
     owners = np.repeat(owner_of_shard, _even_sizes(len(labels), len(owner_of_shard)))
     return _by_owner(_sorted_by_label(labels, rng), owners, clients)
@@ -344,6 +358,13 @@ def _quantity(labels: Ints, clients: int, section: PartitionSection, rng: Rng) -
     """IID samples, unequal sizes: min_size for each client, the rest in proportion to log-normal draws."""
     least = _least(len(labels), clients, section)
     weights = np.cumsum(rng.lognormal(0.0, section.sigma, size=clients))
+    if not np.isfinite(weights[-1]):
+        raise ScenarioError(
+            f"client sizes by a deviation of {section.sigma:g} are no numbers any more",
+            where="partition.sigma",
+            allowed="about 100 at most",
+            next="lower partition.sigma",
+        )
     ends = np.round(weights / weights[-1] * (len(labels) - least * clients)).astype(np.int64)
     return _cut(rng.permutation(len(labels)), least + np.diff(ends, prepend=0))
 

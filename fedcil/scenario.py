@@ -87,7 +87,7 @@ class DataSection(Section):
     samples_per_class: Positive | None = Field(
         None, description="use n training images of each class, drawn by the seed"
     )
-    image_size: Annotated[int, Field(ge=4)] | None = Field(
+    image_size: Annotated[int, Field(ge=4, le=4096)] | None = Field(
         None, description="height = width in pixels; default: the set's own"
     )
     augment: Literal["none", "flip", "crop_flip", "rotate_flip"] = Field("none", description="of the real images")
@@ -98,7 +98,9 @@ class DataSection(Section):
     version: Literal["s", "m", "l"] = Field("s", description="super_imagenet: which grouping")
     mapping: str | None = Field(None, description="super_imagenet: YAML or JSON file of super-classes")
     separation: Above0 = Field(2.0, description="synthetic: distance of class centres in noise deviations")
-    test_per_class: Positive = Field(20, description="synthetic: test images of each class")
+    test_per_class: Annotated[int, Field(ge=1, le=10**7)] = Field(
+        20, description="synthetic: test images of each class"
+    )
 
 
 class StreamSection(Section):
@@ -191,7 +193,7 @@ class AvailabilitySection(Section):
     rounds_off: AtLeast1 = Field(10.0, description="markov: rounds it is away in the mean")
     share: Share = Field(0.5, description="diurnal: share that is there in the mean over a period")
     amplitude: Share = Field(0.4, description="diurnal: how far the share goes up and down")
-    period: Above0 = Field(24.0, description="diurnal: rounds of a day")
+    period: Annotated[float, Field(ge=1e-3)] = Field(24.0, description="diurnal: rounds of a day")
     spread: Share = Field(1.0, description="diurnal: part of a period that the clients' phases are spread over")
     file: str | None = Field(
         None, description="recorded, trace: a metrics.jsonl to replay, or a CSV file with client,from,to"
@@ -458,8 +460,10 @@ class Scenario(Section):
         return plain
 
     def deciding(self) -> dict[str, Any]:
-        """What decides the result, by key (``training.lr``): all but engine, data root and how often state is saved."""
-        idle = ("engine.", "data.root", "server.checkpoint_every")
+        """What decides the result, by key (``training.lr``): all but engine, how often state is saved, and where files
+        lie; what is in them is known by digests.
+        """
+        idle = ("engine.", "data.root", "availability.file", "server.checkpoint_every")
         return {key: value for key, value in flatten(self.to_dict()).items() if not key.startswith(idle)}
 
     def own_code(self) -> dict[str, str]:

@@ -40,7 +40,7 @@ def load_scenario(source: str | Path | Mapping[str, Any], overrides: Sequence[st
         return parse_scenario(dict(source), overrides, where="scenario")
     path = find_scenario(source)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of 5000 digits, 1000 brackets
         raise ScenarioError(f"not a TOML file: {error}", where=str(path), next="mend the line that is named") from None
     except OSError as error:

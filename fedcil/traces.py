@@ -35,7 +35,7 @@ def recorded(path: Path, clients: int, places: Iterable[Place]) -> Callable[[int
 def _read_rounds(path: Path, clients: int) -> dict[Place, Clients]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise _broken(path, f"cannot be read: {error}") from None
     rounds: dict[Place, Clients] = {}
     for number, line in enumerate(lines, start=1):
@@ -53,7 +53,7 @@ def _read_line(line: str, where: str, clients: int) -> tuple[Place | None, Clien
     """Place and clients of a round's line; None for lines of another kind."""
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, a number of 5000 digits, 100000 brackets
         raise _broken(where, f"not JSON: {error}") from None
     if not isinstance(entry, dict):
         raise _broken(where, "not a JSON object")
@@ -99,8 +99,8 @@ def trace(path: Path, clients: int) -> Callable[[int], Clients]:
 def _read_trace(path: Path, clients: int) -> NDArray[np.int64]:
     """Rows (client, from, to), (lines, 3)."""
     try:
-        lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+    except (OSError, ValueError, csv.Error) as error:
         raise _no_trace(path, f"cannot be read: {error}") from None
     if not lines or [cell.strip() for cell in lines[0]] != HEADER:
         raise _no_trace(f"{path}:1", f"the first line is not {','.join(HEADER)}")

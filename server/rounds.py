@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fedcil.availability import Availability, make_availability
-from fedcil.clock import Devices, asked_clients, make_devices
+from fedcil.availability import Availability
+from fedcil.clock import Devices, asked_clients
 from fedcil.errors import RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment
 from fedcil.messages import BORDER, UNEXPECTED, Outcome, Payload, Request, Tensors, count_bytes
@@ -100,7 +100,7 @@ def open_session(
     stop: StopSignal | None = None,
 ) -> Session:
     """A session over an engine's port, with the test images and the availability model loaded."""
-    scenario = experiment.scenario
+    availability, devices = experiment.attendance()
     return Session(
         experiment=experiment,
         port=port,
@@ -108,10 +108,8 @@ def open_session(
         watcher=watcher or Nobody(),
         stop=stop or StopSignal(),
         evaluator=Evaluator(experiment),
-        availability=make_availability(
-            scenario.availability, scenario.clients.count, experiment.key, experiment.timeline
-        ),
-        devices=make_devices(scenario.clock, scenario.clients.count, experiment.key),
+        availability=availability,
+        devices=devices,
     )
 
 

@@ -78,7 +78,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.timeline": ((), ()),
     "fedcil.population": ((*BOTTOM, "fedcil.timeline"), ("numpy",)),
     "fedcil.traces": (("fedcil.errors",), ("numpy",)),
-    "fedcil.clock": (("fedcil.keys",), ("numpy",)),
+    "fedcil.clock": (("fedcil.errors", "fedcil.keys"), ("numpy",)),
     "fedcil.availability": ((*BOTTOM, "fedcil.timeline", "fedcil.traces"), ("numpy",)),
     "fedcil.scenario": ((*BOTTOM, "fedcil.methods"), ("pydantic",)),
     "fedcil.allowed": (("fedcil.scenario",), ()),
@@ -99,7 +99,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*VALUES, "fedcil.capture", "fedcil.compute", "fedcil.gradients", "fedcil.models", "fedcil.methods"),
         ("torch", "pydantic"),
     ),
-    "fedcil.experiment": (EXPERIMENT, ("numpy", "torch")),
+    "fedcil.experiment": ((*EXPERIMENT, "fedcil.availability", "fedcil.clock"), ("numpy", "torch")),
     "fedcil.record": (
         (*EXPERIMENT, "fedcil.metrics", "fedcil.record"),
         ("torch", "numpy", "safetensors", "filelock", "matplotlib", "PIL", "jinja2", "rich"),

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fedcil
 from fedcil.availability import Availability, make_availability
-from fedcil.errors import InputError
+from fedcil.errors import InputError, NotResumable
 from fedcil.keys import Key
+from fedcil.record.compare import compare
 from fedcil.scenario import AvailabilitySection
 from fedcil.timeline import Timeline
 
@@ -241,6 +243,7 @@ NO_TRACE = {
     "client,from,to\n1,-3,2\n": ("t.csv:2", "from -3 to 2 is no span"),
     f"client,from,to\n1,0,{10**30}\n": ("t.csv:2", "is no span"),
 }
+TINY = str(Path(__file__).with_name("tiny.toml"))
 
 
 @pytest.mark.parametrize("text", NO_TRACE)
@@ -256,3 +259,46 @@ def test_a_trace_that_is_not_there(tmp_path: Path) -> None:
     section = AvailabilitySection(name="trace", file=str(tmp_path / "none.csv"))
     with pytest.raises(InputError, match="cannot be read"):
         make_availability(section, 5, Key(0), RUN)
+
+
+@pytest.mark.parametrize("name", ["trace", "recorded"])
+def test_a_name_that_no_file_can_have(name: str) -> None:
+    section = AvailabilitySection.model_validate({"name": name, "file": "a\0b"})
+    with pytest.raises(InputError, match="cannot be read"):
+        make_availability(section, 5, Key(0), RUN)
+
+
+@pytest.mark.parametrize("line", ["1" * 5000, "[" * 100_000])
+def test_a_record_that_is_hard_to_read(record: Record, line: str) -> None:
+    with pytest.raises(InputError, match="not JSON"):
+        record(line)
+
+
+def test_a_trace_from_a_spreadsheet(tmp_path: Path) -> None:
+    assert replay_trace(tmp_path / "t.csv", "\ufeffclient,from,to\n0,0,1\n")(0, 0, 0) == {0}
+
+
+def follow(file: Path) -> list[str]:
+    return [f"availability={{name='trace', file='{file}'}}"]
+
+
+def test_what_is_in_a_trace_is_part_of_the_run_and_where_it_lies_is_not(
+    tmp_path: Path, stopped_run: Callable[..., Path]
+) -> None:
+    trace, moved = tmp_path / "t.csv", tmp_path / "moved.csv"
+    trace.write_text("client,from,to\n0,0,9\n1,0,9\n")
+    whole = fedcil.run(TINY, overrides=follow(trace), output=tmp_path / "whole", figures=False)
+    folder = stopped_run(TINY, 2, tmp_path / "stopped", follow(trace))
+    trace.rename(moved)
+    trace.write_text("client,from,to\n2,0,9\n3,0,9\n")
+    with pytest.raises(NotResumable, match=r"made differently: availability was \w+, now"):
+        fedcil.resume(folder, figures=False)
+    assert fedcil.resume(folder, overrides=follow(moved), figures=False).results == whole.results
+    other = fedcil.run(TINY, overrides=follow(trace), output=tmp_path / "other", figures=False)
+    assert len(compare([whole, other])) == 2
+
+
+def test_a_broken_trace_leaves_no_run_behind(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        fedcil.run(TINY, overrides=follow(tmp_path / "none.csv"), output=tmp_path / "runs", figures=False)
+    assert not (tmp_path / "runs").exists()

@@ -42,6 +42,9 @@ PRINTED = {
 }
 
 
+TINY = Path(__file__).with_name("tiny.toml")
+
+
 def call(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fedcil", *arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
@@ -353,3 +356,32 @@ def wait_for_metrics(output: Path, process: subprocess.Popen[str] | subprocess.P
                 return path.parent
         time.sleep(0.1)
     raise AssertionError("no round in a minute")
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e300", "-1"])
+def test_a_limit_that_is_no_number_of_seconds_is_refused(seconds: str, tmp_path: Path) -> None:
+    assert "--max-seconds" in call("run", "digits_fedavg", f"--max-seconds={seconds}", cwd=tmp_path, expect=2).stderr
+
+
+def test_a_run_says_what_a_plan_says_and_no_other_runs_before(tmp_path: Path) -> None:
+    (tmp_path / "good.toml").write_text(TINY.read_text())
+    (tmp_path / "bad.toml").write_text(TINY.read_text() + "[availability]\nname = 'trace'\nfile = 'none.csv'\n")
+    planned = call("plan", "bad.toml", cwd=tmp_path, expect=2).stderr
+    assert call("run", "good.toml", "bad.toml", cwd=tmp_path, expect=2).stderr == planned
+    assert not (tmp_path / "runs").exists()
+    many = ("tiny.toml", "--set=clients.count=4000")
+    (tmp_path / "tiny.toml").write_text(TINY.read_text())
+    refused = [call(command, *many, cwd=tmp_path, expect=2).stderr for command in ("plan", "run")]
+    assert refused[0] == refused[1]
+
+
+def test_a_plan_says_who_cannot_fill_a_batch_and_plans_no_more_images_than_there_are(tmp_path: Path) -> None:
+    words = ("plan", str(TINY), "--json", "--set=training.batches=drop_last", "--set=training.batch_size=1000000")
+    plan = json.loads(call(*words, cwd=tmp_path).stdout)
+    assert "4 of 4 clients have fewer samples of a task than training.batch_size = 1000000" in plan["notes"][0]
+    assert plan["predicted_memory_mb"] < 1000
+
+
+def test_a_scenario_that_an_editor_has_marked_as_unicode(tmp_path: Path) -> None:
+    (tmp_path / "marked.toml").write_text(TINY.read_text(), encoding="utf-8-sig")
+    call("plan", "marked.toml", cwd=tmp_path)

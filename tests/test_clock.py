@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcil.clock import Devices, close_round, make_devices
+from fedcil.errors import ScenarioError
 from fedcil.keys import Key
 from fedcil.scenario import ClockSection
 
@@ -40,6 +41,16 @@ def test_lognormal_has_the_median_and_the_spread_it_was_told() -> None:
         assert np.log(values).std() == pytest.approx(sigma, rel=0.03)
     assert np.allclose(made.down / made.up, 4.0)
     assert abs(np.corrcoef(np.log(made.speed), np.log(made.down))[0, 1]) < 0.04
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"speed_sigma": 1000.0}, {"network_sigma": 1e12}, {"samples_per_s": 1e-307}, {"down_bytes_per_s": 1e-320}],
+)
+def test_times_that_are_no_numbers_are_refused(odd: dict[str, float]) -> None:
+    with pytest.raises(ScenarioError, match="the clock gives clients") as caught:
+        devices(**LOGNORMAL | odd)
+    assert caught.value.where == "clock"
 
 
 def test_without_spread_all_are_the_median() -> None:

@@ -285,3 +285,26 @@ def test_a_process_that_has_imported_own_code_records_that_and_says_so(mine: Any
     assert second.own_code == first.own_code
     importlib.reload(sys.modules["mine"])
     assert fedcil.run(SCENARIO, output=tmp_path / "runs", figures=False).own_code != first.own_code
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"), [("method.name", "mine:Mine"), ("data.name", "mine:data"), ("model.name", "mine:net")]
+)
+@pytest.mark.parametrize(("line", "says"), [("1 / 0", "ZeroDivisionError"), ("exit(3)", "SystemExit: 3")])
+def test_a_module_that_raises_as_it_is_imported_is_said(
+    key: str, allowed: str, line: str, says: str, mine: Any, tmp_path: Path
+) -> None:
+    folder = mine(GOOD)
+    (folder / "mine.py").write_text(line)
+    with pytest.raises(ScenarioError, match=f"module 'mine' raised {says}") as caught:
+        fedcil.run(SCENARIO | {"method": {"name": "fedavg"}}, overrides=[f"{key}='{allowed}'"], output=tmp_path)
+    assert key in caught.value.where
+
+
+@pytest.mark.parametrize(("line", "says"), [("1 / 0", "ZeroDivisionError"), ("raise SystemExit(3)", "SystemExit: 3")])
+def test_a_data_function_that_raises_is_said_with_its_line(line: str, says: str, mine: Any, tmp_path: Path) -> None:
+    folder = mine(GOOD)
+    (folder / "mine.py").write_text(f"def data(section, root):\n    {line}\n")
+    with pytest.raises(ScenarioError, match=rf"mine:data raised {says}.*\(mine.py:2\)") as caught:
+        fedcil.run(SCENARIO | {"method": {"name": "fedavg"}, "data": {"name": "mine:data"}}, output=tmp_path)
+    assert "data.name" in caught.value.where

@@ -221,6 +221,12 @@ def test_late_clients_take_what_is_left() -> None:
     assert largest[-1] > 1.5 * largest[:10].mean()
 
 
+@pytest.mark.parametrize("many", [13, 2**62])
+def test_more_shards_for_each_than_there_are_samples(many: int) -> None:
+    error = failure(3, balanced(2, 6), name="shards", shards_per_client=many)
+    assert (error["where"], error["allowed"]) == ("partition.shards_per_client", "1 to 12")
+
+
 @settings(max_examples=40, deadline=None)
 @given(clients=st.integers(1, 9), each=st.integers(1, 20), classes=st.integers(1, 6))
 def test_equal_sizes_or_a_refusal(clients: int, each: int, classes: int) -> None:
@@ -380,7 +386,20 @@ def test_quantity_gives_everyone_the_least() -> None:
     assert counts.max() > 300
 
 
+def test_quantity_sizes_that_are_no_numbers() -> None:
+    assert failure(5, balanced(2, 50), name="quantity", sigma=1000.0)["where"] == "partition.sigma"
+    assert share(5, balanced(2, 50), name="quantity", sigma=100.0).counts().sum() == 100
+
+
 # Errors and rules of one's own
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_a_task_that_nobody_shares(name: str) -> None:
+    stream = stream_of(2, 2)
+    with pytest.raises(ScenarioError, match="task 1: nobody gets samples of this task") as caught:
+        make_partition(PartitionSection(name=name), 3, stream, balanced(4, 6), Key(0), lambda _: np.arange(0))
+    assert caught.value.where == "population"
 
 
 @pytest.mark.parametrize("name", PARTITIONS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import random
 import shutil
@@ -449,13 +448,6 @@ def test_a_mixed_method_has_its_models_folded_robustly_and_its_statistics_summed
     grid = LoopbackGrid(2, tmp_path / "home")
     wire = run_over(grid, open_experiment(load_scenario(tables, [RULES["median"]])), tmp_path / "wire")
     assert wire.results == run.results
-
-
-def test_runs_from_before_these_keys_stay_resumable() -> None:
-    """At their defaults they are not among what decides a run."""
-    assert not {"server.fold", "server.byzantine"} & load_scenario(TABLES).deciding().keys()
-    assert load_scenario(TABLES, [RULES["median"]]).deciding()["server.fold"] == "median"
-    assert "server.fold" in json.dumps(load_scenario(TABLES, [RULES["krum"]]).deciding())
 
 
 # The end of a run

@@ -116,9 +116,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     checkpoint = RunFolder.checkpoint
     saved: list[RunState] = []
 
-    def spy(folder: RunFolder, state: RunState, opened: Experiment) -> None:
+    def spy(folder: RunFolder, state: RunState) -> None:
         saved.append(state)
-        checkpoint(folder, state, opened)
+        checkpoint(folder, state)
 
     monkeypatch.setattr(RunFolder, "checkpoint", spy)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nobody pulls the plug here
@@ -579,10 +579,9 @@ def test_a_recorded_run_is_replayed_by_who_answered(start: Start) -> None:
         torch.testing.assert_close(again.end.server.model[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-def test_a_record_that_is_too_short_ends_the_run_with_its_name(start: Start) -> None:
+def test_a_record_that_is_too_short_begins_no_run(start: Start) -> None:
     first = start(experiment("stream.tasks=1"), Table())
     metrics = first.folder.path / "metrics.jsonl"
-    again = start(experiment(f"availability={{name='recorded', file='{metrics}'}}"), Table())
-    assert isinstance(again.error, InputError)
-    assert "task 1, phase 0, round 0 was not recorded" in again.error.what
-    assert again.error.where == str(metrics)
+    with pytest.raises(InputError, match="task 1, phase 0, round 0 was not recorded") as caught:
+        start(experiment(f"availability={{name='recorded', file='{metrics}'}}"), Table())
+    assert caught.value.where == str(metrics)

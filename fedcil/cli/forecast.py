@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fedcil.availability import Availability, make_availability
+from fedcil.availability import Availability
 from fedcil.clock import asked_clients
 from fedcil.engines.gpu import COPIES
 from fedcil.engines.workers import in_processes, worker_count
@@ -31,7 +31,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
     scenario = experiment.scenario
     model = experiment.first_state().server.model
     tasks, payload = [], 0
-    there = make_availability(scenario.availability, scenario.clients.count, experiment.key, experiment.timeline)
+    there, _ = experiment.attendance()
     for task in experiment.stream.tasks:
         model = grow_head(model, task.seen, Key(0).torch()) if task.old else model
         tasks.append(forecast_task(experiment, task, model, payload, there))
@@ -51,8 +51,19 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         "tasks": tasks,
         "predicted_memory_mb": predicted_memory(experiment, count_bytes(model)),
         "processes_memory_mb": processes_memory(experiment, count_bytes(model)),
-        "notes": list(experiment.notes),
+        "notes": [*experiment.notes, *idle_clients(experiment)],
     }
+
+
+def idle_clients(experiment: Experiment) -> list[str]:
+    """Who is asked and cannot train: with fewer samples than a batch where a rest is dropped, and nothing kept."""
+    training = experiment.scenario.training
+    if training.batches != "drop_last" or not training.epochs or experiment.method.client_memory:
+        return []
+    counts = np.array([experiment.counts(task) for task in experiment.stream.tasks])
+    few = int(((counts > 0) & (counts < training.batch_size)).any(axis=0).sum())
+    words = f"have fewer samples of a task than training.batch_size = {training.batch_size} and do not train in it"
+    return [f"training.batches = 'drop_last': {few} of {counts.shape[1]} clients {words}"] if few else []
 
 
 def forecast_task(
@@ -111,8 +122,10 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     """
     scenario, task = experiment.scenario, experiment.stream.tasks[-1]
     stored = experiment.data.train.nbytes + experiment.data.test.nbytes
-    extra = experiment.extra_images
-    images = scenario.training.batch_size + max(extra.in_step, extra.at_boundary)
+    most = max(int(experiment.counts(each).max()) for each in experiment.stream.tasks)
+    batch = min(scenario.training.batch_size, most)
+    extra = scenario.method.extra_images(batch, task)
+    images = batch + max(extra.in_step, extra.at_boundary)
     activations = 2 * images * activation_bytes(experiment)
     at_once = worker_count(experiment) * experiment.execution.at_once
     cohort = 0 if scenario.server.fold == "mean" else scenario.clients.per_round * model_bytes

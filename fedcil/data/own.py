@@ -12,7 +12,7 @@ import numpy as np
 
 from fedcil.data.dataset import Dataset, Split, digest_of
 from fedcil.dotted import load_dotted
-from fedcil.errors import ScenarioError
+from fedcil.errors import FedcilError, ScenarioError, described
 
 if TYPE_CHECKING:
     from fedcil.scenario import DataSection
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def load_own(section: DataSection, root: Path) -> Dataset:
     """What the function gives, checked. An empty ``digest`` is filled in.
 
-    Raises ScenarioError that lists everything that is wrong; errors inside the function are its own.
+    Raises ScenarioError that lists everything that is wrong.
     """
-    given = _find(section.name)(section, root)
+    given = _called(section, root)
     problems = list(_problems(given))
     if problems:
         raise ScenarioError(
@@ -36,6 +36,21 @@ def load_own(section: DataSection, root: Path) -> Dataset:
     digest = given.digest or digest_of(train, test)
     own: Dataset = replace(given, train=train, test=test, digest=digest)
     return own
+
+
+def _called(section: DataSection, root: Path) -> Any:
+    """An error inside a person's own function is theirs to mend, and says where; fedcil's errors are what they are."""
+    function = _find(section.name)
+    try:
+        return function(section, root)
+    except FedcilError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ScenarioError(
+            f"{section.name} raised {described(error)}",
+            where="data.name",
+            next="mend it; docs/data.md has an example",
+        ) from error
 
 
 def _find(target: str) -> Callable[..., Any]:

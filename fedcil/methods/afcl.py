@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -22,7 +22,7 @@ from fedcil.keys import Key
 from fedcil.messages import Contribution, Tensors, Total
 from fedcil.methods.base import Method, Phase, Samples, predict_with_head, replace_model
 from fedcil.models.network import Network
-from fedcil.section import Above0, Count, MethodSettings
+from fedcil.section import Above0, MethodSettings
 from fedcil.state import ServerState
 from fedcil.stream import Task
 
@@ -34,7 +34,7 @@ class AFCL(MethodSettings):
     backbone: Literal["random", "task1"] = Field(
         "random", description="task1: trained by FedAvg on the first task, then frozen"
     )
-    expansion: Count = Field(
+    expansion: Annotated[int, Field(ge=0, le=10**6)] = Field(
         1024, description="width of the fixed random layer relu(f P) on top of the features; 0: none"
     )
     gamma: Above0 = Field(1.0, description="ridge strength, added once on the server")

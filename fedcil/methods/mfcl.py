@@ -47,7 +47,7 @@ class MFCL(MethodSettings):
     name: Literal["mfcl"] = "mfcl"
     # Client.
     synthetic: Positive | None = Field(None, description="synthetic images of a step, whatever the real batch")
-    synthetic_ratio: Above0 | None = Field(
+    synthetic_ratio: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(
         None, description="instead of synthetic: images per old class for each real one per new class"
     )
     pool: Count = Field(0, description="images drawn once a task; 0: fresh latents at every step")
@@ -58,14 +58,16 @@ class MFCL(MethodSettings):
     w_ft: NonNegative = Field(1.0, description="weight of the cross-entropy over all classes, for the head")
     w_kd: NonNegative = Field(0.1, description="weight of the distillation through the old head")
     # Generator.
-    latent: Positive = Field(1000, description="numbers of a latent vector")
-    generator_width: Annotated[int, Field(ge=2)] = Field(128, description="channels; the last block has half of them")
+    latent: Annotated[int, Field(ge=1, le=10**6)] = Field(1000, description="numbers of a latent vector")
+    generator_width: Annotated[int, Field(ge=2, le=65536)] = Field(
+        128, description="channels; the last block has half of them"
+    )
     upsamplings: Count | None = Field(
         None,
         description="doublings from the first map to the image; default: 2, or as many as begin with 8 pixels at most",
     )
     steps: Count = Field(100, description="generator steps at a boundary")
-    generator_batch: Positive = Field(128, description="latents of a step")
+    generator_batch: Annotated[int, Field(ge=1, le=10**6)] = Field(128, description="latents of a step")
     generator_lr: Above0 = Field(1e-3, description="Adam's learning rate")
     continue_generator: bool = Field(True, description="go on with the last boundary's generator, not with a new one")
     temperature: Above0 = Field(1000.0, description="tau, which divides the logits of the label term")

@@ -143,8 +143,10 @@ def _settings(run: Run) -> dict[str, Any]:
     """The scenario as dotted keys, without what leaves a result as it is and without the seed; and a person's own
     modules, as digests.
     """
-    own = {f"{module}.py": digest[:8] for module, digest in run.own_code.items()}
-    return {key: value for key, value in run.scenario.deciding().items() if key != "seed"} | own
+    files = {f"{module}.py": digest[:8] for module, digest in run.own_code.items()}
+    if there := run.environment.get("identity", {}).get("availability"):
+        files["availability.file"] = there[:8]
+    return {key: value for key, value in run.scenario.deciding().items() if key != "seed"} | files
 
 
 def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -62,12 +63,14 @@ class RunFolder:
     @classmethod
     def create(cls, root: Path, experiment: Experiment) -> Self:
         """A new folder ``<name>-<seed>-<time>[-n]`` below ``root`` with what is known before round 0."""
-        return cls.begin(new_folder(root, f"{experiment.scenario.name}-{experiment.scenario.seed}"), experiment)
+        known = identity(experiment)  # what is wrong with it leaves no folder behind
+        path = new_folder(root, f"{experiment.scenario.name}-{experiment.scenario.seed}")
+        return cls._begin(path, experiment, known)
 
     @classmethod
-    def begin(cls, path: Path, experiment: Experiment) -> Self:
-        """A folder that is there and has no run in it yet."""
-        folder = cls(path, identity(experiment))
+    def _begin(cls, path: Path, experiment: Experiment, known: Mapping[str, Any]) -> Self:
+        """In a folder that is there and has no run in it yet."""
+        folder = cls(path, known)
         try:
             folder.write("scenario.toml", to_toml(experiment.scenario))
             folder.write("environment.json", json.dumps(_environment(experiment), indent=1))
@@ -100,7 +103,7 @@ class RunFolder:
         """Continue what is in the folder, or begin there if nothing was saved yet."""
         if has_checkpoint(path):
             return cls.reopen(path, experiment)
-        return cls.begin(path, experiment), experiment.first_state()
+        return cls._begin(path, experiment, identity(experiment)), experiment.first_state()
 
     def append(self, line: Mapping[str, Any]) -> None:
         """One whole line at the end of metrics.jsonl, on disk when this returns."""
@@ -170,11 +173,14 @@ def has_checkpoint(path: Path) -> bool:
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
-    """What must not change between a checkpoint and its resume."""
+    """What must not change between a checkpoint and its resume. Raises what ``experiment.attendance()`` raises."""
+    experiment.attendance()
+    file = experiment.scenario.availability.file
     return {
         "scenario": experiment.scenario.deciding(),
         "data": experiment.data.digest,
         "numeric": experiment.numeric(),
+        **({"availability": blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()} if file else {}),
     }
 
 
@@ -187,7 +193,7 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path)
         raise NotResumable(
             f"this run was made differently: {changes}",
             where=str(path),
-            allowed="a change of engine.* but engine.lanes, server.checkpoint_every and the data root",
+            allowed="a change of engine.* but engine.lanes, server.checkpoint_every, and where data and files lie",
             next="resume with what it was made with (environment.json), or start a new run",
         )
 
