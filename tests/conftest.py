@@ -1,4 +1,4 @@
-"""Small random networks, images and payloads for the tests of methods."""
+"""What tests of several files share: small random networks, images and payloads; data roots; runs that are stopped."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fedcil
 from fedcil.compute import Compute, Precision
+from fedcil.data import download
 from fedcil.errors import Stopped
 from fedcil.keys import Key
 from fedcil.messages import Payload
@@ -32,6 +33,7 @@ from fedcil.stream import Task
 
 if "FEDCIL_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what most tests expect is a CPU's
+pytest.register_assert_rewrite("data_files")  # it has asserts of its own
 REAL = Path(os.environ.get("FEDCIL_DATA_ROOT", "nowhere")).absolute()  # before a test changes the environment
 
 
@@ -141,6 +143,20 @@ def real_data() -> Callable[..., Path]:
         return REAL
 
     return root
+
+
+@pytest.fixture
+def array_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own array cache, and no way to the network."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FEDCIL_CACHE", str(folder))
+    monkeypatch.delenv("FEDCIL_DATA_ROOT", raising=False)
+
+    def no_network(*_: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(download, "refuse_silence", no_network)
+    return folder
 
 
 @pytest.fixture
