@@ -15,9 +15,14 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.float64]
 
 
+def pooled_accuracy(accuracies: Sequence[float] | NDArray[np.float64], n: Sequence[int]) -> float:
+    """Accuracy on the test images of several tasks together: the mean of theirs, weighted by their images."""
+    return float(np.average(accuracies, weights=n))
+
+
 def accuracy_after(a: Matrix, n: Sequence[int], t: int) -> float:
     """A_t: accuracy on the pooled test images of all classes seen after task t."""
-    return float(np.average(a[t, : t + 1], weights=n[: t + 1]))
+    return pooled_accuracy(a[t, : t + 1], n[: t + 1])
 
 
 def average_incremental_accuracy(a: Matrix, n: Sequence[int]) -> float:

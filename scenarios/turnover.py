@@ -23,7 +23,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fedcil import Run, load
-from fedcil.record.figures import FAINT, INK, PALETTE, save_png
+from fedcil.record.drawing import FAINT, INK, PALETTE, save_png
 
 METHODS = {  # name in the figure -> [method]
     "MFCL": "{name='mfcl', preset='small'}",

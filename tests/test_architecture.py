@@ -102,7 +102,16 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.experiment": ((*EXPERIMENT, "fedcil.availability", "fedcil.clock"), ("numpy", "torch")),
     "fedcil.record": (
         (*EXPERIMENT, "fedcil.metrics", "fedcil.record"),
-        ("torch", "numpy", "safetensors", "filelock", "matplotlib", "PIL", "jinja2", "rich"),
+        ("torch", "numpy", "safetensors", "filelock", "jinja2", "rich"),
+    ),
+    "fedcil.record.drawing": (("fedcil.errors",), ("matplotlib", "PIL")),
+    "fedcil.record.figures": (
+        ("fedcil.metrics", "fedcil.record.drawing", "fedcil.record.run"),
+        ("matplotlib", "numpy"),
+    ),
+    "fedcil.record.comparison_figure": (
+        ("fedcil.metrics", "fedcil.record.compare", "fedcil.record.drawing", "fedcil.record.run"),
+        ("matplotlib", "numpy"),
     ),
     "server": (
         (*EXPERIMENT, "fedcil.availability", "fedcil.clock", "fedcil.wire", "fedcil.record", "server"),

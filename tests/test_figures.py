@@ -17,8 +17,9 @@ from PIL import Image
 
 from fedcil.errors import InputError
 from fedcil.partition import TaskPartition, save_partition
-from fedcil.record import figures
+from fedcil.record import drawing, figures
 from fedcil.record.compare import compare
+from fedcil.record.comparison_figure import compare_figure
 from fedcil.record.run import Run
 
 SUMMARY = {
@@ -91,7 +92,7 @@ def test_many_clients_and_tasks_stay_small(tmp_path: Path) -> None:
     share(run.path, 10, 1000, 10)
     drawn = figures.run_figures(run)
     assert tuple(drawn) == NAMES
-    assert all(len(figures.png_bytes(figure)) < 150_000 for figure in drawn.values())
+    assert all(len(drawing.png_bytes(figure)) < 150_000 for figure in drawn.values())
 
 
 def test_only_what_is_recorded_is_drawn(tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_only_what_is_recorded_is_drawn(tmp_path: Path) -> None:
 
 def test_equal_figures_are_equal_files(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make_lines(2, 2))
-    first, second = (figures.png_bytes(figures.run_figures(run)["matrix"]) for _ in range(2))
+    first, second = (drawing.png_bytes(figures.run_figures(run)["matrix"]) for _ in range(2))
     assert first == second
 
 
@@ -152,7 +153,7 @@ def test_compared_seeds_have_a_band(tmp_path: Path) -> None:
     """Seeds 0.8 and 0.6 after task 1: mean 0.7, sample deviation sqrt(0.02) = 0.1414."""
     ends = [{"kind": "task", "task": 0, "accuracy": [value], "test_images": [10]} for value in (0.8, 0.6)]
     runs = [make_run(tmp_path / f"{seed}", [end], seed) for seed, end in enumerate(ends)]
-    axes = axes_of(figures.compare_figure(compare(runs)))[0]
+    axes = axes_of(compare_figure(compare(runs)))[0]
     assert axes.get_lines()[0].get_ydata().tolist() == pytest.approx([70.0])
     heights = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == pytest.approx((70 - 14.142, 70 + 14.142), abs=1e-3)
@@ -164,10 +165,10 @@ def test_comparison_of_many_groups(tmp_path: Path) -> None:
         for n in range(1, 10)
         for seed in (0, 1)
     ]
-    figure = figures.compare_figure(compare(runs))
+    figure = compare_figure(compare(runs))
     bars = axes_of(figure)[1].patches
     assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == 9
-    figures.save_png(figure, tmp_path / "new" / "all.png")
+    drawing.save_png(figure, tmp_path / "new" / "all.png")
     content = (tmp_path / "new" / "all.png").read_bytes()
     assert len(content) < 150_000
     assert pixels(content).std() > 5
@@ -176,21 +177,21 @@ def test_comparison_of_many_groups(tmp_path: Path) -> None:
 def test_a_single_task_has_no_forgetting_bar(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make_lines(1, 1))
     (run.path / "summary.json").write_text(json.dumps(SUMMARY | {"forgetting": None}))
-    assert len(axes_of(figures.compare_figure(compare([run])))[1].patches) == 2
+    assert len(axes_of(compare_figure(compare([run])))[1].patches) == 2
 
 
 def test_a_picture_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write a picture"):
-        figures.save_png(Figure(), tmp_path / "file" / "a.png")
+        drawing.save_png(Figure(), tmp_path / "file" / "a.png")
     with pytest.raises(InputError, match="PNG"):
-        figures.save_png(Figure(), tmp_path / "a.pdf")
+        drawing.save_png(Figure(), tmp_path / "a.pdf")
 
 
 def test_no_global_state_of_matplotlib() -> None:
     code = (
         "import matplotlib, sys; before = matplotlib.rcParams.copy();"
-        "import fedcil.record.figures as f; f.png_bytes(f.Figure());"
+        "from fedcil.record import comparison_figure, drawing, figures; drawing.png_bytes(figures.Figure());"
         "assert 'matplotlib.pyplot' not in sys.modules; assert matplotlib.rcParams.copy() == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parent.parent)

@@ -224,14 +224,15 @@ def _engine_override(engine: str | None) -> list[str]:
 def _check_picture(path: Path | None) -> None:
     """Before anything is computed for it."""
     if path is not None:
-        from fedcil.record.figures import refuse_other_pictures
+        from fedcil.record.drawing import refuse_other_pictures
 
         refuse_other_pictures(path)
 
 
 def _draw_comparison(runs: Sequence[Run], path: Path) -> None:
     from fedcil.record.compare import compare as group
-    from fedcil.record.figures import compare_figure, save_png
+    from fedcil.record.comparison_figure import compare_figure
+    from fedcil.record.drawing import save_png
 
     save_png(compare_figure(group(runs)), path)
     print(f"comparison: {path}", file=sys.stderr)

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+from fedcil.metrics import pooled_accuracy
 
 CLIENT = "client"
 BOUNDARY = "generator"
@@ -65,9 +66,8 @@ def describe(line: Mapping[str, Any]) -> str:
     if line["kind"] == "boundary":
         return f"{task} boundary  {seconds}"
     if line["kind"] == "task":
-        row = line["accuracy"]
-        pooled = np.average(row, weights=line["test_images"])
-        each = " ".join(f"{100 * value:.0f}" for value in row)
+        pooled = pooled_accuracy(line["accuracy"], line["test_images"])
+        each = " ".join(f"{100 * value:.0f}" for value in line["accuracy"])
         return f"{task} done      accuracy {100 * pooled:.1f} %  (tasks: {each})"
     parts = [
         f"{task} {line['phase_name']} round {line['round'] + 1}/{line['rounds']}",

@@ -1,8 +1,7 @@
-"""The pictures of a run and of a comparison: matplotlib's object API, no pyplot, nothing global."""
+"""The pictures of one run, finished or not."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,25 +9,15 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import Image
 
 from fedcil import metrics
-from fedcil.errors import InputError
 from fedcil.metrics import Matrix
-from fedcil.record.compare import Group, by_seed
+from fedcil.record.drawing import FAINT, GREY, INK, PALETTE, clean_axes, integer_ticks, plain_text, save_png
 from fedcil.record.run import Run
 
-DPI = 150
-INK, GREY, FAINT = "#222222", "#777777", "#dddddd"
-# Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", ":", "-.")
-HATCHES = ("", "//", "..", "xx")
 NAMED_TASKS = 12  # more task names than that would overlap
 ANNOTATED_TASKS = 20  # larger matrices have no room for numbers
 SINGLE_CLIENTS = 60  # more clients are sorted by their main class, so that a pattern can be seen
@@ -51,37 +40,6 @@ def run_figures(run: Run) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def refuse_other_pictures(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise InputError("pictures are PNG files", where=str(path), allowed="a name that ends in .png")
-
-
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure; folders above it are made. Raises InputError if that is not possible."""
-    refuse_other_pictures(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png_bytes(figure))
-    except OSError as error:
-        raise InputError(
-            f"cannot write a picture: {error.strerror}", where=str(path), next="give a path you may write to"
-        ) from None
-
-
-def png_bytes(figure: Figure) -> bytes:
-    """A figure as a PNG at 150 dots per inch.
-
-    256 colours are enough for it and make a third of the bytes; no date, so equal figures are equal files.
-    """
-    figure.set_dpi(DPI)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
-    buffer = io.BytesIO()
-    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True, dpi=(DPI, DPI))
-    return buffer.getvalue()
-
-
 def accuracy_figure(run: Run) -> Figure | None:
     """Accuracy over rounds: on all classes seen so far, and on each task's own."""
     trace, _ = run.trace
@@ -96,7 +54,7 @@ def accuracy_figure(run: Run) -> Figure | None:
     _draw_tasks(axes, places, trace)
     _draw_borders(axes, ends, places[-1])
     axes.set(xlabel="round, counted over all tasks", ylabel="test accuracy (%)", ylim=(-2, 102))
-    _clean(axes, grid="y")
+    clean_axes(axes, grid="y")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     _title(axes, run, pad=22)
     return figure
@@ -139,8 +97,8 @@ def samples_figure(run: Run) -> Figure | None:
     _number(axes.xaxis, len(counts), first=1, notes=[_empty(sizes) for sizes in counts])
     top = 1.08 * max(max(sizes) for sizes in counts)
     axes.set(xlabel="task", ylabel="training samples of a client", ylim=(-0.02 * top, top))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _clean(axes, grid="y")
+    integer_ticks(axes.yaxis)
+    clean_axes(axes, grid="y")
     _title(axes, run, f"{len(run.partition[0].counts())} clients (box: middle half, orange: median)")
     return figure
 
@@ -176,30 +134,6 @@ def partition_figure(run: Run) -> Figure | None:
     return figure
 
 
-def compare_figure(groups: Sequence[Group]) -> Figure:
-    """Accuracy after each task, a line per group, and the field's three numbers as bars."""
-    figure = Figure(figsize=(11.0, 4.6 + 0.1 * len(groups)), layout="constrained")
-    lines, bars = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
-    for place, group in enumerate(groups):
-        _draw_curve(lines, group, place)
-        _draw_bars(bars, group, place, len(groups))
-    longest = max(len(group.runs[0].accuracy_matrix) for group in groups)
-    lines.set(xlabel="after task", ylabel="accuracy on all classes seen so far (%)", ylim=(-2, 102))
-    lines.set_xlim(0.7, longest + 0.3)
-    lines.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    bars.set_xticks(range(3), ["average\nincremental\naccuracy", "final\naccuracy", "forgetting"])
-    bars.set_ylabel("percent")
-    bars.tick_params(axis="x", length=0)
-    bars.axhline(0, color=INK, linewidth=0.8)
-    _clean(lines, grid="y")
-    _clean(bars, grid="y")
-    wide = max(len(group.label) for group in groups) > 30
-    figure.legend(*lines.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=1 if wide else 3)
-    if any(group.std for group in groups):
-        bars.set_title("bands and whiskers: sample deviation over seeds", fontsize=9, color=GREY, loc="right")
-    return figure
-
-
 def class_names(run: Run, count: int) -> list[str]:
     """Names of the first classes of the stream; their numbers where the run knows no names."""
     names = run.environment.get("class_order", [])
@@ -227,7 +161,7 @@ def _pooled(row: NDArray[np.float64], counts: Sequence[int]) -> float:
     seen = row[~np.isnan(row)]
     if len(seen) == 1:
         return float(seen[0])
-    return float(np.average(seen, weights=counts[: len(seen)])) if len(seen) <= len(counts) else float("nan")
+    return metrics.pooled_accuracy(seen, counts[: len(seen)]) if len(seen) <= len(counts) else float("nan")
 
 
 def _draw_tasks(axes: Any, places: Sequence[int], trace: Matrix) -> None:
@@ -264,7 +198,7 @@ def _draw_borders(axes: Any, ends: Sequence[int], last: int) -> None:
                 color=GREY,
             )
     axes.set_xlim(0.5, last + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    integer_ticks(axes.xaxis)
 
 
 def _marker(places: Sequence[int]) -> str | None:
@@ -338,66 +272,13 @@ def _by_class(counts: NDArray[np.int32]) -> NDArray[Any]:
 def _name_classes(axes: Any, names: Sequence[str]) -> None:
     """All names where there is room for them, else the first and the last."""
     shown = range(len(names)) if len(names) <= 6 else (0, len(names) - 1)
-    axes.set_yticks(list(shown), [_plain(_shorten(names[i])) for i in shown], fontsize=7)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_yticks(list(shown), [plain_text(_shorten(names[i])) for i in shown], fontsize=7)
+    integer_ticks(axes.xaxis)
 
 
 def _shorten(name: str) -> str:
     half = LONGEST_NAME // 2
     return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
-
-
-def _draw_curve(axes: Any, group: Group, place: int) -> None:
-    seeds = by_seed(group.runs).values()
-    curves = 100 * np.array([np.mean([_curve(run) for run in runs], axis=0) for runs in seeds])
-    tasks = np.arange(1, curves.shape[1] + 1)
-    colour, mean = PALETTE[place % len(PALETTE)], curves.mean(axis=0)
-    axes.plot(
-        tasks,
-        mean,
-        color=colour,
-        linestyle=_again(place, DASHES),
-        linewidth=2.0,
-        marker="o",
-        markersize=5,
-        label=_plain(group.label),
-    )
-    if len(curves) > 1:
-        std = curves.std(axis=0, ddof=1)
-        axes.fill_between(tasks, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
-
-
-def _curve(run: Run) -> list[float]:
-    a, n = run.accuracy_matrix, run.test_counts
-    return [metrics.accuracy_after(a, n, t) for t in range(len(a))]
-
-
-def _draw_bars(axes: Any, group: Group, place: int, groups: int) -> None:
-    width = 0.8 / groups
-    for bar, name in enumerate(("average_incremental_accuracy", "final_accuracy", "forgetting")):
-        mean = group.mean[name]
-        if mean is None:
-            continue
-        std = (group.std[name] if group.std else None) or 0.0
-        centre = bar + (place - (groups - 1) / 2) * width
-        colour, hatch = PALETTE[place % len(PALETTE)], _again(place, HATCHES)
-        axes.bar(centre, 100 * mean, 0.92 * width, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-        if std:
-            axes.errorbar(centre, 100 * mean, 100 * std, color=INK, linewidth=1.2, capsize=3)
-        if groups <= 4:
-            top = 100 * (max(mean, 0.0) + std)
-            axes.text(centre, top + 1, f"{100 * mean:.1f}", ha="center", va="bottom", fontsize=8)
-
-
-def _again(place: int, styles: Sequence[str]) -> str:
-    """Colours begin again after the seventh group, then with another line or hatch."""
-    return styles[place // len(PALETTE) % len(styles)]
-
-
-def _clean(axes: Any, grid: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color=FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
 
 
 def _outline(axes: Any) -> None:
@@ -412,11 +293,6 @@ def _title(axes: Any, run: Run, note: str = "", pad: float = 8) -> None:
 def _heading(run: Run, note: str = "") -> str:
     parts = [run.scenario.name, f"seed {run.scenario.seed}", *([note] if note else [])]
     return ", ".join(parts)
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib shall not read as a formula."""
-    return text.replace("$", r"\$")
 
 
 DRAWINGS: dict[str, Callable[[Run], Figure | None]] = {

@@ -12,8 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedcil import metrics
 from fedcil.errors import InputError
-from fedcil.record.figures import class_names, png_bytes, run_figures
-from fedcil.record.run import Run
+from fedcil.record.drawing import png_bytes
+from fedcil.record.figures import class_names, run_figures
+from fedcil.record.run import Run, costs
 from fedcil.scenario import flatten
 
 TEMPLATE = "report.html.jinja"
@@ -116,17 +117,7 @@ def _headline(run: Run) -> dict[str, Any]:
             "final accuracy": metrics.final_accuracy(a, n),
             "forgetting": metrics.forgetting(a),
         }
-    return {"scores": scores, **_costs(run.lines)}
-
-
-def _costs(lines: Any) -> dict[str, float]:
-    """Seconds of all lines, bytes of the rounds among them."""
-    sent = [line["bytes"] for line in lines if line["kind"] == "round"]
-    return {
-        "seconds": sum(line["cost"]["seconds"] for line in lines),
-        "up": sum(sum(each["up"].values()) for each in sent),
-        "down": sum(sum(each["down"].values()) for each in sent),
-    }
+    return {"scores": scores, **costs(run.lines)}
 
 
 def _figures(run: Run) -> Iterator[dict[str, Any]]:
@@ -140,7 +131,7 @@ def _task_row(run: Run, task: int) -> dict[str, Any]:
     """One task's costs, and its accuracies if it has ended."""
     lines = [line for line in run.lines if line["task"] == task]
     end = next((line for line in lines if line["kind"] == "task"), None)
-    row = {"rounds": sum(line["kind"] == "round" for line in lines), "end": None, **_costs(lines)}
+    row = {"rounds": sum(line["kind"] == "round" for line in lines), "end": None, **costs(lines)}
     if end is not None:
         row["end"] = {
             "seen": metrics.accuracy_after(run.accuracy_matrix, run.test_counts, task),
@@ -177,10 +168,10 @@ def _boundary(run: Run, line: Mapping[str, Any]) -> dict[str, Any]:
 def _rounds_of(run: Run, task: int) -> dict[str, Any]:
     lines = [line for line in run.kind("round") if line["task"] == task]
     return {
-        "lines": [{**line, **_costs([line])} for line in lines],
+        "lines": [{**line, **costs([line])} for line in lines],
         "failures": sum(len(line["failures"]) for line in lines),
         "short": sum(line["status"] != "ok" for line in lines),
-        "seconds": _costs(lines)["seconds"],
+        "seconds": costs(lines)["seconds"],
     }
 
 

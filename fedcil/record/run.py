@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,6 +134,17 @@ def ragged(rows: list[list[float]]) -> NDArray[np.float64]:
     for place, row in enumerate(rows):
         matrix[place, : len(row)] = row
     return matrix
+
+
+def costs(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of all lines together, bytes of the rounds among them."""
+    sent = [line["bytes"] for line in lines if line["kind"] == "round"]
+    return {
+        "seconds": sum(line["cost"]["seconds"] for line in lines),
+        "cpu_seconds": sum(line["cost"]["cpu_seconds"] for line in lines),
+        "bytes_up": sum(sum(each["up"].values()) for each in sent),
+        "bytes_down": sum(sum(each["down"].values()) for each in sent),
+    }
 
 
 def _read_table(content: bytes, where: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from fedcil import metrics
 from fedcil.metrics import Matrix
 from fedcil.record.folder import RunFolder
-from fedcil.record.run import Run
+from fedcil.record.run import Run, costs
 
 WINDOW = 10  # evaluations, for windowed forgetting and plasticity
 
@@ -30,6 +30,7 @@ def summarise(run: Run) -> dict[str, Any]:
     """Every scalar of a finished run; accuracies are fractions, None where a metric is not defined."""
     a, n = run.accuracy_matrix, run.test_counts
     trace, ends = run.trace
+    rounds = run.kind("round")
     return {
         "run_dir": str(run.path),
         "name": run.scenario.name,
@@ -42,16 +43,18 @@ def summarise(run: Run) -> dict[str, Any]:
         "forgetting_authors": metrics.forgetting_authors(a),
         "backward_transfer": metrics.backward_transfer(a),
         "learning_accuracy": metrics.learning_accuracy(a),
-        "final_task_aware_accuracy": _weighted(run.kind("task")[-1]["task_aware"], n),
+        "final_task_aware_accuracy": metrics.pooled_accuracy(run.kind("task")[-1]["task_aware"], n),
         "min_accuracy": metrics.min_accuracy(trace, ends),
         "worst_case_accuracy": metrics.worst_case_accuracy(trace, ends),
         "windowed_forgetting": metrics.windowed_forgetting(trace, WINDOW),
         "windowed_plasticity": metrics.windowed_plasticity(trace, WINDOW),
-        "rounds": len(run.kind("round")),
-        "short_rounds": sum(line["status"] != "ok" for line in run.kind("round")),
-        "client_failures": sum(len(line["failures"]) for line in run.kind("round")),
+        "rounds": len(rounds),
+        "short_rounds": sum(line["status"] != "ok" for line in rounds),
+        "client_failures": sum(len(line["failures"]) for line in rounds),
         "simulated_seconds": _simulated(run),
-        **_costs(run),
+        **costs(run.lines),
+        "client_state_bytes": max((line["client_state_bytes"] for line in rounds), default=0),
+        "peak_memory_mb": max((line["cost"]["peak_memory_mb"] for line in rounds), default=0.0),
     }
 
 
@@ -59,23 +62,6 @@ def _simulated(run: Run) -> float | None:
     """Of all rounds; None where no simulated clock ran."""
     seconds = [line["simulated_seconds"] for line in run.kind("round") if "simulated_seconds" in line]
     return math.fsum(seconds) if seconds else None
-
-
-def _weighted(values: list[float], counts: list[int]) -> float:
-    pairs = zip(values, counts, strict=True)
-    return sum(value * count for value, count in pairs) / sum(counts)
-
-
-def _costs(run: Run) -> dict[str, float]:
-    rounds = run.kind("round")
-    return {
-        "seconds": sum(line["cost"]["seconds"] for line in run.lines),
-        "cpu_seconds": sum(line["cost"]["cpu_seconds"] for line in run.lines),
-        "bytes_up": sum(sum(line["bytes"]["up"].values()) for line in rounds),
-        "bytes_down": sum(sum(line["bytes"]["down"].values()) for line in rounds),
-        "client_state_bytes": max((line["client_state_bytes"] for line in rounds), default=0),
-        "peak_memory_mb": max((line["cost"]["peak_memory_mb"] for line in rounds), default=0.0),
-    }
 
 
 def summary_csv(summary: dict[str, Any]) -> str:
