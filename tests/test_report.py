@@ -19,7 +19,7 @@ from fedcil.record.run import Run
 
 CELLS = {"td", "th", "dt", "dd", "p"}
 VOID = {"meta", "img", "br", "link", "input"}
-COST = {"seconds": 2.0}
+COST = {"seconds": 2.0, "cpu_seconds": 2.0}
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 SECTIONS = ["headline", "figures", "matrix", "tasks", "coverage", "rounds", "scenario", "environment"]
 
