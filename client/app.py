@@ -13,9 +13,10 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.handle import Round, Shared, Worker, do_jobs
+from client.handle import Round, do_jobs
 from client.share import own_clients
 from client.states import StateStore
+from client.worker import Shared, Worker
 from fedcil.allocator import keep_freed_memory
 from fedcil.data.places import ROOT_VARIABLE
 from fedcil.errors import MessageRefused

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Self
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from client.lanes import Lane, local_sgd_in_lanes, make_streams
+from client.lanes import local_sgd_in_lanes
+from client.local_model import LocalModel
 from client.problems import ClientProblem, failure
-from client.states import StateStore
 from client.training import Recipe, Trained, learning_rate, local_sgd
-from fedcil.data.augment import make_batch, normalise
-from fedcil.data.store import Images
+from client.worker import Shared, Worker
+from fedcil.data.augment import make_batch
 from fedcil.errors import MessageRefused
 from fedcil.experiment import Experiment
 from fedcil.fold import Fold
@@ -38,105 +36,11 @@ from fedcil.messages import (
     Tensors,
     count_bytes,
 )
-from fedcil.methods.base import TRAINABLE, Phase, Prepared, Samples
-from fedcil.models.network import Network, bind_again, buffers_of, copy_into, other_buffers, restore_buffers, state_of
+from fedcil.methods.base import TRAINABLE, Phase, Samples
+from fedcil.models.network import Network
 from fedcil.robust import admissible
 from fedcil.rule import Rule
 from fedcil.stream import Task
-
-
-class Shared:
-    """What the workers of one process share: the training images, and what a task's payload was made into."""
-
-    def __init__(self, experiment: Experiment, states: StateStore) -> None:
-        self.experiment = experiment
-        self.states = states
-        self.device = device = experiment.compute.device
-        data = experiment.data
-        self.images = Images(data.train, device)
-        self.labels = torch.from_numpy(experiment.stream.relabel(data.train.labels)).to(device)
-        self.mean = torch.tensor(data.mean, device=device)
-        self.std = torch.tensor(data.std, device=device)
-        self._lock = threading.Lock()
-        self._prepared: tuple[tuple[int, str | None], Prepared] | None = None
-
-    def prepared(self, broadcast: Broadcast, task: Task) -> Prepared:
-        """The method's prepared objects, made once per task and process."""
-        payload = broadcast.payload
-        name = (task.index, payload.hash if payload else None)
-        with self._lock:
-            if self._prepared is None or self._prepared[0] != name:
-                self._prepared = None  # let go of the last task's before this one's are made
-                experiment = self.experiment
-                key = experiment.key.at("prepare", task.index)
-                made = experiment.method.prepare(experiment.compute, task, payload, key)
-                self._prepared = (name, made)
-            return self._prepared[1]
-
-    def samples(self, client: int, task: Task) -> Samples:
-        """A client's own stored samples of this task."""
-        index = torch.from_numpy(self.experiment.indices(client, task)).to(self.device)
-        return Samples(self.images.take(index), self.labels.index_select(0, index))
-
-    def kept(self, job: Job) -> Tensors | None:
-        """What the client kept, on the device; None if it keeps nothing yet."""
-        if job.state is None:
-            return None
-        return {name: tensor.to(self.device) for name, tensor in self.states.load(job.state).items()}
-
-    def normalised(self, images: Tensor) -> Tensor:
-        """Stored images (n, h, w, c) uint8 -> (n, c, h, w), not augmented."""
-        return normalise(images, self.mean, self.std)
-
-
-@dataclass(slots=True)
-class Worker:
-    """One thread's place to train: its own networks, reused from client to client."""
-
-    shared: Shared
-    check: Callable[[], None]
-    network: Network | None = None
-    state: Tensors = field(default_factory=dict)  # the network's own memory, by name
-    buffers: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)  # what else it had when it was made
-    all_buffers: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
-    parameters: tuple[str, ...] = ()
-    lanes: list[Lane] = field(default_factory=list)
-    streams: list[Any] = field(default_factory=list)  # of the lanes of all tasks: libraries keep memory for each
-    no_lanes: int = -1  # the task in which they cannot be had: not tried again until the next
-
-    def lanes_for(self, classes: int) -> list[Lane]:
-        """As many as the scenario has; made anew only when the head has grown."""
-        if not self.lanes or self.lanes[0].network.head.out_features != classes:
-            self.drop_lanes()  # before new ones take memory
-            experiment = self.shared.experiment
-            training, count = experiment.scenario.training, experiment.execution.lanes
-            self.streams = self.streams or make_streams(count, self.shared.device)
-            self.lanes = [Lane(experiment.compute.network(classes), training, stream) for stream in self.streams]
-            self.parameters = tuple(name for name, _ in self.lanes[0].network.named_parameters())
-        return self.lanes
-
-    def drop_lanes(self) -> None:
-        """At once: a lane whose steps could not be captured is part of a circle."""
-        if self.lanes:
-            self.lanes = []
-            gc.collect()
-
-    def look_again(self) -> None:
-        """A person's own layer may have put another tensor where a buffer was: its numbers are this client's."""
-        if self.shared.experiment.compute.architecture.own:
-            bind_again(self.all_buffers)
-
-    def load(self, classes: int, tensors: Tensors) -> Network:
-        """A network with the broadcast tensors in it; made anew only when the head has grown."""
-        if self.network is None or self.network.head.out_features != classes:
-            self.network = self.shared.experiment.compute.network(classes)
-            self.state = state_of(self.network)
-            self.buffers, self.all_buffers = other_buffers(self.network), buffers_of(self.network)
-            self.parameters = tuple(name for name, _ in self.network.named_parameters())
-        self.look_again()
-        copy_into(self.state, tensors)
-        restore_buffers(self.buffers)
-        return self.network
 
 
 @dataclass(frozen=True)
@@ -174,7 +78,7 @@ class Round:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """After the worker's network, or its lanes, have been made."""
+        """After the worker has made its model, or its lanes."""
         experiment = self.shared.experiment
         training = experiment.scenario.training
         return Recipe(
@@ -263,19 +167,19 @@ def _work(round_: Round, job: Job) -> Answer:
     """One client's work of the phase: train, fit or remember."""
     started = time.perf_counter()
     shared, task, work = round_.shared, round_.task, round_.phase.work
-    network = round_.worker.load(task.seen, round_.broadcast.tensors)
+    local = round_.worker.begin(task.seen, round_.broadcast.tensors)
     own = shared.samples(job.client, task)
     metrics: Metrics = {}
     contribution: Contribution | None = None
     state, state_bytes, bytes_up = job.state, 0, 0
     if work == "train":
-        contribution, metrics = _train(round_, job, network, own)
+        contribution, metrics = _train(round_, job, local, own)
         bytes_up = round_.bytes_up
     elif work == "fit":
-        contribution = _fit(network, own, task, shared)
+        contribution = _fit(local.network, own, task, shared)
         bytes_up = count_bytes(contribution.tensors)
     else:
-        state, state_bytes = _remember(job, network, own, task, shared)
+        state, state_bytes = _remember(job, local.network, own, task, shared)
     report = Report(
         client=job.client,
         samples=len(own.labels),
@@ -288,12 +192,12 @@ def _work(round_: Round, job: Job) -> Answer:
     return Answer(report, contribution)
 
 
-def _train(round_: Round, job: Job, network: Network, own: Samples) -> tuple[Contribution, Metrics]:
+def _train(round_: Round, job: Job, local: LocalModel, own: Samples) -> tuple[Contribution, Metrics]:
     """Local SGD from the broadcast model; the contribution is the model that came out of it."""
     samples = _with_memory(own, job, round_.shared)
-    trained = local_sgd(network, round_.recipe, samples, round_.key.at("client", job.client))
-    round_.worker.look_again()
-    return _given(round_.worker.state, trained, samples, round_.shared.experiment)
+    trained = local_sgd(local.network, round_.recipe, samples, round_.key.at("client", job.client))
+    local.take_back()
+    return _given(local.state, trained, samples, round_.shared.experiment)
 
 
 def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from client.local_model import LocalModel
 from client.training import LocalSGD, Recipe, Trained, cut_epoch, inputs
 from fedcil.capture import repeatable
 from fedcil.gradients import as_stored
@@ -25,13 +26,7 @@ from fedcil.messages import Tensors
 from fedcil.methods.base import Draws, Samples
 from fedcil.models.network import (
     Network,
-    bind_again,
-    buffers_of,
-    copy_into,
-    other_buffers,
-    restore_buffers,
     set_norm_updates,
-    state_of,
     trained_parameters,
 )
 from fedcil.scenario import TrainingSection
@@ -43,11 +38,10 @@ def make_streams(count: int, device: torch.device) -> list[Any]:
 
 
 class Lane:
-    """Trains one client at a time; ``state`` is the network's own memory, by name."""
+    """Trains one client at a time."""
 
     def __init__(self, network: Network, training: TrainingSection, stream: Any) -> None:
-        self.network, self.state = network.train(), state_of(network)
-        self.buffers, self.all_buffers = other_buffers(network), buffers_of(network)
+        self.local = LocalModel(network.train())
         self.device = network.head.weight.device
         self.stream = stream
         self.pool = None if stream is None else torch.cuda.graph_pool_handle()
@@ -90,10 +84,10 @@ class Lane:
     def update(self, images: Tensor, labels: Tensor, draws: Draws) -> None:
         """One step on a batch: images (b, c, h, w), labels (b,)."""
         assert self.recipe is not None
-        loss = self.recipe.loss(self.network, images, labels, draws)
+        loss = self.recipe.loss(self.local.network, images, labels, draws)
         self.optimizer.step(loss)
         self.loss += loss.detach()
-        bind_again(self.all_buffers)  # a captured step finds them where they were
+        self.local.take_back()  # a captured step finds buffers where they were
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
@@ -104,7 +98,7 @@ class Lane:
         same = last and last.prepared is recipe.prepared and last.task == recipe.task
         if not (same and last and bool(last.anchor) == bool(recipe.anchor)):
             self.steps.clear()
-            set_norm_updates(self.network, recipe.norm_updates)
+            set_norm_updates(self.local.network, recipe.norm_updates)
 
     def _capture(self, recipe: Recipe, samples: Samples, sizes: list[int], place: Key) -> None:
         """A step for each size of batch; trying them changes the weights."""
@@ -114,8 +108,7 @@ class Lane:
                 self.steps[len(labels)] = Step(self.update, images, labels, draws, self.pool)
 
     def _reset(self, tensors: Tensors, recipe: Recipe) -> None:
-        copy_into(self.state, tensors)
-        restore_buffers(self.buffers)
+        self.local.begin(tensors)
         if recipe.anchor:
             torch._foreach_copy_(list(self.anchor), list(recipe.anchor))
         if self.momenta:
@@ -170,4 +163,4 @@ def local_sgd_in_lanes(
         for lane in busy:
             if lane.stream is not None:
                 torch.cuda.current_stream(lane.device).wait_stream(lane.stream)
-    return [(lane.state, lane.trained()) for lane in busy]
+    return [(lane.local.state, lane.trained()) for lane in busy]

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fedcil
-from client.handle import Round, Shared, Worker, do_jobs
+from client.handle import Round, do_jobs
 from client.lanes import Lane, local_sgd_in_lanes
 from client.states import StateStore
 from client.training import Recipe, cut_epoch, local_sgd
+from client.worker import Shared, Worker
 from fedcil.compute import Execution, resolve_execution
 from fedcil.engines.workers import worker_count
 from fedcil.errors import ScenarioError, Stopped
@@ -164,7 +165,7 @@ def test_only_tensors_can_be_drawn_in_a_lane(small: Any) -> None:
     recipe = Recipe(method, None, small.first, training, 0.1, noisy)
     lane = Lane(small.network(3), training, None)
     with pytest.raises(TypeError, match="draws are tensors or None"):
-        next(lane.train(lane.state, recipe, Samples(small.images(4), small.labels(4, small.first)), Key(0)))
+        next(lane.train(lane.local.state, recipe, Samples(small.images(4), small.labels(4, small.first)), Key(0)))
 
 
 def test_a_round_needs_no_more_workers_than_it_has_use_for() -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-import client.handle
 import fedcil
+from client.states import StateStore
 from fedcil.experiment import open_experiment
 from fedcil.messages import Tensors
 from fedcil.record.run import Run
@@ -64,7 +64,7 @@ def kept_alive(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tensor]]:
     """Weak references to everything that clients stored or read back in this process."""
     seen: list[weakref.ref[Tensor]] = []
 
-    class Watched(client.handle.StateStore):
+    class Watched(StateStore):
         def save(self, tensors: Tensors) -> str:
             seen.extend(map(weakref.ref, tensors.values()))
             return super().save(tensors)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from client import handle
 from client.states import StateStore
 from client.training import Recipe, local_sgd
+from client.worker import Shared
 from fedcil.keys import Key
 from fedcil.losses import distillation
 from fedcil.messages import Job, Tensors, content_hash
@@ -186,7 +186,7 @@ def test_exemplars_come_from_a_file_to_where_the_samples_are(tmp_path: Path) -> 
     store = StateStore(tmp_path)
     name = store.save({"images": stored([0]).images, "labels": stored([0]).labels})
     shared: Any = SimpleNamespace(states=store, device=torch.device("meta"))
-    kept = handle.Shared.kept(shared, Job(0, 0, name))
+    kept = Shared.kept(shared, Job(0, 0, name))
     assert kept is not None
     assert kept["images"].device.type == kept["labels"].device.type == "meta"
 

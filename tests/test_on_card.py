@@ -16,8 +16,9 @@ import torch
 from played_card import Card, played_card
 
 import fedcil
-from client.handle import Shared, Worker, handle
+from client.handle import handle
 from client.states import StateStore
+from client.worker import Shared, Worker
 from fedcil.engines import gpu
 from fedcil.experiment import open_experiment
 from fedcil.messages import Broadcast, Job, Payload, Request, moved

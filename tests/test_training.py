@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from client import handle
-from client.handle import Round, Shared, Worker, do_job
+from client.handle import Round, do_job
 from client.states import StateStore
 from client.training import LocalSGD, Recipe, Trained, cut_epoch, grouped, learning_rate, local_sgd
+from client.worker import Shared, Worker
 from fedcil.errors import Stopped
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gradients import as_stored, gradients

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from client.handle import Shared, Worker, handle
+from client.handle import handle
 from client.states import StateStore
+from client.worker import Shared, Worker
 from fedcil.allocator import keep_freed_memory
 from fedcil.engines.alike import identity_of
 from fedcil.engines.channel import Channel

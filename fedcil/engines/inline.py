@@ -18,8 +18,9 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from client.handle import Shared, Worker, handle
+from client.handle import handle
 from client.states import StateStore
+from client.worker import Shared, Worker
 from fedcil.engines import Setting
 from fedcil.engines.alike import Sources
 from fedcil.engines.costs import Costs

@@ -20,9 +20,10 @@ import ray
 import torch
 from ray.exceptions import ObjectLostError, RayActorError, RayError
 
-from client.handle import Shared, Worker, handle
+from client.handle import handle
 from client.problems import GpuBroken
 from client.states import StateStore
+from client.worker import Shared, Worker
 from fedcil.allocator import keep_freed_memory
 from fedcil.engines import Setting, ray_head
 from fedcil.engines.alike import Identity, differences, identity_of

@@ -104,47 +104,6 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def other_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Buffers that are no state, (where, name, a copy of what is in them): a layer may write to them in training, and
-    what one client leaves there is nothing to the next.
-    """
-    state = state_of(module).keys()
-    found = []
-    for path, part in module.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if (f"{path}.{name}" if path else name) not in state:
-                found.append((part, name, buffer.clone()))
-    return found
-
-
-def restore_buffers(buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
-    """As ``other_buffers`` found them."""
-    for part, name, before in buffers:
-        part.get_buffer(name).copy_(before)
-
-
-def buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """All buffers: (where, name, the tensor itself)."""
-    parts = module.modules()
-    return [(part, name, buffer) for part in parts for name, buffer in part.named_buffers(recurse=False)]
-
-
-@torch.no_grad()
-def bind_again(buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
-    """Where a person's layer has put another tensor in a buffer's place, its numbers go into the one of before.
-    ValueError if it has another shape.
-    """
-    for part, name, before in buffers:
-        now = getattr(part, name)
-        if now is before:
-            continue
-        setattr(part, name, before)
-        if now is not None:
-            if now.shape != before.shape:
-                raise ValueError(f"a layer made its buffer {name} {tuple(now.shape)} instead of {tuple(before.shape)}")
-            before.copy_(now)
-
-
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """A copy of the module's state."""
     return {name: tensor.clone() for name, tensor in state_of(module).items()}
