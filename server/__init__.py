@@ -1,1 +1,1 @@
-"""What happens where the model is: the round loop, cohort, boundary and evaluation."""
+"""What happens where the model is: the round loop, who is asked, late updates, boundary, evaluation; Flower's nodes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -27,17 +28,12 @@ from fedcil.record.folder import RunFolder
 from fedcil.state import Cursor, RunState, ServerState
 from fedcil.stream import Task
 from server import boundary
+from server.asking import Answered, ask_on_time, rule_of
 from server.cohort import choose, eligible
 from server.cost import Stopwatch, forget_peak
 from server.evaluation import Evaluator
-from server.late import (
-    Answered,
-    hold_round,
-    make_schedule,
-    rule_of,
-    simulated_line,
-    wanted_answers,
-)
+from server.late import simulated_line, take_in
+from server.schedule import make_schedule, wanted_answers
 
 LOG = logging.getLogger("fedcil.border")
 BRING_BACK = "bring clients back and `fedcil resume RUN`"
@@ -183,8 +179,11 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
 def ask_cohort(session: Session, state: RunState, task: Task, phase: Phase) -> Answered:
     experiment = session.experiment
     cohort = choose_cohort(session, state, task, phase)
-    schedule = make_schedule(experiment, session.devices, state, task, phase, cohort)
-    return hold_round(experiment, schedule, state, phase, cohort, session.ask)
+    schedule, started = make_schedule(experiment, session.devices, state, task, phase, cohort), time.monotonic()
+    answered = ask_on_time(experiment, schedule, state, phase, cohort, session.ask)
+    if schedule.seconds is None:  # without a clock nobody is late
+        return answered
+    return take_in(answered, experiment, state, phase, session.ask, started)
 
 
 def choose_cohort(session: Session, state: RunState, task: Task, phase: Phase) -> tuple[int, ...]:
