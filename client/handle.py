@@ -1,4 +1,4 @@
-"""The client side in one function: ``handle(request, worker) -> reply``."""
+"""The client side: ``handle(request, worker) -> reply``, or ``do_jobs`` where answers are sent one by one."""
 
 from __future__ import annotations
 

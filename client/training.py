@@ -18,7 +18,7 @@ from fedcil.models.network import Network, set_norm_updates, trained_parameters
 from fedcil.scenario import TrainingSection
 from fedcil.stream import Task
 
-AT_ONCE = 1 << 22  # bytes of augmented images that are made ahead of their steps
+AHEAD_BYTES = 1 << 22  # of augmented images that are made ahead of their steps
 
 Augment = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(stored images (n, h, w, c) uint8, indices (b,), generator) -> normalised batch (b, c, h, w)."""
@@ -90,13 +90,13 @@ def cut_epoch(count: int, batch_size: int, mode: str) -> list[int]:
 def batches(samples: Samples, sizes: list[int], augment: Augment, place: Key) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch's batches: augmented images (b, c, h, w) and labels (b,), in an order drawn for this place.
 
-    Images are chosen and augmented for several batches at once, as many as stay below ``AT_ONCE`` bytes: for small
+    Images are chosen and augmented for several batches at once, as many as stay below ``AHEAD_BYTES``: for small
     images half of the work is in the calls.
     """
     order = torch.randperm(len(samples.labels), generator=place.at("order").torch())[: sum(sizes)]
     generator = place.at("augment").torch()
     image_bytes = 4 * samples.images[0].numel()
-    for group in grouped(sizes, max(1, AT_ONCE // image_bytes)):
+    for group in grouped(sizes, max(1, AHEAD_BYTES // image_bytes)):
         index, order = order[: sum(group)], order[sum(group) :]
         index = index.to(samples.images.device, non_blocking=True)
         images = augment(samples.images, index, generator)

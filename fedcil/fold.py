@@ -19,7 +19,7 @@ from fedcil.messages import Contribution, Total
 from fedcil.robust import combined
 from fedcil.rule import PLAIN, Rule
 
-Node = tuple[int, int]  # (level, index): the leaves [index * 2**level, (index + 1) * 2**level)
+Interval = tuple[int, int]  # (level, index): the leaves [index * 2**level, (index + 1) * 2**level)
 
 
 @dataclass(slots=True)
@@ -31,8 +31,8 @@ class Fold:
     """
 
     leaves: int
-    sums: dict[Node, Total | None]
-    own: set[Node] = field(default_factory=set)  # sums in memory that was made here, and may be written to
+    sums: dict[Interval, Total | None]
+    own: set[Interval] = field(default_factory=set)  # sums in memory that was made here, and may be written to
     rule: Rule = PLAIN
 
     @classmethod
@@ -62,12 +62,12 @@ class Fold:
         """
         if other.leaves != self.leaves:
             raise ValueError(f"folds of different cohorts: {self.leaves} and {other.leaves} leaves")
-        for node in other.sums:
-            self._refuse_overlap(node)
+        for interval in other.sums:
+            self._refuse_overlap(interval)
         taken, own = other.sums, other.own
         other.sums, other.own = {}, set()
-        for node, total in taken.items():
-            self._put(node, total, own=node in own)
+        for interval, total in taken.items():
+            self._put(interval, total, own=interval in own)
 
     def total(self) -> Total | None:
         """The sum over all leaves that gave something, or what another rule makes of them; missing leaves count as
@@ -75,7 +75,7 @@ class Fold:
         """
         if not self._sums_up:
             return combined([total.tensors for _, total in sorted(self.sums.items()) if total], self.rule)
-        missing = set(range(self.leaves)) - {leaf for node in self.sums for leaf in _leaves(node)}
+        missing = set(range(self.leaves)) - {leaf for interval in self.sums for leaf in _leaves(interval)}
         whole = Fold(next_power_of_two(self.leaves), dict(self.sums))
         for leaf in [*sorted(missing), *range(self.leaves, whole.leaves)]:
             whole._put((0, leaf), None, own=False)
@@ -86,9 +86,9 @@ class Fold:
     def _sums_up(self) -> bool:
         return self.rule.fold == "mean"
 
-    def _put(self, node: Node, total: Total | None, *, own: bool) -> None:
+    def _put(self, interval: Interval, total: Total | None, *, own: bool) -> None:
         """At a place that is free."""
-        level, index = node
+        level, index = interval
         while self._sums_up and (sibling := (level, index ^ 1)) in self.sums:
             other, others = self.sums.pop(sibling), sibling in self.own
             self.own.discard(sibling)
@@ -99,8 +99,8 @@ class Fold:
         if own:
             self.own.add((level, index))
 
-    def _refuse_overlap(self, node: Node) -> None:
-        (level, index), span = node, _leaves(node)
+    def _refuse_overlap(self, interval: Interval) -> None:
+        (level, index), span = interval, _leaves(interval)
         if span.start < 0 or span.stop > self.leaves:
             raise ValueError(f"leaf {index} of level {level} is outside a cohort of {self.leaves}")
         above = ((higher, index >> (higher - level)) for higher in range(level, self.leaves.bit_length() + 1))
@@ -125,8 +125,8 @@ def misfit(what: str) -> RunFailed:
     )
 
 
-def _leaves(node: Node) -> range:
-    level, index = node
+def _leaves(interval: Interval) -> range:
+    level, index = interval
     return range(index << level, (index + 1) << level)
 
 

@@ -54,5 +54,6 @@ def refuse_diverged(state: ServerState, task: Task) -> None:
         raise RunFailed(
             f"the boundary after task {task.index + 1} diverged: {', '.join(broken[:3])} are not finite",
             where="method",
-            next="lower method.generator_lr or its loss weights and start a new run; a resume would only repeat it",
+            next="lower the rate of what the method trains there (mfcl: method.generator_lr) or its loss weights and "
+            "start a new run; a resume would only repeat it",
         )

@@ -245,7 +245,7 @@ def test_images_made_ahead_are_the_same_for_any_number_at_once(small: Any, monke
     """Without random augmentation only the calls differ; memory is bounded for large images."""
     results = []
     for at_once in (1, 10**9):
-        monkeypatch.setattr("client.training.AT_ONCE", at_once)
+        monkeypatch.setattr("client.training.AHEAD_BYTES", at_once)
         model = small.network(3)
         train(small, model, TrainingSection(epochs=2, batch_size=4))
         results.append(content_hash(state_of(model)))

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from fedcil.metrics import pooled_accuracy
 
 CLIENT = "client"
-BOUNDARY = "generator"
+BOUNDARY = "boundary"
 MOST_FAILURES = 5  # of a round that are told one by one
 
 

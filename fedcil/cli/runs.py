@@ -92,14 +92,14 @@ def _by_other_code(run: Run) -> bool:
 
 def _earlier_runs(scenario: Scenario, identity: Mapping[str, Any], output: Path) -> list[Run]:
     """Runs of this scenario on these data that this version of fedcil and torch began."""
-    from fedcil.record.folder import versions
+    from fedcil.record.folder import has_checkpoint, versions
     from fedcil.record.run import Run
 
     found = []
     for path in sorted(output.glob(f"{scenario.name}-{scenario.seed}-*")):
         run = Run(path)
         try:
-            begun = run.finished or any((path / "checkpoints").glob("state-*.json"))
+            begun = run.finished or has_checkpoint(path)
             same = run.identity == identity and not run.changed_code(scenario)
             if begun and same and run.versions == versions():
                 found.append(run)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedcil.fold import Fold, Node
+from fedcil.fold import Fold, Interval
 from fedcil.messages import Failure, Job, Reply, Report, Tensors, Total
 
 
@@ -64,14 +64,14 @@ class FlatReply:
     """A reply whose partial sums are flat: node of the tree -> (sum, weight), or None."""
 
     leaves: int
-    sums: dict[Node, tuple[Flat, float] | None]
+    sums: dict[Interval, tuple[Flat, float] | None]
     reports: list[Row]
     failures: tuple[Failure, ...]
     cpu_elsewhere: float
 
     @classmethod
     def of(cls, reply: Reply, cpu_elsewhere: float = 0.0) -> Self:
-        sums: dict[Node, tuple[Flat, float] | None] = {
+        sums: dict[Interval, tuple[Flat, float] | None] = {
             node: (flatten_tensors(total.tensors), total.weight) if total else None
             for node, total in reply.fold.sums.items()
         }

@@ -7,7 +7,7 @@ from dataclasses import asdict, astuple
 from fedcil.engines.channel import Channel
 from fedcil.engines.flat import report_of_row, row_of_job, row_of_report
 from fedcil.engines.workers import CpuSeconds
-from fedcil.fold import Fold, Node
+from fedcil.fold import Fold, Interval
 from fedcil.messages import Broadcast, Failure, Job, Payload, Reply, Request, Total
 from fedcil.rule import Rule
 from fedcil.wire import place_of
@@ -40,7 +40,7 @@ class Asking:
     def receive(self, wait_s: float) -> Reply:
         """The answer to the request. TimeoutError if it does not come within this time."""
         header, groups = self._channel.receive(wait_s, copied=True)
-        sums: dict[Node, Total | None] = dict.fromkeys(map(tuple, header["absent"]))
+        sums: dict[Interval, Total | None] = dict.fromkeys(map(tuple, header["absent"]))
         for (level, index, weight), tensors in zip(header["sums"], groups, strict=True):
             sums[level, index] = Total(tensors, weight)
         reports = tuple(map(report_of_row, header["reports"]))

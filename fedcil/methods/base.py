@@ -1,4 +1,4 @@
-"""The contract of a method: a frozen value of functions. Most methods fill three fields.
+"""The contract of a method: a frozen value of functions, of which a method fills those in which it is not FedAvg.
 
 What a function gets is all it may use; what it needs later it returns. Nothing is inherited.
 """
