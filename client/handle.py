@@ -94,7 +94,6 @@ class Round:
 
 
 Metrics = dict[str, float]
-Answered = tuple[Job, Answer]
 
 
 def handle(request: Request, worker: Worker) -> Reply:
@@ -126,7 +125,7 @@ def _bounded(answer: Answer, broadcast: Broadcast, rule: Rule) -> Answer:
         return Answer(Failure(answer.result.client, BORDER, error.what))
 
 
-def do_jobs(round_: Round, jobs: Sequence[Job]) -> Iterator[Answered]:
+def do_jobs(round_: Round, jobs: Sequence[Job]) -> Iterator[tuple[Job, Answer]]:
     """Answers as they come, of as many clients at the same time as the scenario's execution has. A contribution's
     tensors are the worker's memory until the next answer is asked for.
     """
@@ -145,7 +144,7 @@ def do_job(round_: Round, job: Job) -> Answer:
         return Answer(failure(job, error))
 
 
-def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
+def try_at_once(round_: Round, jobs: Sequence[Job]) -> list[tuple[Job, Answer]]:
     """All these clients trained at the same time; nothing if that cannot be, and then each is done by itself: who
     breaks alone must not take others along.
     """
@@ -200,7 +199,7 @@ def _train(round_: Round, job: Job, local: LocalModel, own: Samples) -> tuple[Co
     return _given(local.state, trained, samples, round_.shared.experiment)
 
 
-def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
+def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[tuple[Job, Answer]]:
     """``_work`` and ``_train`` for several clients at once."""
     started = time.perf_counter()
     worker, shared, task = round_.worker, round_.shared, round_.task
@@ -210,7 +209,7 @@ def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
     keys = [round_.key.at("client", job.client) for job, _, _ in ready]
     trained = local_sgd_in_lanes(lanes, round_.broadcast.tensors, round_.recipe, samples, keys)
     seconds = (time.perf_counter() - started) / len(jobs)
-    answers: list[Answered] = []
+    answers: list[tuple[Job, Answer]] = []
     for (job, count, joined), (state, said) in zip(ready, trained, strict=True):
         try:
             contribution, metrics = _given(state, said, joined, shared.experiment)
@@ -231,10 +230,10 @@ def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[Answered]:
 
 def _samples_of(
     jobs: Sequence[Job], task: Task, shared: Shared
-) -> tuple[list[tuple[Job, int, Samples]], list[Answered]]:
+) -> tuple[list[tuple[Job, int, Samples]], list[tuple[Job, Answer]]]:
     """(job, own samples, samples with what the client kept), and the answers of clients that have none to give."""
     ready: list[tuple[Job, int, Samples]] = []
-    broken: list[Answered] = []
+    broken: list[tuple[Job, Answer]] = []
     for job in jobs:
         try:
             own = shared.samples(job.client, task)

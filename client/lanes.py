@@ -24,11 +24,7 @@ from fedcil.gradients import as_stored
 from fedcil.keys import Key
 from fedcil.messages import Tensors
 from fedcil.methods.base import Draws, Samples
-from fedcil.models.network import (
-    Network,
-    set_norm_updates,
-    trained_parameters,
-)
+from fedcil.models.network import Network, set_norm_updates, trained_parameters
 from fedcil.scenario import TrainingSection
 
 

@@ -35,7 +35,7 @@ def run(
     """Run a scenario to its end and return the run.
 
     ``scenario`` is a value, a path, a shipped name or a mapping; ``overrides`` are ``"training.rounds=20"``.
-    Raises ScenarioError, DataMissing, TooFewClients, or Stopped if ``stop`` is set; after the first round a
+    Raises ScenarioError, InputError, DataMissing, TooFewClients, or Stopped if ``stop`` is set; after the first round a
     checkpoint is always there.
     """
     source = "" if isinstance(scenario, Scenario) else str(scenario) if isinstance(scenario, str | Path) else "scenario"
@@ -68,7 +68,8 @@ def resume(
     old = open_run(Path(path))
     scenario = load_scenario(old.path / "scenario.toml", overrides)
     if old.finished:
-        refuse_changes(old.identity["scenario"], scenario.deciding(), old.path)
+        where = {"availability.file": old.scenario.availability.file}, {"availability.file": scenario.availability.file}
+        refuse_changes(old.identity["scenario"] | where[0], scenario.deciding() | where[1], old.path)
         if figures and not (old.path / "figures").is_dir():
             draw(old)
         return old

@@ -7,6 +7,7 @@ is in fedcil/traces.py. Who is a member at all is another question (fedcil/popul
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,28 +21,38 @@ if TYPE_CHECKING:
     from fedcil.scenario import AvailabilitySection
     from fedcil.timeline import Timeline
 
-Availability = Callable[[int, int, int], Clients]
 Mask = NDArray[np.bool_]
 
 
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """(task, phase, round) -> the clients that can be reached then. ``digest``: of what a file says, if one does."""
+
+    present: Callable[[int, int, int], Clients]
+    digest: str | None = None
+
+    def __call__(self, task: int, phase: int, round: int) -> Clients:
+        return self.present(task, phase, round)
+
+
 def make_availability(section: AvailabilitySection, clients: int, key: Key, timeline: Timeline) -> Availability:
-    """A function (task, phase, round) -> the clients of 0..clients - 1 that can be reached then.
+    """Of the clients 0..clients - 1.
 
     Raises InputError if a file is missing or broken, or a record has not all rounds.
     """
     key = key.at("availability")
     if section.name == "recorded":
-        return recorded(Path(str(section.file)), clients, timeline.places())
+        return Availability(*recorded(Path(str(section.file)), clients, timeline.places()))
     if section.name == "always":
         everyone = frozenset(range(clients))
-        return lambda *_: everyone
+        return Availability(lambda *_: everyone)
     if section.name == "bernoulli":
-        return lambda *place: _ids(key.at(*place).numpy().random(clients) < section.probability)
+        return Availability(lambda *place: _ids(key.at(*place).numpy().random(clients) < section.probability))
     if section.name == "trace":
-        there = trace(Path(str(section.file)), clients)
-        return lambda *place: there(timeline.number(*place))
+        there, digest = trace(Path(str(section.file)), clients)
+        return Availability(lambda *place: there(timeline.number(*place)), digest)
     model = Markov(section, clients, key) if section.name == "markov" else Diurnal(section, clients, key)
-    return lambda *place: _ids(model.at(timeline.number(*place)))
+    return Availability(lambda *place: _ids(model.at(timeline.number(*place))))
 
 
 def _ids(mask: Mask) -> Clients:

@@ -45,10 +45,11 @@ def make_devices(section: ClockSection, clients: int, key: Key) -> Devices | Non
     """
     if section.name == "off":
         return None
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         devices = _drawn(section, clients, key.at("clock"))
+    shares = [share for share, *_ in section.tiers or ()]
     rates = np.concatenate([devices.speed, devices.down, devices.up])
-    if not (rates.min() >= 1 / FASTEST and rates.max() <= FASTEST):
+    if not (rates.min() >= 1 / FASTEST and max([rates.max(), *shares]) <= FASTEST):
         raise ScenarioError(
             f"the clock gives clients {rates.min():g} to {rates.max():g} samples or bytes a second",
             where="clock",

@@ -6,7 +6,9 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +46,14 @@ from fedcil.timeline import Timeline
 PROCESSES_POSSIBLE = sys.platform == "linux"  # memory without a name (fedcil/engines/channel.py)
 
 
-@dataclass(frozen=True, slots=True)
+class Conditions(NamedTuple):
+    """Who can be reached when, and how fast clients are."""
+
+    availability: Availability
+    devices: Devices | None
+
+
+@dataclass(frozen=True)
 class Experiment:
     """The frozen values that server and clients share. A client is its id and its offsets in an index array."""
 
@@ -76,13 +85,14 @@ class Experiment:
         """The place of a round's draws; ``at("client", c)`` is that of one client's work."""
         return self.key.at("task", place.task, "phase", place.phase, "round", place.round)
 
-    def attendance(self) -> tuple[Availability, Devices | None]:
-        """Who can be reached when, and how fast clients are: what a server alone has to know. Raises InputError for a
-        file that is missing or broken, and ScenarioError for a clock that cannot be computed with.
+    @cached_property
+    def conditions(self) -> Conditions:
+        """What a server alone has to know; a file is read once. Raises InputError for one that is missing or broken,
+        and ScenarioError for a clock that cannot be computed with.
         """
         scenario, clients = self.scenario, self.scenario.clients.count
         there = make_availability(scenario.availability, clients, self.key, self.timeline)
-        return there, make_devices(scenario.clock, clients, self.key)
+        return Conditions(there, make_devices(scenario.clock, clients, self.key))
 
     def phases(self, task: Task) -> tuple[Phase, ...]:
         """Of a task, in their order."""

@@ -67,6 +67,7 @@ class Fold:
         taken, own = other.sums, other.own
         other.sums, other.own = {}, set()
         for interval, total in taken.items():
+            self._refuse_overlap(interval)  # with what came with it
             self._put(interval, total, own=interval in own)
 
     def total(self) -> Total | None:
@@ -101,7 +102,7 @@ class Fold:
 
     def _refuse_overlap(self, interval: Interval) -> None:
         (level, index), span = interval, _leaves(interval)
-        if span.start < 0 or span.stop > self.leaves:
+        if span.start < 0 or span.stop > self.leaves or (level and not self._sums_up):
             raise ValueError(f"leaf {index} of level {level} is outside a cohort of {self.leaves}")
         above = ((higher, index >> (higher - level)) for higher in range(level, self.leaves.bit_length() + 1))
         below = (held for held in self.sums if held[0] < level and held[1] >> (level - held[0]) == index)

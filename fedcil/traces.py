@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ Place = tuple[int, int, int]  # task, phase, round
 HEADER = ["client", "from", "to"]
 
 
-def recorded(path: Path, clients: int, places: Iterable[Place]) -> Callable[[int, int, int], Clients]:
-    """The clients that answered in an earlier run, from its ``metrics.jsonl``; InputError if it has not all places."""
+def recorded(path: Path, clients: int, places: Iterable[Place]) -> tuple[Callable[[int, int, int], Clients], str]:
+    """The clients that answered in an earlier run, from its ``metrics.jsonl``, and a digest of that; InputError if it
+    has not all places.
+    """
     answered = _read_rounds(path, clients)
     missing = next((place for place in places if place not in answered), None)
     if missing:
@@ -29,7 +32,8 @@ def recorded(path: Path, clients: int, places: Iterable[Place]) -> Callable[[int
             allowed="a record with every round of this scenario",
             next="record a run with the same stream, method and training.rounds, run to its end",
         )
-    return lambda *place: answered[place]
+    said = repr(sorted((place, sorted(ids)) for place, ids in answered.items()))
+    return lambda *place: answered[place], _digest(said.encode())
 
 
 def _read_rounds(path: Path, clients: int) -> dict[Place, Clients]:
@@ -81,8 +85,8 @@ def _broken(where: str | Path, what: str) -> InputError:
     )
 
 
-def trace(path: Path, clients: int) -> Callable[[int], Clients]:
-    """Rounds in which clients are there, from a CSV file with the header ``client,from,to``.
+def trace(path: Path, clients: int) -> tuple[Callable[[int], Clients], str]:
+    """Rounds in which clients are there, from a CSV file with the header ``client,from,to``, and a digest of them.
 
     Rounds are numbered from 0 through the whole run, all tasks and phases, as their lines stand in metrics.jsonl;
     ``from`` and ``to`` both belong to it. A client may have several lines; one without a line is never there.
@@ -93,7 +97,11 @@ def trace(path: Path, clients: int) -> Callable[[int], Clients]:
         there = rows[(rows[:, 1] <= number) & (number <= rows[:, 2]), 0]
         return frozenset(there.tolist())
 
-    return present
+    return present, _digest(rows.tobytes())
+
+
+def _digest(content: bytes) -> str:
+    return blake2b(content, digest_size=16).hexdigest()
 
 
 def _read_trace(path: Path, clients: int) -> NDArray[np.int64]:

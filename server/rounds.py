@@ -96,7 +96,7 @@ def open_session(
     stop: StopSignal | None = None,
 ) -> Session:
     """A session over an engine's port, with the test images and the availability model loaded."""
-    availability, devices = experiment.attendance()
+    availability, devices = experiment.conditions
     return Session(
         experiment=experiment,
         port=port,

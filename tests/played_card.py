@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -169,10 +169,14 @@ def _narrowable(value: Any) -> bool:
 
 
 class Generator(torch.Generator):
-    """Of the CPU, wherever it was asked for."""
+    """Draws as a CPU's, wherever it belongs."""
+
+    belongs: ClassVar[dict[int, str]] = {}  # an operator is given another object of Python's for it
 
     def __new__(cls, device: Any = "cpu") -> Generator:
-        return super().__new__(cls, "cpu")
+        made = super().__new__(cls, "cpu")
+        cls.belongs[made._cdata] = torch.device(device).type
+        return made
 
 
 class Pool:
@@ -180,6 +184,7 @@ class Pool:
 
     def __init__(self, card: Card) -> None:
         self.card, self.held, self.most = card, 0, 0
+        self.used: tuple[Stream, int] | None = None  # the last replay in it
 
     def add(self, size: int) -> None:
         self.held += size
@@ -223,6 +228,7 @@ class Graph:
                 self.card.race("a graph works on memory that was freed after its capture")
             reads, writes = ([each.block() for each in found] for found in (kernel.reads, kernel.writes))
             self.card.in_order([block for block in reads if block], [block for block in writes if block])
+            self.card.alone_in(self.pool)
             with _disable_current_modes():
                 results = tree_leaves(kernel.work())
                 for place, tensor in kernel.results:
@@ -258,7 +264,8 @@ class Card:
                 return func(*args, **kwargs)
             if Tag.inplace_view in func.tags:
                 raise NotImplementedError(f"{func} is not played")
-            if on and any(each.dim() for each in off) and func not in COPIES | INDEXED:
+            mixes = func in COPIES or (func in INDEXED and isinstance(args[0], OnCard))
+            if on and any(each.dim() for each in off) and not mixes:
                 raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got some of the CPU")
             self._pass_the_border(func, args, kwargs, on, off, here)
             writes = _written(func, args, kwargs)
@@ -271,6 +278,9 @@ class Card:
             return self._taken(lambda: func(*args, **kwargs), results, on, writes) if here else results
 
     def _work(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        given = kwargs.get("generator")
+        if given is not None and Generator.belongs.get(given._cdata) != "cuda":
+            raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu': {func}")
         if Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         if self.graph:
@@ -352,6 +362,12 @@ class Card:
     def _after(self, event: tuple[Stream, int] | None, problem: str) -> None:
         if event and self.current.seen[event[0]] < event[1]:
             self.race(f"{self.current.name} {problem} on {event[0].name}")
+
+    def alone_in(self, pool: Pool | None) -> None:
+        """Graphs of one pool have the same memory."""
+        assert pool
+        self._after(pool.used, "replays a graph in memory of one that is at work")
+        pool.used = (self.current, self.current.launched)
 
     def race(self, problem: str) -> None:
         self.races.append(problem + "\n" + "".join(traceback.format_stack(limit=20)))

@@ -14,10 +14,15 @@ from hypothesis import strategies as st
 
 import fedcil
 from fedcil.availability import Availability, make_availability
+from fedcil.cli.run_folders import unfinished
+from fedcil.engines.alike import identity_of
 from fedcil.errors import InputError, NotResumable
+from fedcil.experiment import open_experiment
 from fedcil.keys import Key
 from fedcil.record.compare import compare
+from fedcil.record.folder import run_identity
 from fedcil.scenario import AvailabilitySection
+from fedcil.scenario_file import load_scenario
 from fedcil.timeline import Timeline
 
 RUN = Timeline.of([[30, 1]] * 20)  # 20 tasks of 31 rounds
@@ -294,8 +299,37 @@ def test_what_is_in_a_trace_is_part_of_the_run_and_where_it_lies_is_not(
     with pytest.raises(NotResumable, match=r"made differently: availability was \w+, now"):
         fedcil.resume(folder, figures=False)
     assert fedcil.resume(folder, overrides=follow(moved), figures=False).results == whole.results
+    with pytest.raises(NotResumable, match=r"availability\.file was"):
+        fedcil.resume(whole.path, overrides=follow(moved), figures=False)
     other = fedcil.run(TINY, overrides=follow(trace), output=tmp_path / "other", figures=False)
     assert len(compare([whole, other])) == 2
+
+
+def test_workers_need_no_trace(tmp_path: Path) -> None:
+    """Who is there is the server's to know: the file may be gone when one starts, and be on no other node."""
+    experiment = open_experiment(load_scenario(TINY, follow(tmp_path / "none.csv")))
+    assert "availability" not in identity_of(experiment)
+
+
+def test_a_trace_is_read_once(tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text("client,from,to\n0,0,9\n")
+    experiment = open_experiment(load_scenario(TINY, follow(trace)))
+    digest = experiment.conditions.availability.digest
+    trace.unlink()
+    assert run_identity(experiment)["availability"] == digest
+    assert experiment.conditions.availability(0, 0, 0) == {0}
+
+
+def test_a_deployment_does_not_go_on_with_a_run_of_another_trace(
+    tmp_path: Path, stopped_run: Callable[..., Path]
+) -> None:
+    traces = [tmp_path / f"{name}.csv" for name in "ab"]
+    for trace in traces:
+        trace.write_text("client,from,to\n0,0,9\n1,0,9\n")
+    folder = stopped_run(TINY, 2, tmp_path / "runs", follow(traces[0]))
+    assert unfinished(load_scenario(TINY, follow(traces[0])), tmp_path / "runs") == folder
+    assert unfinished(load_scenario(TINY, follow(traces[1])), tmp_path / "runs") is None
 
 
 def test_a_broken_trace_leaves_no_run_behind(tmp_path: Path) -> None:

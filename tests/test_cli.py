@@ -380,6 +380,8 @@ def test_a_plan_says_who_cannot_fill_a_batch_and_plans_no_more_images_than_there
     plan = json.loads(call(*words, cwd=tmp_path).stdout)
     assert "4 of 4 clients have fewer samples of a task than training.batch_size = 1000000" in plan["notes"][0]
     assert plan["predicted_memory_mb"] < 1000
+    by_statistics = json.loads(call(*words, "--set=method.name=afcl", cwd=tmp_path).stdout)
+    assert not any("drop_last" in note for note in by_statistics["notes"])
 
 
 def test_a_scenario_that_an_editor_has_marked_as_unicode(tmp_path: Path) -> None:

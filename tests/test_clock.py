@@ -43,6 +43,11 @@ def test_lognormal_has_the_median_and_the_spread_it_was_told() -> None:
     assert abs(np.corrcoef(np.log(made.speed), np.log(made.down))[0, 1]) < 0.04
 
 
+def test_shares_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ScenarioError, match="the clock gives clients"):
+        devices(name="tiers", tiers=[[1e308, 1.0, 1.0, 1.0], [1e308, 2.0, 2.0, 2.0]])
+
+
 @pytest.mark.parametrize(
     "odd",
     [{"speed_sigma": 1000.0}, {"network_sigma": 1e12}, {"samples_per_s": 1e-307}, {"down_bytes_per_s": 1e-320}],

@@ -211,6 +211,12 @@ def test_a_leaf_outside_the_cohort_is_refused(position: int) -> None:
         Fold.empty(3).add(position, contribution(0))
 
 
+def test_what_overlaps_itself_is_not_merged() -> None:
+    twice = Fold(4, {(0, 0): Total({"x": torch.ones(1)}, 1.0), (1, 0): Total({"x": torch.ones(1)}, 2.0)})
+    with pytest.raises(ValueError, match="counted already"):
+        Fold.empty(4).merge(twice)
+
+
 def test_a_sum_that_reaches_beyond_the_cohort_is_refused() -> None:
     broken = Fold(3, {(1, 1): Total({"x": torch.ones(1)}, 1.0)})  # leaves 2..3
     with pytest.raises(ValueError, match="outside a cohort of 3"):

@@ -138,3 +138,28 @@ def test_memory_ends(card: Card) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         torch.zeros(1 << 20, device=CUDA)
     assert card.used == 0
+
+
+def test_graphs_of_one_pool_run_one_after_the_other(card: Card) -> None:
+    numbers, pool = [torch.ones(3, device=CUDA) for _ in range(2)], torch.cuda.graph_pool_handle()
+    graphs = [torch.cuda.CUDAGraph() for _ in numbers]
+    for graph, own in zip(graphs, numbers, strict=True):
+        with torch.cuda.graph(graph, pool=pool):
+            own.mul_(2)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graphs[0].replay()
+    with torch.cuda.stream(side):
+        graphs[1].replay()
+    assert card.races[0].startswith("stream 1 replays a graph in memory of one that is at work on the default stream")
+
+
+def test_a_generator_belongs_to_one_device(card: Card) -> None:
+    torch.zeros(3, device=CUDA).normal_(generator=torch.Generator(CUDA))
+    with pytest.raises(RuntimeError, match="Expected a 'cuda' device type for generator"):
+        torch.zeros(3, device=CUDA).normal_(generator=torch.Generator())
+
+
+def test_a_tensor_of_the_cpu_is_not_indexed_from_the_card(card: Card) -> None:
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(3)[torch.zeros(1, dtype=torch.int64, device=CUDA)]

@@ -22,7 +22,7 @@ import fedcil
 from fedcil.errors import MessageRefused, RunFailed, ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.fold import Fold
-from fedcil.messages import Contribution, Tensors, content_hash
+from fedcil.messages import Contribution, Tensors, Total, content_hash
 from fedcil.record.summary import finish
 from fedcil.robust import admissible, distance, krum_order, median, multi_krum, trimmed_mean
 from fedcil.rule import PLAIN, Rule
@@ -234,6 +234,13 @@ def test_it_keeps_copies_and_counts_each_leaf_once() -> None:
         fold.merge(fold)
     with pytest.raises(ValueError, match="outside a cohort of 3"):
         fold.absent(3)
+
+
+def test_a_partial_sum_is_nobodys_contribution() -> None:
+    fold = Fold.empty(4, Rule("median"))
+    with pytest.raises(ValueError, match="outside a cohort of 4"):
+        fold.merge(Fold(4, {(1, 0): Total({"x": torch.ones(1)}, 2.0)}))
+    assert fold.total() is None
 
 
 @pytest.mark.parametrize(("rule", "least"), [(FOLDS[0], 1), (FOLDS[1], 3), (FOLDS[2], 5), (FOLDS[3], 5)])

@@ -31,7 +31,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
     scenario = experiment.scenario
     model = experiment.first_state().server.model
     tasks, payload = [], 0
-    there, _ = experiment.attendance()
+    there = experiment.conditions.availability
     for task in experiment.stream.tasks:
         model = grow_head(model, task.seen, Key(0).torch()) if task.old else model
         tasks.append(forecast_task(experiment, task, model, payload, there))
@@ -57,13 +57,16 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
 
 def idle_clients(experiment: Experiment) -> list[str]:
     """Who is asked and cannot train: with fewer samples than a batch where a rest is dropped, and nothing kept."""
-    training = experiment.scenario.training
+    training, few = experiment.scenario.training, set[int]()
     if training.batches != "drop_last" or not training.epochs or experiment.method.client_memory:
         return []
-    counts = np.array([experiment.counts(task) for task in experiment.stream.tasks])
-    few = int(((counts > 0) & (counts < training.batch_size)).any(axis=0).sum())
+    for task in experiment.stream.tasks:
+        counts = experiment.counts(task)
+        if any(phase.work == "train" for phase in experiment.phases(task)):
+            few |= set(np.flatnonzero((counts > 0) & (counts < training.batch_size)).tolist())
     words = f"have fewer samples of a task than training.batch_size = {training.batch_size} and do not train in it"
-    return [f"training.batches = 'drop_last': {few} of {counts.shape[1]} clients {words}"] if few else []
+    many = f"{len(few)} of {experiment.scenario.clients.count}"
+    return [f"training.batches = 'drop_last': {many} clients {words}"] if few else []
 
 
 def forecast_task(
@@ -122,8 +125,9 @@ def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
     """
     scenario, task = experiment.scenario, experiment.stream.tasks[-1]
     stored = experiment.data.train.nbytes + experiment.data.test.nbytes
-    most = max(int(experiment.counts(each).max()) for each in experiment.stream.tasks)
-    batch = min(scenario.training.batch_size, most)
+    batch = scenario.training.batch_size
+    if experiment.method.client_memory is None:  # what clients keep joins their samples
+        batch = min(batch, max(int(experiment.counts(each).max()) for each in experiment.stream.tasks))
     extra = scenario.method.extra_images(batch, task)
     images = batch + max(extra.in_step, extra.at_boundary)
     activations = 2 * images * activation_bytes(experiment)

@@ -57,7 +57,8 @@ def unfinished(scenario: Scenario, output: Path) -> Path | None:
 
     for path in sorted(output.glob(f"{scenario.name}-{scenario.seed}-*"), reverse=True):
         run = open_run(path)
-        if not run.finished and run.scenario.deciding() == scenario.deciding():
+        same = run.scenario.deciding() == scenario.deciding() and run.scenario.availability == scenario.availability
+        if same and not run.finished:
             return path
     return None
 
@@ -67,6 +68,7 @@ def check_deployable(scenario: Scenario, nodes: int | None) -> None:
     ``nodes`` are here. Loads the data.
     """
     from fedcil.experiment import open_experiment
+    from fedcil.record.folder import run_identity
 
     if scenario.server.deadline_s is None:
         raise ScenarioError(
@@ -85,4 +87,4 @@ def check_deployable(scenario: Scenario, nodes: int | None) -> None:
             allowed=f"1 to {scenario.clients.count} nodes",
             next="lower --nodes",
         )
-    open_experiment(scenario)
+    run_identity(open_experiment(scenario))

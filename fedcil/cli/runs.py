@@ -58,11 +58,11 @@ def identity_of(wanted: Wanted, data_root: Path | None) -> dict[str, Any]:
     """What would decide the run's result. Raises what opening the scenario on its data raises."""
     from fedcil.engines import load_engine
     from fedcil.experiment import open_experiment
-    from fedcil.record.folder import identity
+    from fedcil.record.folder import run_identity
 
     with located(wanted.source):
         load_engine(wanted.scenario.engine.name)
-        return identity(open_experiment(wanted.scenario, data_root))
+        return run_identity(open_experiment(wanted.scenario, data_root))
 
 
 def reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Options) -> Run:

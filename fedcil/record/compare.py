@@ -144,8 +144,8 @@ def _settings(run: Run) -> dict[str, Any]:
     modules, as digests.
     """
     files = {f"{module}.py": digest[:8] for module, digest in run.own_code.items()}
-    if there := run.environment.get("identity", {}).get("availability"):
-        files["availability.file"] = there[:8]
+    if file := run.scenario.availability.file:  # by what is in it
+        files["availability.file"] = run.environment.get("identity", {}).get("availability", file)[:8]
     return {key: value for key, value in run.scenario.deciding().items() if key != "seed"} | files
 
 

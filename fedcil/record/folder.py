@@ -10,7 +10,6 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -63,7 +62,7 @@ class RunFolder:
     @classmethod
     def create(cls, root: Path, experiment: Experiment) -> Self:
         """A new folder ``<name>-<seed>-<time>[-n]`` below ``root`` with what is known before round 0."""
-        known = identity(experiment)  # what is wrong with it leaves no folder behind
+        known = run_identity(experiment)  # what is wrong with it leaves no folder behind
         path = new_folder(root, f"{experiment.scenario.name}-{experiment.scenario.seed}")
         return cls._begin(path, experiment, known)
 
@@ -73,7 +72,7 @@ class RunFolder:
         folder = cls(path, known)
         try:
             folder.write("scenario.toml", to_toml(experiment.scenario))
-            folder.write("environment.json", json.dumps(_environment(experiment), indent=1))
+            folder.write("environment.json", json.dumps(_environment(experiment, known), indent=1))
             with on_disk(path):
                 save_partition(path / "partition.npz", experiment.partition)
                 if math.prod(experiment.label_counts_shape) <= MOST_COUNTS:
@@ -86,7 +85,7 @@ class RunFolder:
     @classmethod
     def reopen(cls, path: Path, experiment: Experiment) -> tuple[Self, RunState]:
         """An existing folder and the state to continue from; metrics are cut back to that state."""
-        folder = cls(path, identity(experiment))
+        folder = cls(path, run_identity(experiment))
         try:
             checkpoint = folder.checkpoints.load()
             refuse_changes(checkpoint.identity, folder._identity, path)
@@ -103,7 +102,7 @@ class RunFolder:
         """Continue what is in the folder, or begin there if nothing was saved yet."""
         if has_checkpoint(path):
             return cls.reopen(path, experiment)
-        return cls._begin(path, experiment, identity(experiment)), experiment.first_state()
+        return cls._begin(path, experiment, run_identity(experiment)), experiment.first_state()
 
     def append(self, line: Mapping[str, Any]) -> None:
         """One whole line at the end of metrics.jsonl, on disk when this returns."""
@@ -173,15 +172,20 @@ def has_checkpoint(path: Path) -> bool:
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
-    """What must not change between a checkpoint and its resume. Raises what ``experiment.attendance()`` raises."""
-    experiment.attendance()
-    file = experiment.scenario.availability.file
+    """What must be the same wherever a run's clients are trained."""
     return {
         "scenario": experiment.scenario.deciding(),
         "data": experiment.data.digest,
         "numeric": experiment.numeric(),
-        **({"availability": blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()} if file else {}),
     }
+
+
+def run_identity(experiment: Experiment) -> dict[str, Any]:
+    """What must not change between a checkpoint and its resume: that, and who was said to be there. Raises what
+    ``experiment.conditions`` raises.
+    """
+    digest = experiment.conditions.availability.digest
+    return identity(experiment) | ({"availability": digest} if digest else {})
 
 
 def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
@@ -215,7 +219,7 @@ def new_folder(root: Path, stem: str) -> Path:
     raise InputError("a thousand runs started in the same second", where=str(root))
 
 
-def _environment(experiment: Experiment) -> dict[str, Any]:
+def _environment(experiment: Experiment, known: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "versions": versions(),
         "python": platform.python_version(),
@@ -225,7 +229,7 @@ def _environment(experiment: Experiment) -> dict[str, Any]:
         "program": program(),
         "command": sys.argv,
         "numeric_configuration": experiment.numeric(),
-        "identity": identity(experiment),
+        "identity": known,
         "own_code": experiment.scenario.own_code(),
         "data": {
             "name": experiment.data.name,
