@@ -68,8 +68,8 @@ def resume(
     old = open_run(Path(path))
     scenario = load_scenario(old.path / "scenario.toml", overrides)
     if old.finished:
-        where = {"availability.file": old.scenario.availability.file}, {"availability.file": scenario.availability.file}
-        refuse_changes(old.identity["scenario"] | where[0], scenario.deciding() | where[1], old.path)
+        key, file, was = "availability.file", scenario.availability.file, old.scenario.availability.file
+        refuse_changes(old.identity["scenario"] | {key: was}, scenario.deciding() | {key: file}, old.path)
         if figures and not (old.path / "figures").is_dir():
             draw(old)
         return old
