@@ -25,7 +25,7 @@ from fedcil.keys import Key
 from fedcil.messages import Tensors
 from fedcil.methods.base import Draws, Samples
 from fedcil.models.network import Network, set_norm_updates, trained_parameters
-from fedcil.scenario import TrainingSection
+from fedcil.tables import TrainingSection
 
 
 def make_streams(count: int, device: torch.device) -> list[Any]:

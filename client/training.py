@@ -15,8 +15,8 @@ from fedcil.gradients import as_stored, gradients
 from fedcil.keys import Key, global_draws, rng_state
 from fedcil.methods.base import TRAINABLE, Batch, Draws, Method, Prepared, Samples
 from fedcil.models.network import Network, set_norm_updates, trained_parameters
-from fedcil.scenario import TrainingSection
 from fedcil.stream import Task
+from fedcil.tables import TrainingSection
 
 AHEAD_BYTES = 1 << 22  # of augmented images that are made ahead of their steps
 

@@ -18,7 +18,7 @@ from fedcil.traces import Clients, recorded, trace
 
 if TYPE_CHECKING:
     from fedcil.keys import Key
-    from fedcil.scenario import AvailabilitySection
+    from fedcil.tables import AvailabilitySection
     from fedcil.timeline import Timeline
 
 Mask = NDArray[np.bool_]

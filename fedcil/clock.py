@@ -20,7 +20,7 @@ from fedcil.errors import ScenarioError
 
 if TYPE_CHECKING:
     from fedcil.keys import Key
-    from fedcil.scenario import ClockSection
+    from fedcil.tables import ClockSection
 
 Floats = NDArray[np.float64]
 FASTEST = 1e100  # samples or bytes a second, and its inverse the slowest: what can be added up

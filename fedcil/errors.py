@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ class FedcilError(Exception):
 
 
 LABELS = ("where", "allowed", "next")
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """A hint with the nearest of ``names``, or nothing."""
+    near = difflib.get_close_matches(given, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near and near[0] != given else ""
 
 
 def described(error: BaseException) -> str:

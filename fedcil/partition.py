@@ -22,8 +22,8 @@ from fedcil.errors import InputError, ScenarioError, described
 
 if TYPE_CHECKING:
     from fedcil.keys import Key
-    from fedcil.scenario import PartitionSection
     from fedcil.stream import Stream, Task
+    from fedcil.tables import PartitionSection
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -17,7 +17,7 @@ from fedcil.errors import ScenarioError
 
 if TYPE_CHECKING:
     from fedcil.keys import Key
-    from fedcil.scenario import PopulationSection
+    from fedcil.tables import PopulationSection
     from fedcil.timeline import Timeline
 
 Ints = NDArray[np.int64]

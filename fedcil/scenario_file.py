@@ -17,8 +17,9 @@ from typing import Any
 from pydantic import PydanticInvalidForJsonSchema, ValidationError
 
 from fedcil.allowed import allowed
-from fedcil.errors import ScenarioError
-from fedcil.scenario import Scenario, did_you_mean, method_settings
+from fedcil.errors import ScenarioError, did_you_mean
+from fedcil.method_table import method_settings
+from fedcil.scenario import Scenario
 from fedcil.section import Section
 
 PYDANTIC_SAYS = "Input should be "

@@ -16,7 +16,7 @@ from fedcil.errors import ScenarioError
 
 if TYPE_CHECKING:
     from fedcil.keys import Key
-    from fedcil.scenario import StreamSection
+    from fedcil.tables import StreamSection
 
 
 @dataclass(frozen=True, slots=True)

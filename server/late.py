@@ -11,8 +11,8 @@ from fedcil.experiment import Experiment
 from fedcil.messages import Failure, Outcome, Tensors, Total
 from fedcil.methods.base import Phase
 from fedcil.port import remaining
-from fedcil.scenario import ClockSection
 from fedcil.state import Pending, RunState
+from fedcil.tables import ClockSection
 from server.asking import Answered, Ask, make_request, rule_of, with_failures
 
 

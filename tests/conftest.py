@@ -28,8 +28,8 @@ from fedcil.models import make_architecture
 from fedcil.models.generator import Generator
 from fedcil.models.network import Backbone, Network, freeze, initialise, state_of
 from fedcil.port import StopSignal
-from fedcil.scenario import ModelSection
 from fedcil.stream import Task
+from fedcil.tables import ModelSection
 
 if "FEDCIL_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what most tests expect is a CPU's

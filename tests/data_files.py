@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedcil.data import Dataset, load_dataset
-from fedcil.scenario import DataSection
+from fedcil.tables import DataSection
 
 
 def load(seed: int = 0, root: Path | None = None, **options: Any) -> Dataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fedcil.models.network import Backbone
-from fedcil.scenario import ModelSection
+from fedcil.tables import ModelSection
 
 
 class Dropping(Backbone):

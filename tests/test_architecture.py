@@ -41,6 +41,7 @@ EXPERIMENT = (
     "fedcil.robust",
     "fedcil.scenario",
     "fedcil.scenario_file",
+    "fedcil.tables",
     "fedcil.timeline",
 )
 
@@ -80,9 +81,11 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.traces": (("fedcil.errors",), ("numpy",)),
     "fedcil.clock": (("fedcil.errors", "fedcil.keys"), ("numpy",)),
     "fedcil.availability": ((*BOTTOM, "fedcil.timeline", "fedcil.traces"), ("numpy",)),
-    "fedcil.scenario": ((*BOTTOM, "fedcil.methods"), ("pydantic",)),
+    "fedcil.tables": ((*BOTTOM,), ("pydantic",)),
+    "fedcil.method_table": ((*BOTTOM, "fedcil.methods"), ()),
+    "fedcil.scenario": ((*BOTTOM, "fedcil.method_table", "fedcil.methods", "fedcil.tables"), ("pydantic",)),
     "fedcil.allowed": (("fedcil.scenario",), ()),
-    "fedcil.scenario_file": ((*BOTTOM, "fedcil.allowed", "fedcil.scenario"), ("pydantic",)),
+    "fedcil.scenario_file": ((*BOTTOM, "fedcil.allowed", "fedcil.method_table", "fedcil.scenario"), ("pydantic",)),
     "fedcil.data": (
         (*BOTTOM, "fedcil.data", "fedcil.files"),
         ("torch", "numpy", "PIL", "filelock"),

@@ -35,8 +35,8 @@ from fedcil.methods.fedlwf import FedLwF
 from fedcil.methods.fedprox import FedProx
 from fedcil.methods.mfcl import MFCL
 from fedcil.models.network import Backbone, load_state, snapshot, state_of
-from fedcil.scenario import TrainingSection
 from fedcil.scenario_file import load_scenario
+from fedcil.tables import TrainingSection
 from scenarios.benchmarks.stacked import local_sgd_stacked, stack_draws, turns
 
 EQUAL = 1e-12  # largest difference of a weight, a running statistic or a loss in float64

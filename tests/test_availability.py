@@ -21,8 +21,8 @@ from fedcil.experiment import open_experiment
 from fedcil.keys import Key
 from fedcil.record.compare import compare
 from fedcil.record.folder import run_identity
-from fedcil.scenario import AvailabilitySection
 from fedcil.scenario_file import load_scenario
+from fedcil.tables import AvailabilitySection
 from fedcil.timeline import Timeline
 
 RUN = Timeline.of([[30, 1]] * 20)  # 20 tasks of 31 rounds

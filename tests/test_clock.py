@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedcil.clock import Devices, close_round, make_devices
 from fedcil.errors import ScenarioError
 from fedcil.keys import Key
-from fedcil.scenario import ClockSection
+from fedcil.tables import ClockSection
 
 LOGNORMAL = {"name": "lognormal", "samples_per_s": 50.0, "down_bytes_per_s": 2e6, "up_bytes_per_s": 5e5}
 

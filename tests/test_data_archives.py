@@ -17,7 +17,7 @@ from fedcil.data.mnist import read_idx
 from fedcil.data.pickles import read_pickle
 from fedcil.errors import DataMissing, InputError
 from fedcil.keys import Key
-from fedcil.scenario import DataSection
+from fedcil.tables import DataSection
 
 pytestmark = pytest.mark.usefixtures("array_cache")
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fedcil.data import Dataset, load_dataset, super_imagenet
 from fedcil.errors import DataMissing, InputError, ScenarioError
-from fedcil.scenario import DataSection
+from fedcil.tables import DataSection
 
 pytestmark = pytest.mark.usefixtures("array_cache")
 

@@ -22,8 +22,8 @@ from fedcil.messages import Job, Tensors, content_hash
 from fedcil.methods.base import Batch, Samples
 from fedcil.methods.feder import FedER, herding, join
 from fedcil.models.network import Network, state_of
-from fedcil.scenario import TrainingSection
 from fedcil.stream import Task
+from fedcil.tables import TrainingSection
 
 
 def features(count: int, width: int, seed: int) -> Tensor:

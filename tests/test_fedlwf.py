@@ -15,9 +15,9 @@ from fedcil.methods.base import Batch, Method, Prepared, Samples, prefixed
 from fedcil.methods.fedavg import FedAvg
 from fedcil.methods.fedlwf import FedLwF
 from fedcil.models.network import Network, freeze, grow_head, snapshot, state_of
-from fedcil.scenario import TrainingSection
 from fedcil.state import ServerState
 from fedcil.stream import Task
+from fedcil.tables import TrainingSection
 
 
 def test_the_loss_by_hand(small: Any) -> None:

@@ -14,7 +14,7 @@ from fedcil.methods.base import Batch, Method, Samples
 from fedcil.methods.fedavg import FedAvg
 from fedcil.methods.fedprox import FedProx
 from fedcil.models.network import Network, snapshot, state_of
-from fedcil.scenario import TrainingSection
+from fedcil.tables import TrainingSection
 
 
 def gradients(small: Any, method: Method, model: Network, start: Network) -> list[torch.Tensor]:

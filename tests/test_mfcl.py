@@ -27,9 +27,9 @@ from fedcil.methods.base import Batch, Method, Samples
 from fedcil.methods.mfcl import MFCL, Replay, draw_pool, new_class_loss
 from fedcil.models import Architecture
 from fedcil.models.network import Backbone, Network, grow_head, set_norm_updates, snapshot, state_of
-from fedcil.scenario import ModelSection, TrainingSection
 from fedcil.scenario_file import load_scenario
 from fedcil.stream import Task
+from fedcil.tables import ModelSection, TrainingSection
 
 Step = tuple[Tensor, Tensor, Tensor]
 

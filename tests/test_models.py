@@ -36,7 +36,7 @@ from fedcil.models.network import (
     state_of,
 )
 from fedcil.models.resnet import Block, Stem, resnet18
-from fedcil.scenario import ModelSection
+from fedcil.tables import ModelSection
 from scenarios.benchmarks.stacked import WideTeachers
 
 

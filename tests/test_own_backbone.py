@@ -23,7 +23,7 @@ from fedcil.models import Architecture, make_architecture
 from fedcil.models.network import Backbone, drop_counters, initialise, set_norm_updates, snapshot, state_of
 from fedcil.models.own import Manners, try_out
 from fedcil.record.checkpoints import CheckpointFolder
-from fedcil.scenario import ModelSection
+from fedcil.tables import ModelSection
 
 SOURCE = '''
 import torch

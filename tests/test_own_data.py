@@ -12,7 +12,7 @@ from data_files import assert_same, assert_well_formed, load
 
 from fedcil.data import Dataset, Split, digest_of
 from fedcil.errors import ScenarioError
-from fedcil.scenario import DataSection
+from fedcil.tables import DataSection
 
 pytestmark = pytest.mark.usefixtures("array_cache")
 

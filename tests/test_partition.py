@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from fedcil.errors import InputError, ScenarioError
 from fedcil.keys import Key
 from fedcil.partition import RULES, TaskPartition, load_partition, make_partition, save_partition
-from fedcil.scenario import PARTITIONS, PartitionSection
 from fedcil.stream import Stream, Task
+from fedcil.tables import PARTITIONS, PartitionSection
 
 Ints = NDArray[np.int64]
 

@@ -14,9 +14,9 @@ from fedcil.experiment import open_experiment
 from fedcil.keys import Key
 from fedcil.partition import RULES, make_partition
 from fedcil.population import Population, make_population, steps_inside
-from fedcil.scenario import PartitionSection, PopulationSection
 from fedcil.scenario_file import load_scenario
 from fedcil.stream import Stream, Task
+from fedcil.tables import PartitionSection, PopulationSection
 from fedcil.timeline import Timeline
 
 SHARES = st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 1.0])

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 
 from fedcil.cli.reference import reference
 from fedcil.errors import ScenarioError
+from fedcil.method_table import method_settings
 from fedcil.methods import METHODS
-from fedcil.scenario import Scenario, method_settings, scenario_schema
+from fedcil.scenario import Scenario, scenario_schema
 from fedcil.scenario_file import SHIPPED, load_scenario, parse_scenario, shipped_scenarios, to_toml
 from fedcil.section import Section
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fedcil.errors import ScenarioError
 from fedcil.keys import Key
-from fedcil.scenario import StreamSection
 from fedcil.stream import Stream, Task, make_stream
+from fedcil.tables import StreamSection
 
 KEY = Key(0)
 

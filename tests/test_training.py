@@ -29,8 +29,8 @@ from fedcil.keys import Key
 from fedcil.messages import Answer, Broadcast, Contribution, Failure, Job, Report, Request, Tensors, content_hash
 from fedcil.methods.base import Batch, Method, Phase, Samples
 from fedcil.models.network import Network, grow_head, snapshot, state_of
-from fedcil.scenario import TrainingSection
 from fedcil.scenario_file import load_scenario
+from fedcil.tables import TrainingSection
 from server.cohort import eligible
 
 # --- schedule ---------------------------------------------------------------------------------------------

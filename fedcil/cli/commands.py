@@ -240,8 +240,8 @@ def _draw_comparison(runs: Sequence[Run], path: Path) -> None:
 
 def _list_kind(kind: str, output: Path) -> list[str]:
     from fedcil.methods import METHODS
-    from fedcil.scenario import DATASETS, MODELS
     from fedcil.scenario_file import shipped_scenarios
+    from fedcil.tables import DATASETS, MODELS
 
     match kind:
         case "methods":

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator
 
 from fedcil.allowed import Schema, allowed
+from fedcil.method_table import method_settings
 from fedcil.methods import METHODS
-from fedcil.scenario import method_settings, scenario_schema
+from fedcil.scenario import scenario_schema
 
 HEAD = """# Every key of a scenario file
 

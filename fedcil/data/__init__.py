@@ -14,7 +14,7 @@ from fedcil.data.dataset import Dataset, Split, digest_of
 from fedcil.data.places import default_root
 
 if TYPE_CHECKING:
-    from fedcil.scenario import DataSection
+    from fedcil.tables import DataSection
 
 __all__ = ["LOADERS", "Dataset", "Split", "default_root", "digest_of", "load_dataset"]
 

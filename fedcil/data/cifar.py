@@ -19,7 +19,7 @@ from fedcil.data.pickles import read_pickle
 from fedcil.errors import InputError
 
 if TYPE_CHECKING:
-    from fedcil.scenario import DataSection
+    from fedcil.tables import DataSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from fedcil.errors import DataMissing
 from fedcil.keys import Key
 
 if TYPE_CHECKING:
-    from fedcil.scenario import DataSection
+    from fedcil.tables import DataSection
 
 CLASSES = 10
 TEST_IMAGES = 360  # a fifth, rounded up

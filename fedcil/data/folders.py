@@ -12,7 +12,7 @@ from fedcil.data.trees import SUFFIXES, Frame, class_folders, decoded, images_in
 from fedcil.errors import InputError, ScenarioError
 
 if TYPE_CHECKING:
-    from fedcil.scenario import DataSection
+    from fedcil.tables import DataSection
 
 LAYOUT = "train/<class>/*.png|jpg|jpeg and test/<class>/... (or val/<class>/...)"
 

@@ -16,7 +16,7 @@ from fedcil.data.download import obtain
 from fedcil.errors import InputError
 
 if TYPE_CHECKING:
-    from fedcil.scenario import DataSection
+    from fedcil.tables import DataSection
 
 PREFIXES = {"train": "train", "test": "t10k"}
 FILES = tuple(f"{prefix}-{part}-ubyte" for prefix in PREFIXES.values() for part in ("images-idx3", "labels-idx1"))

@@ -15,7 +15,7 @@ from fedcil.dotted import load_dotted
 from fedcil.errors import FedcilError, ScenarioError, described
 
 if TYPE_CHECKING:
-    from fedcil.scenario import DataSection
+    from fedcil.tables import DataSection
 
 
 def load_own(section: DataSection, root: Path) -> Dataset:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fedcil.errors import DataMissing
 
 if TYPE_CHECKING:
-    from fedcil.scenario import DataSection
+    from fedcil.tables import DataSection
 
 ROOT_VARIABLE = "FEDCIL_DATA_ROOT"
 SHOWN = 6  # paths that an error lists before it says how many more there are

@@ -22,7 +22,7 @@ from fedcil.errors import InputError, ScenarioError
 from fedcil.keys import Key
 
 if TYPE_CHECKING:
-    from fedcil.scenario import DataSection
+    from fedcil.tables import DataSection
 
 SIZE = 224  # pixels, where the scenario does not say
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -12,7 +12,7 @@ from fedcil.data.dataset import Dataset, Split, digest_of
 from fedcil.keys import Key
 
 if TYPE_CHECKING:
-    from fedcil.scenario import DataSection
+    from fedcil.tables import DataSection
 
 CLASSES, PER_CLASS, SIZE = 10, 100, 8  # where the scenario does not say
 PIECE = 4096  # images

@@ -16,7 +16,7 @@ from fedcil.data.trees import Frame, decoded, images_in
 from fedcil.errors import InputError
 
 if TYPE_CHECKING:
-    from fedcil.scenario import DataSection
+    from fedcil.tables import DataSection
 
 ARCHIVE = "tiny-imagenet-200"
 SIZE = 64

@@ -15,7 +15,7 @@ from fedcil.models.network import Backbone, Network, allocate, initialise
 from fedcil.models.resnet import resnet8, resnet18
 
 if TYPE_CHECKING:
-    from fedcil.scenario import ModelSection
+    from fedcil.tables import ModelSection
 
 Image = tuple[int, int, int]
 """(channels, height, width)."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fedcil.allocator import keep_freed_memory
 from fedcil.data import load_dataset
 from fedcil.models.resnet import resnet8
-from fedcil.scenario import DataSection
+from fedcil.tables import DataSection
 
 CLASSES = 12
 

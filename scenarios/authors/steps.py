@@ -27,8 +27,8 @@ from fedcil.methods.inversion import generator_loss
 from fedcil.methods.mfcl import MFCL, Replay
 from fedcil.models import make_architecture
 from fedcil.models.network import Network, set_norm_updates, snapshot, trained_parameters
-from fedcil.scenario import ModelSection, TrainingSection
 from fedcil.stream import Task
+from fedcil.tables import ModelSection, TrainingSection
 from scenarios.authors.program import open_program
 
 TASK = Task(1, 20, 30)

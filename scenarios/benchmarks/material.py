@@ -22,8 +22,8 @@ from fedcil.methods.base import Samples, part
 from fedcil.methods.mfcl import MFCL
 from fedcil.models import make_architecture
 from fedcil.models.network import Network, initialise, snapshot
-from fedcil.scenario import ModelSection, TrainingSection
 from fedcil.stream import Task
+from fedcil.tables import ModelSection, TrainingSection
 from scenarios.benchmarks.plain import MEAN, STD
 from scenarios.benchmarks.step import KEY, RELEASED, SHAPE, TASK, make_payload
 

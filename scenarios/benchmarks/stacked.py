@@ -24,7 +24,7 @@ from fedcil.keys import Key
 from fedcil.messages import Tensors
 from fedcil.methods.base import Samples
 from fedcil.models.network import Network, set_norm_updates, state_of
-from fedcil.scenario import TrainingSection
+from fedcil.tables import TrainingSection
 
 Loss = Callable[[Network, Tensor, Tensor, Any], Tensor]
 """(network, images, labels, draws) -> ()."""

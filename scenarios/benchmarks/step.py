@@ -30,8 +30,8 @@ from fedcil.methods.base import Method, Prepared, Samples, prefixed
 from fedcil.methods.mfcl import MFCL
 from fedcil.models import make_architecture
 from fedcil.models.network import initialise, load_state, snapshot
-from fedcil.scenario import ModelSection, TrainingSection
 from fedcil.stream import Task
+from fedcil.tables import ModelSection, TrainingSection
 from scenarios.benchmarks import authors_order
 from scenarios.benchmarks.peers.session import sessions
 from scenarios.benchmarks.plain import MEAN, STD, Pictures
