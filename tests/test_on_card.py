@@ -1,4 +1,4 @@
-"""Runs on a GPU that is played (played_card.py): the same results as on a CPU, nothing that waits for the device in a
+"""Runs on a GPU that is played (played_card): the same results as on a CPU, nothing that waits for the device in a
 step, no stream that works on what another has not finished, and no more memory than was asked for.
 """
 

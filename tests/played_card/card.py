@@ -1,56 +1,27 @@
-"""A GPU played on the CPU, for what only a run on one would show: where tensors lie, what waits for the device, what a
-captured graph does when it is replayed, whether streams wait for one another, and how much memory is held.
-
-Its tensors are ``OnCard``: to a program they lie on ``cuda``, their numbers are a CPU's. Work is done at once in the
-order of its launch, so its results are those of a card that is used rightly; where a real one might do it in another
-order, or reads memory that is another's by then, is kept in ``Card.races``. Not played: times, several cards, the
-memory that libraries take for themselves, and torch's own kernels for CUDA.
-"""
+"""The card: its streams, its memory, and what becomes of an operator."""
 
 from __future__ import annotations
 
-import threading
 import traceback
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-import pytest
 import torch
 from torch import Tag, Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-CUDA = torch.device("cuda", 0)
+from played_card.graphs import Graph, Kernel, Memory, Pool
+from played_card.tensors import Generator, OnCard
+
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-NARROW = {  # operators that autocast has done in bf16, and in fp32, of those that fedcil calls
-    *(torch.conv2d, F.conv2d, torch.conv_transpose2d, F.conv_transpose2d, F.linear),
-    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.baddbmm, torch.addmm),
-}
-WIDE = {
-    *(F.cross_entropy, F.log_softmax, torch.log_softmax, Tensor.log_softmax, F.softmax, torch.softmax, Tensor.softmax),
-    *(
-        F.mse_loss,
-        F.kl_div,
-        torch.exp,
-        torch.log,
-        torch.pow,
-        Tensor.pow,
-        torch.norm,
-        Tensor.norm,
-        torch.sum,
-        Tensor.sum,
-    ),
-}
-Found = list["OnCard"]
+Found = list[OnCard]
 
 
 class Stream:
@@ -77,162 +48,6 @@ class Block:
 
     def __del__(self) -> None:
         self.card.free(self)
-
-
-class OnCard(Tensor):
-    """``host`` holds the numbers; to torch's dispatcher a tensor of CUDA without memory."""
-
-    host: Tensor
-    block: Block
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, host: Tensor, block: Block) -> OnCard:
-        bare = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device="meta")
-        made: OnCard = Tensor._make_subclass(cls, bare, False, device_for_backend_keys=CUDA)
-        made.host, made.block = host, block
-        return made
-
-    def __init__(self, host: Tensor, block: Block) -> None:
-        pass
-
-    device = property(lambda _: CUDA)
-    is_cuda = property(lambda _: True)
-
-    @property
-    def data(self) -> Tensor:
-        return self.detach()
-
-    @data.setter
-    def data(self, other: OnCard) -> None:
-        with _disable_current_modes():
-            Tensor.data.__set__(self, other)
-        self.host, self.block = other.host, other.block
-
-    def tolist(self) -> Any:
-        return self.cpu().tolist()
-
-    def __setitem__(self, where: Any, value: Any) -> None:
-        if isinstance(value, Tensor):
-            super().__setitem__(where, value)
-        else:
-            self[where].fill_(value)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if id(self) not in memo:
-            memo[id(self)] = copy = self.detach().clone().requires_grad_(self.requires_grad)
-            if isinstance(self, torch.nn.Parameter):
-                copy._is_param = True
-        return memo[id(self)]
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        card = next(each.block.card for each in tree_leaves((args, kwargs)) if isinstance(each, OnCard))
-        return card.launch(func, args, kwargs or {})
-
-
-class Placed(TorchDispatchMode):
-    """Sees what is made on the card from nothing, and what comes from the CPU."""
-
-    def __init__(self, card: Card) -> None:
-        super().__init__()
-        self.card, self.autocast = card, Autocast()
-
-    def __enter__(self) -> Placed:
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") asks for its copy where it is seen
-        super().__enter__()
-        self.autocast.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.autocast.__exit__(*error)
-        super().__exit__(*error)
-        torch._C._set_only_lift_cpu_tensors(False)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.card.launch(func, args, kwargs or {})
-
-
-class Autocast(TorchFunctionMode):
-    """``torch.autocast("cuda")``, which torch itself does for tensors whose memory it knows to be there."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        wanted = torch.bfloat16 if func in NARROW else torch.float32 if func in WIDE else None
-        if wanted and torch.is_autocast_enabled("cuda"):
-            args, kwargs = tree_map(lambda x: x.to(wanted) if _narrowable(x) else x, (args, kwargs))
-        return func(*args, **kwargs)
-
-
-def _narrowable(value: Any) -> bool:
-    return isinstance(value, OnCard) and value.dtype in (torch.float32, torch.bfloat16)
-
-
-class Generator(torch.Generator):
-    """Draws as a CPU's, wherever it belongs."""
-
-    belongs: ClassVar[dict[int, str]] = {}  # an operator is given another object of Python's for it
-
-    def __new__(cls, device: Any = "cpu") -> Generator:
-        made = super().__new__(cls, "cpu")
-        cls.belongs[made._cdata] = torch.device(device).type
-        return made
-
-
-class Pool:
-    """Memory of graphs that never run at the same time: as much as they ever held of it at once, until all are gone."""
-
-    def __init__(self, card: Card) -> None:
-        self.card, self.held, self.most = card, 0, 0
-        self.used: tuple[Stream, int] | None = None  # the last replay in it
-
-    def add(self, size: int) -> None:
-        self.held += size
-        self.card.hold(max(0, self.held - self.most))
-        self.most = max(self.most, self.held)
-
-    def __del__(self) -> None:
-        self.card.used -= self.most
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One operator of a graph."""
-
-    work: Callable[[], Any]
-    results: tuple[tuple[int, Tensor], ...]  # memory that it was given then: (place among the results, tensor)
-    reads: tuple[Memory, ...]
-    writes: tuple[Memory, ...]
-
-
-class Memory:
-    """A block that a graph works on. What was there before the graph is not the graph's to keep."""
-
-    def __init__(self, block: Block, graph: Graph) -> None:
-        self.block, self.own = weakref.ref(block), block.graph is graph
-
-
-class Graph:
-    """A replay does every kernel anew, in the memory of its capture."""
-
-    def __init__(self, card: Card) -> None:
-        self.card = card
-        self.pool: Pool | None = None
-        self.kernels: list[Kernel] = []
-        self.before: dict[int, tuple[Any, Any]] = {}  # memory that the capture must leave as it was
-
-    def replay(self) -> None:
-        self.card.replays += 1
-        for kernel in self.kernels:
-            if any(each.block() is None and not each.own for each in kernel.reads + kernel.writes):
-                self.card.race("a graph works on memory that was freed after its capture")
-            reads, writes = ([each.block() for each in found] for found in (kernel.reads, kernel.writes))
-            self.card.in_order([block for block in reads if block], [block for block in writes if block])
-            self.card.alone_in(self.pool)
-            with _disable_current_modes():
-                results = tree_leaves(kernel.work())
-                for place, tensor in kernel.results:
-                    tensor.copy_(results[place])
 
 
 class Card:
@@ -465,58 +280,3 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Found:
             given = args[place] if place < len(args) else kwargs.get(parameter.name)
             found += [each for each in tree_leaves(given) if isinstance(each, OnCard)]
     return found
-
-
-@contextmanager
-def played_card(monkeypatch: pytest.MonkeyPatch, memory: int = 1 << 40) -> Iterator[Card]:
-    """In here torch has one GPU with so many bytes."""
-    card = Card(memory)
-    for name, part in _torch_cuda(card).items():
-        monkeypatch.setattr(torch.cuda, name, part)
-    monkeypatch.setattr(torch, "Generator", Generator)
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # torch's own batch norm, which a CPU has, too
-    plain = threading.Thread.run
-
-    def run(thread: threading.Thread) -> None:
-        with Placed(card):
-            plain(thread)
-
-    monkeypatch.setattr(threading.Thread, "run", run)
-    torch._C._ensureCUDADeviceGuardSet()
-    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        with Placed(card):
-            yield card
-    finally:
-        card.given_back = True
-        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
-
-
-def _torch_cuda(card: Card) -> dict[str, Any]:
-    """What fedcil uses of ``torch.cuda``."""
-    return {
-        "_lazy_init": lambda: None,
-        "is_available": lambda: True,
-        "is_bf16_supported": lambda **_: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "get_device_name": lambda *_: "a card that is played",
-        "device": lambda *_: nullcontext(),
-        "mem_get_info": lambda *_: (card.memory - card.used, card.memory),
-        "memory_allocated": lambda *_: card.used,
-        "max_memory_allocated": lambda *_: card.peak,
-        "reset_peak_memory_stats": lambda *_: setattr(card, "peak", card.used),
-        "empty_cache": lambda: None,
-        "synchronize": lambda *_: card.wait("synchronize"),
-        "Stream": card.new_stream,
-        "stream": card.on,
-        "current_stream": lambda *_: card.current,
-        "default_stream": lambda *_: card.default,
-        "CUDAGraph": lambda: Graph(card),
-        "graph": card.capture,
-        "graph_pool_handle": lambda: Pool(card),
-        "manual_seed": card.draws.manual_seed,
-        "get_rng_state": lambda *_: card.draws.get_state(),
-        "set_rng_state": lambda state, *_: card.draws.set_state(state),
-    }
