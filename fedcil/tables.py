@@ -92,7 +92,7 @@ class StreamSection(Section):
 
 
 class PartitionSection(Section):
-    """``[partition]``: how one task's samples are shared among the clients (methods: fedcil/partition.py)."""
+    """``[partition]``: how one task's samples are shared among the clients (ways: fedcil/partitioners.py)."""
 
     name: Annotated[str, _one_of_or_dotted(PARTITIONS), _named(PARTITIONS)] = Field(
         "dirichlet_equal", description="a shipped way or package.module:function"

@@ -1,4 +1,4 @@
-"""Sharing a task's samples among clients: invariants of every rule, the statistics of MFCL's, and errors."""
+"""Sharing a task's samples among clients: invariants of every partitioner, the statistics of MFCL's, and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from fedcil.errors import InputError, ScenarioError
 from fedcil.keys import Key
-from fedcil.partition import RULES, TaskPartition, load_partition, make_partition, save_partition
+from fedcil.partition import TaskPartition, load_partition, make_partition, save_partition
+from fedcil.partitioners import PARTITIONERS
 from fedcil.stream import Stream, Task
 from fedcil.tables import PARTITIONS, PartitionSection
 
@@ -53,11 +54,11 @@ def failure(clients: int, labels: Ints, **options: Any) -> dict[str, str]:
     return caught.value.as_dict()
 
 
-# Every rule
+# Every partitioner
 
 
-def test_every_name_of_a_scenario_has_a_rule() -> None:
-    assert tuple(RULES) == PARTITIONS
+def test_every_name_of_a_scenario_has_a_partitioner() -> None:
+    assert tuple(PARTITIONERS) == PARTITIONS
 
 
 @st.composite
@@ -185,7 +186,7 @@ def test_mixes_are_those_of_the_authors_code(alpha: float, entropy: float, class
     """Values measured with the MFCL authors' draw, one sample after another.
 
     One of our draws deviates by at most 0.024 / 0.25 / 0.029, the mean of ten by a third of that. A plain
-    Dirichlet(100) for each client would have the entropy 0.99: running out of classes is part of the rule.
+    Dirichlet(100) for each client would have the entropy 0.99: running out of classes is part of it.
     """
     ours = label_statistics(alpha)
     assert ours[0] == pytest.approx(entropy, abs=0.025)
@@ -391,7 +392,7 @@ def test_quantity_sizes_that_are_no_numbers() -> None:
     assert share(5, balanced(2, 50), name="quantity", sigma=100.0).counts().sum() == 100
 
 
-# Errors and rules of one's own
+# Errors and partitioners of one's own
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
@@ -418,18 +419,18 @@ def test_a_task_without_samples_is_named() -> None:
 
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], str]:
-    """Make a rule importable and give its name for a scenario."""
+    """Make a partitioner importable and give its name for a scenario."""
 
-    def name_of(rule: Any) -> str:
-        module = ModuleType("own_rules")
-        module.rule = rule  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "own_rules", module)
-        return "own_rules:rule"
+    def name_of(partitioner: Any) -> str:
+        module = ModuleType("own_partitioners")
+        module.partitioner = partitioner  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "own_partitioners", module)
+        return "own_partitioners:partitioner"
 
     return name_of
 
 
-def test_an_own_rule_is_used(own: Callable[[Any], str]) -> None:
+def test_an_own_partitioner_is_used(own: Callable[[Any], str]) -> None:
     """Client c gets label 2 + c; positions count within the task, indices in the training set."""
     seen: list[Any] = []
 
@@ -459,22 +460,22 @@ BAD_SHARES = {
 
 
 @pytest.mark.parametrize("what", BAD_SHARES)
-def test_an_own_rule_that_is_no_partition(own: Callable[[Any], str], what: str) -> None:
+def test_an_own_partitioner_that_is_no_partition(own: Callable[[Any], str], what: str) -> None:
     error = failure(2, balanced(2, 2), name=own(lambda *_: BAD_SHARES[what]))
-    assert error["what"].startswith("task 1: the partition rule gives")
+    assert error["what"].startswith("task 1: the partitioner gives")
     assert what in error["what"]
     assert error["where"] == "partition.name"
 
 
-def test_an_own_rule_that_leaves_a_client_empty(own: Callable[[Any], str]) -> None:
+def test_an_own_partitioner_that_leaves_a_client_empty(own: Callable[[Any], str]) -> None:
     name = own(lambda labels, *_: [np.arange(len(labels)), [], []])
     error = failure(3, balanced(2, 2), name=name)
     assert error["what"] == "task 1: client 1 and 1 more of 3 would be without samples"
     assert share(3, balanced(2, 2), name=name, allow_empty=True).counts().tolist() == [4, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["no_such_module:rule", "fedcil.partition:no_such_rule", ":rule"])
-def test_an_own_rule_that_is_not_there(name: str) -> None:
+@pytest.mark.parametrize("name", ["no_such_module:partitioner", "fedcil.partition:no_such_partitioner", ":partitioner"])
+def test_an_own_partitioner_that_is_not_there(name: str) -> None:
     error = failure(2, balanced(2, 2), name=name)
     assert repr(name) in error["what"]
     assert error["where"] == "partition.name"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fedcil.errors import ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.keys import Key
-from fedcil.partition import RULES, make_partition
+from fedcil.partition import make_partition
+from fedcil.partitioners import PARTITIONERS
 from fedcil.population import Population, make_population, steps_inside
 from fedcil.scenario_file import load_scenario
 from fedcil.stream import Stream, Task
@@ -151,9 +152,14 @@ def test_a_fixed_population_is_everyone_and_costs_no_memory() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(section=TURNOVER | GROWING, timeline=TIMELINES, seed=st.integers(0, 3), rule=st.sampled_from(sorted(RULES)))
+@given(
+    section=TURNOVER | GROWING,
+    timeline=TIMELINES,
+    seed=st.integers(0, 3),
+    partitioner=st.sampled_from(sorted(PARTITIONERS)),
+)
 def test_samples_go_to_members_only_and_each_to_one(
-    section: PopulationSection, timeline: Timeline, seed: int, rule: str
+    section: PopulationSection, timeline: Timeline, seed: int, partitioner: str
 ) -> None:
     tasks = len(timeline.starts)
     stream = Stream(tuple(range(2 * tasks)), tuple(Task(t, 2 * t, 2 * t + 2) for t in range(tasks)))
@@ -161,7 +167,7 @@ def test_samples_go_to_members_only_and_each_to_one(
     population = made(section, timeline, seed, spare=1)
     if not all(len(population.sharing(task)) for task in range(tasks)):
         return
-    options = PartitionSection(name=rule, allow_empty=True, remainder="spread", classes_per_client=2)
+    options = PartitionSection(name=partitioner, allow_empty=True, remainder="spread", classes_per_client=2)
     parts = make_partition(options, len(population.arrives), stream, labels, Key(seed), population.sharing)
     for task, part in enumerate(parts):
         wanted = np.flatnonzero((labels >= 2 * task) & (labels < 2 * task + 2))
