@@ -6,7 +6,6 @@ what was given, what is allowed, and the nearest valid name.
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from pydantic import PydanticInvalidForJsonSchema, ValidationError
 
 from fedcil.allowed import allowed
@@ -169,6 +169,7 @@ def _explain(problem: Any, table: Mapping[str, Any]) -> tuple[str, str]:
     if kind == "value_error":
         return f"{place}{shown}: {message}{hint}", ""
     said = message.removeprefix(PYDANTIC_SAYS) if message.startswith(PYDANTIC_SAYS) and kind != "model_type" else ""
+    said = said.replace("a valid tuple", "a list")  # TOML has no other
     return f"{place}{shown} {f'must be {said}' if said else 'is not allowed'}{hint}", _allowed_at(keys, table)
 
 
@@ -208,16 +209,4 @@ def to_toml(scenario: Scenario) -> str:
     """The scenario as a TOML file that gives the same scenario again (without the data root)."""
     plain = scenario.to_dict()
     plain["data"].pop("root", None)
-    heads = [f"{key} = {_toml(value)}" for key, value in plain.items() if not isinstance(value, dict)]
-    tables = [_toml_table(key, value) for key, value in plain.items() if isinstance(value, dict)]
-    return "\n".join([*heads, "", *tables])
-
-
-def _toml_table(name: str, values: Mapping[str, Any]) -> str:
-    lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
-    return "\n".join([f"[{name}]", *lines, ""])
-
-
-def _toml(value: Any) -> str:
-    """Strings, numbers, booleans and flat lists: JSON writes these as TOML does, but for the escapes of 😀 and DEL."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return tomli_w.dumps(plain)

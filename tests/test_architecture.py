@@ -87,7 +87,10 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.method_table": ((*BOTTOM, "fedcil.methods"), ()),
     "fedcil.scenario": ((*BOTTOM, "fedcil.method_table", "fedcil.methods", "fedcil.tables"), ("pydantic",)),
     "fedcil.allowed": (("fedcil.scenario",), ()),
-    "fedcil.scenario_file": ((*BOTTOM, "fedcil.allowed", "fedcil.method_table", "fedcil.scenario"), ("pydantic",)),
+    "fedcil.scenario_file": (
+        (*BOTTOM, "fedcil.allowed", "fedcil.method_table", "fedcil.scenario"),
+        ("pydantic", "tomli_w"),
+    ),
     "fedcil.data": (
         (*BOTTOM, "fedcil.data", "fedcil.files"),
         ("torch", "numpy", "PIL", "filelock"),
