@@ -220,7 +220,7 @@ def test_a_robust_fold_has_room_for_the_models_of_a_whole_round() -> None:
 
 
 def test_a_worker_that_is_not_as_the_server_is_refused_with_the_difference(tmp_path: Path) -> None:
-    from fedcil.engines.ray import Crew
+    from fedcil.engines.ray_crew import Crew
 
     crew = Crew.__new__(Crew)
     crew.identity = {"data": "a", "numeric.torch": "2.14"}

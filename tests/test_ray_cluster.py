@@ -26,7 +26,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from fedcil import api
-from fedcil.engines import ray as engine
+from fedcil.engines import ray as engine, ray_crew
 from fedcil.errors import FedcilError
 from fedcil.port import StopSignal
 
@@ -73,13 +73,13 @@ run(sys.argv[1], "engine.workers=2", *sys.argv[2:])
 BROKEN = """
 broken = Path(sys.argv[2])
 
-class Broken(engine.ClientWorker):
+class Broken(ray_crew.ClientWorker):
     def __init__(self, *words):
         if broken.exists():
             raise FedcilError("no data here", where="this node", next="bring some")
         super().__init__(*words)
 
-engine.ClientWorker = Broken
+ray_crew.ClientWorker = Broken
 
 def break_the_next_node(crew):
     if not broken.exists() and any(path.stat().st_size for path in Path(sys.argv[1]).glob("*/metrics.jsonl")):
@@ -187,7 +187,7 @@ cluster.add_node(**node | {"num_cpus": 3, "num_gpus": 1})
 cluster.wait_for_nodes()
 told = Path(sys.argv[2])
 
-class Played(engine.ClientWorker):
+class Played(ray_crew.ClientWorker):
     def __init__(self, *words):
         self.play = played_card(pytest.MonkeyPatch(), MEMORY)  # for as long as the process lasts
         self.card = self.play.__enter__()
@@ -201,7 +201,7 @@ class Played(engine.ClientWorker):
         (told / str(os.getpid())).write_text(json.dumps(where | here.get_assigned_resources() | done))
         return reply
 
-engine.ClientWorker = Played
+ray_crew.ClientWorker = Played
 engine.warnings.warn = lambda message, **_: print(message)
 with played_card(pytest.MonkeyPatch(), MEMORY):
     run(sys.argv[1], *sys.argv[3:])

@@ -11,8 +11,9 @@ from pathlib import Path
 from fedcil.allocator import keep_freed_memory
 from fedcil.engines import Setting
 from fedcil.engines.inline import InlinePort
-from fedcil.engines.ray import Crew, RayPort
+from fedcil.engines.ray import RayPort
 from fedcil.engines.ray_cluster import cluster, store_bytes
+from fedcil.engines.ray_crew import Crew
 from fedcil.engines.workers import Share
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.messages import Broadcast, Job, Request
