@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedcil.availability import Availability, make_availability
 from fedcil.clock import Devices, make_devices
@@ -153,9 +154,12 @@ class Experiment:
             return model
         if phase.work == "remember":
             return {}
-        network = self.compute.network(task.seen)
-        nothing = Samples(torch.zeros(0, 1, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
-        return self.method.fit(network, nothing, task, lambda images: images).tensors
+        network, device = self.compute.network(task.seen).eval(), self.compute.device
+        channels, height, width = self.compute.architecture.image
+        images = torch.zeros(0, height, width, channels, dtype=torch.uint8, device=device)
+        nothing = Samples(images, torch.zeros(0, dtype=torch.int64, device=device))
+        with torch.no_grad():
+            return self.method.fit(network, nothing, task, _as_floats).tensors
 
     def weight(self, samples: int) -> float:
         """Of a model that was trained on so many samples, in its round's mean."""
@@ -180,6 +184,11 @@ class Experiment:
         """The numeric configuration (fedcil/compute.py)."""
         scenario = self.scenario
         return numeric_configuration(self.compute, scenario.training.threads, scenario.server.threads, self.execution)
+
+
+def _as_floats(images: Tensor) -> Tensor:
+    """Stored images (n, h, w, c) uint8 -> (n, c, h, w), as normalised ones are."""
+    return images.permute(0, 3, 1, 2).float()
 
 
 def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_progress: bool = False) -> Experiment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from fedcil.errors import MessageRefused
 from fedcil.wire import pack, unpack
 
+CLIENT = re.compile("[0-9]{1,9}")
 Share = tuple[int, ...]
 """The clients that a node serves, sorted."""
 
@@ -41,7 +43,7 @@ def unpack_hello(packet: bytes, *, tasks: int, limit: int) -> Hello:
     samples, data, precision, fixed = map(header.get, ("samples", "data", "precision", "fixed"))
     if not (isinstance(data, str) and isinstance(precision, str) and type(fixed) is bool and isinstance(samples, dict)):
         raise MessageRefused("a hello without samples, data, precision and fixed")
-    if not all(client.isdecimal() and _are_counts(counts, tasks) for client, counts in samples.items()):
+    if not all(CLIENT.fullmatch(client) and _are_counts(counts, tasks) for client, counts in samples.items()):
         raise MessageRefused(f"a hello whose samples are not {tasks} counts of each client")
     return Hello({int(client): tuple(counts) for client, counts in samples.items()}, data, precision, fixed)
 

@@ -298,7 +298,7 @@ class EngineSection(Section):
         None,
         description="clients that a worker trains side by side by captured steps; 0: one by one; default: 5 on a GPU",
     )
-    address: str | None = Field(None, description="ray: an existing cluster")
+    address: str | None = Field(None, description="ray, flower: an existing cluster")
     gpus_per_worker: Annotated[float, Field(ge=0.0)] | None = Field(
         None, description="ray, flower: share of a GPU; default: as many workers as its memory holds"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,8 +38,9 @@ def cross(state: ServerState, task: Task, experiment: Experiment, progress: Prog
         "task": task.index,
         "classes": list(experiment.stream.order[: task.seen]),
         "warnings": [in_words(notice, names) for notice in made.warnings],
-        **made.log,
     }
+    refuse_unrecordable(made.log, line)
+    line |= made.log
     return Crossed(replace(made.state, model=model), line)
 
 
@@ -45,6 +48,22 @@ def in_words(notice: Notice, names: list[str]) -> str:
     """With the data set's names of the classes, whatever the order in which they came."""
     classes = "classes " + ", ".join(repr(names[label]) for label in notice.labels)
     return notice.text.replace("{classes}", classes)
+
+
+def refuse_unrecordable(log: Mapping[str, Any], line: Mapping[str, Any]) -> None:
+    """RunFailed for a method's log that takes a key of the record's, or is no JSON."""
+    problem = f"has {sorted(taken)} of the record" if (taken := log.keys() & {*line, "cost"}) else ""
+    try:
+        json.dumps(log, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        problem = f"cannot be recorded: {error}"
+    if problem:
+        raise RunFailed(
+            f"the log of the method's boundary {problem}",
+            where="method",
+            allowed="finite numbers, text, lists and tables of these, under keys of its own",
+            next="mend boundary and start a new run; a resume would only repeat it",
+        )
 
 
 def refuse_diverged(state: ServerState, task: Task) -> None:

@@ -8,6 +8,7 @@ client is served are spare.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from reprlib import repr as short
 
 from fedcil.errors import MessageRefused
 from fedcil.hello import Hello, Share
@@ -35,11 +36,10 @@ class Roster:
         """Give it what it asks for. MessageRefused, with the reason, for a node that cannot take part."""
         share = hello.clients
         if hello.data != self._data:
-            raise MessageRefused(f"it has other data: digest {hello.data}", allowed=self._data)
+            raise MessageRefused(f"it has other data: digest {short(hello.data)}, {short(self._data)} here")
         if hello.precision != self._precision:
-            raise MessageRefused(
-                f"it computes in {hello.precision}, the server in {self._precision}: give training.precision a name"
-            )
+            here = f"the server in {self._precision}: give training.precision a name"
+            raise MessageRefused(f"it computes in {short(hello.precision)}, {here}")
         self._refuse_strangers(hello)
         if not hello.fixed and not set(share) <= set(offer):
             raise MessageRefused(f"it takes {_some(set(share) - set(offer))}, which it was not offered")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,12 @@ def test_first_classes() -> None:
     assert data.class_names == ("0", "1", "2")
     assert data.test.labels.max() == 2
     assert data.digest != full.digest
+
+
+def test_classes_without_an_image_can_be_left_out() -> None:
+    data = load(name="synthetic", classes=4)
+    empty = replace(data, class_names=(*data.class_names, "nobody has seen one"))
+    assert select(empty, classes=4, validation=0.0, per_class=None, seed=0).class_names == data.class_names
 
 
 def test_too_many_classes() -> None:

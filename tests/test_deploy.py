@@ -241,6 +241,20 @@ def test_a_tail_reads_whole_new_lines_and_follows_a_file_that_was_cut_back(tmp_p
     assert list(tail.read()) == []
     path.write_text('{"a": 1}\n{"a": 3}\n')
     assert list(tail.read()) == [{"a": 3}]
+    assert list(tail.read()) == []
+    path.write_text('{"a": 1}\n{"a": 44444444}\n{"a": 5}\n')  # cut back and longer again between two looks
+    assert list(tail.read()) == [{"a": 5}]
+
+
+def test_a_tail_that_begins_behind_half_a_line_waits_for_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2')
+    tail = Tail(path, from_end=True)
+    assert list(tail.read()) == list(tail.read()) == []
+    path.write_text('{"a": 1}\n')  # what a resume does first
+    assert list(tail.read()) == []
+    path.write_text('{"a": 1}\n{"a": 22}\n')
+    assert list(tail.read()) == [{"a": 22}]
 
 
 TINY = ("clients.count=3", "clients.per_round=3", "training={rounds=2, epochs=1}", "stream.tasks=2", "data.classes=4")

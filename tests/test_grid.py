@@ -313,6 +313,17 @@ def test_a_node_with_other_data_is_refused_with_the_reason(tmp_path: Path, monke
     assert rounds(lines)[0]["cohort"] == [0, 2, 3, 5]
 
 
+def test_a_node_of_clients_that_are_not_there_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_module, "MEET_S", 0.3)
+    many = Node({"client-ids": "4-9"})
+    lines, _ = train(Nodes(three(n104=many), tmp_path / "home"), tmp_path / "runs")
+    refused = [event for event in rounds(lines)[0]["cost"]["nodes"] if event["event"] == "refused"]
+    assert [event["node"] for event in refused] == ["104"]
+    assert "it serves client 6" in refused[0]["reason"]
+
+
 def test_too_few_clients_end_the_run_with_a_reason_and_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 import fedcil
+from fedcil.cli.forecast import forecast
 from fedcil.errors import RunFailed, ScenarioError
+from fedcil.experiment import open_experiment
 from fedcil.record.compare import compare, differences
+from fedcil.scenario_file import load_scenario
 from fedcil.sources import program
 
 SCENARIO: dict[str, Any] = {
@@ -109,6 +112,30 @@ def test_options_of_any_type_do_no_harm(mine: Any, tmp_path: Path) -> None:
     assert fedcil.run(SCENARIO, output=tmp_path / "runs", figures=False).finished
     with pytest.raises(ScenarioError, match=r"method.many = 'x' must be a valid integer"):
         fedcil.run(SCENARIO | {"method": {"name": "mine:Mine", "many": "x"}}, output=tmp_path / "more")
+
+
+FIT = """
+from fedcil.messages import Contribution
+from fedcil.state import ServerState
+
+def fit(network, samples, task, images):
+    features = network.features(images(samples.images))
+    assert not network.training and not features.requires_grad
+    return Contribution({"sum": features.sum(0)}, float(len(samples.labels)))
+
+def method():
+    statistics = lambda task, rounds: (Phase(name="statistics", rounds=1, work="fit"),)
+    return Method(phases=statistics, fit=fit, reduce=lambda state, phase, total: state)
+"""
+
+
+def test_statistics_of_features_run_and_can_be_planned(mine: Any, tmp_path: Path) -> None:
+    """What a client would send is asked for with no samples, in the form of samples."""
+    folder = mine("method()")
+    with (folder / "mine.py").open("a") as module:
+        module.write(FIT)
+    assert fedcil.run(SCENARIO, output=tmp_path / "runs", figures=False).finished
+    forecast(open_experiment(load_scenario(SCENARIO)))
 
 
 def test_scores_of_another_shape_end_the_run(mine: Any, tmp_path: Path) -> None:

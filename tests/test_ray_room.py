@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from fedcil.engines import ray as engine
 from fedcil.engines import ray_room
 from fedcil.engines.workers import Share
 from fedcil.errors import ScenarioError
+from fedcil.gather import Gathered
+from fedcil.messages import Broadcast, Request
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,21 @@ def test_what_two_nodes_have_left_over_is_no_room(monkeypatch: pytest.MonkeyPatc
     assert ray_room.room(Share(2, 0.0)) == 2
     with pytest.raises(ScenarioError, match=r"3 workers with 2 CPUs .* do not fit into 3 \+ 3 CPUs and 0 \+ 0 GPUs"):
         ray_room.refuse_too_little(3, Share(2, 0.0))
+
+
+def test_a_worker_that_cannot_say_who_it_is_gets_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise RayTaskError("identity", "Traceback:\n  File ...\nOSError: its disk is gone", OSError())
+
+    port: Any = engine.RayPort.__new__(engine.RayPort)
+    dismissed: list[object] = []
+    port._crew = SimpleNamespace(workers=["here", "broken"], dismiss=dismissed.append)
+    monkeypatch.setattr(engine.ray, "get", broken)
+    idle: list[Any] = []
+    request = Request(Broadcast(task=0, phase=0, round=0, tensors={}), (), 0)
+    with pytest.warns(UserWarning, match="goes on without one of its workers: .* its disk is gone"):
+        assert port._collect("answer", "broken", None, Gathered(request, lambda _: None), idle) == []
+    assert (dismissed, idle) == (["broken"], [])
 
 
 def test_a_long_lull_is_said_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:

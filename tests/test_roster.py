@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fedcil.errors import MessageRefused
 from fedcil.hello import Hello, pack_hello, unpack_hello
+from fedcil.wire import pack
 from server.roster import Roster
 
 SAMPLES = [(10, 20), (11, 21), (12, 22), (13, 23), (14, 24), (15, 25)]
@@ -51,7 +52,7 @@ def test_a_node_with_its_own_clients_takes_them_from_one_that_is_away_only() -> 
     ("said", "reason"),
     [
         (hello(0, data="other"), "other data"),
-        (Hello({0: SAMPLES[0]}, "digest", "bf16", True), "computes in bf16, the server in fp32"),
+        (Hello({0: SAMPLES[0]}, "digest", "bf16", True), "computes in 'bf16', the server in fp32"),
         (Hello({0: (1, 1)}, "digest", "fp32", True), r"client 0 has \[1, 1\] samples"),
         (Hello({99: (1, 1)}, "digest", "fp32", True), "client 99"),
         (hello(5), "not offered"),
@@ -90,6 +91,20 @@ def test_a_hello_survives_the_wire(samples: dict[int, tuple[int, int]], fixed: b
 def test_anything_else_is_no_hello(content: bytes) -> None:
     with pytest.raises(MessageRefused):
         unpack_hello(content, tasks=2, limit=1 << 24)
+
+
+@pytest.mark.parametrize("client", ["1" * 5000, "-1", "²", "", "1.0"])
+def test_a_client_that_is_no_number_is_refused(client: str) -> None:
+    said = {"samples": {client: [1, 2]}, "data": "digest", "precision": "fp32", "fixed": True}
+    with pytest.raises(MessageRefused, match="2 counts"):
+        unpack_hello(pack(said, {}), tasks=2, limit=1 << 24)
+
+
+def test_a_node_has_no_room_for_a_story_in_the_record() -> None:
+    for said in (hello(0, data="d" * 10**6), Hello({0: SAMPLES[0]}, "digest", "p" * 10**6, True)):
+        with pytest.raises(MessageRefused) as caught:
+            roster().welcome(7, said, (0, 1), set())
+        assert len(caught.value.what) < 200
 
 
 def test_counts_of_another_number_of_tasks_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -490,6 +491,23 @@ def test_a_boundary_that_diverged_ends_the_run_with_its_checkpoint(start: Start)
     ran = start(opened, Table())
     assert isinstance(ran.error, RunFailed)
     assert "generator.weight" in str(ran.error)
+    assert [line["kind"] for line in ran.lines] == ["round"] * 3
+
+
+@pytest.mark.parametrize(
+    ("log", "says"),
+    [
+        ({"task": 7}, r"has \['task'\] of the record"),
+        ({"loss": float("inf")}, "cannot be recorded"),
+        ({"loss": torch.ones(1)}, "cannot be recorded"),
+    ],
+)
+def test_what_a_boundary_logs_must_fit_into_the_record(start: Start, log: dict[str, Any], says: str) -> None:
+    opened = experiment()
+    opened = replace(opened, method=replace(opened.method, boundary=lambda state, *_: Boundary(state, log=log)))
+    ran = start(opened, Table())
+    assert isinstance(ran.error, RunFailed)
+    assert re.search(f"the log of the method's boundary {says}", ran.error.what)
     assert [line["kind"] for line in ran.lines] == ["round"] * 3
 
 

@@ -53,14 +53,14 @@ def begun_folder(folder: Path, nodes: int | None) -> Path:
 
 def unfinished(scenario: Scenario, output: Path) -> Path | None:
     """The newest run of this scenario that has no end yet."""
-    from fedcil.record.run import open_run
+    from fedcil.record.run import Run, earlier_runs
 
-    for path in sorted(output.glob(f"{scenario.name}-{scenario.seed}-*"), reverse=True):
-        run = open_run(path)
+    def fits(run: Run) -> bool:
         same = run.scenario.deciding() == scenario.deciding() and run.scenario.availability == scenario.availability
-        if same and not run.finished:
-            return path
-    return None
+        return same and not run.finished
+
+    found = earlier_runs(scenario, output, fits)
+    return found[-1].path if found else None
 
 
 def check_deployable(scenario: Scenario, nodes: int | None) -> None:

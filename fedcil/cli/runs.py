@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcil.errors import FedcilError, FolderBusy, NotResumable, RunFailed, ScenarioError, located
+from fedcil.errors import FolderBusy, NotResumable, RunFailed, ScenarioError, located
 
 if TYPE_CHECKING:
     from fedcil.port import StopSignal
@@ -67,7 +67,10 @@ def identity_of(wanted: Wanted, data_root: Path | None) -> dict[str, Any]:
 
 def reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Options) -> Run:
     """A finished run of exactly this below ``output``, else an unfinished one continued, else a new one."""
-    earlier = sorted(_earlier_runs(wanted.scenario, identity, output), key=_by_other_code)
+    from fedcil.record.run import earlier_runs
+
+    found = earlier_runs(wanted.scenario, output, lambda run: _begun_alike(run, wanted, identity))
+    earlier = sorted(found, key=_by_other_code)
     for run in earlier:
         if run.finished:
             old = " (by other code of fedcil; delete it to have it made anew)" if _by_other_code(run) else ""
@@ -90,22 +93,13 @@ def _by_other_code(run: Run) -> bool:
     return run.program != program()
 
 
-def _earlier_runs(scenario: Scenario, identity: Mapping[str, Any], output: Path) -> list[Run]:
-    """Runs of this scenario on these data that this version of fedcil and torch began."""
+def _begun_alike(run: Run, wanted: Wanted, identity: Mapping[str, Any]) -> bool:
+    """A run of the same scenario on the same data, by the same own code, fedcil and torch."""
     from fedcil.record.folder import has_checkpoint, versions
-    from fedcil.record.run import Run
 
-    found = []
-    for path in sorted(output.glob(f"{scenario.name}-{scenario.seed}-*")):
-        run = Run(path)
-        try:
-            begun = run.finished or has_checkpoint(path)
-            same = run.identity == identity and not run.changed_code(scenario)
-            if begun and same and run.versions == versions():
-                found.append(run)
-        except (FedcilError, OSError, LookupError):
-            continue
-    return found
+    begun = run.finished or has_checkpoint(run.path)
+    same = run.identity == identity and not run.changed_code(wanted.scenario)
+    return begun and same and run.versions == versions()
 
 
 def new_run(wanted: Wanted, output: Path, options: Options) -> Run:

@@ -31,7 +31,7 @@ def select(data: Dataset, *, classes: int | None, validation: float, per_class: 
     if per_class is not None:
         train = _draw(data, train, kept, per_class, seed)
     chosen = replace(data, train=_take(data.train, train), test=_take(source, test))
-    if chosen.train is data.train and chosen.test is data.test:
+    if kept == len(data.class_names) and chosen.train is data.train and chosen.test is data.test:
         return data
     digest = _digest(data.digest, train, test, held_out=validation > 0)
     return replace(chosen, class_names=data.class_names[:kept], digest=digest)

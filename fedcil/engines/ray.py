@@ -176,10 +176,13 @@ class RayPort:
                 self._greet([worker])
             return self._again(piece, gathered) if piece else []
         except RayError as error:
+            if not piece:
+                self._go_on_without(worker, could_not_start(error))
+                return []
             idle.append(worker)
-            if piece and len(piece.jobs) > 1:
+            if len(piece.jobs) > 1:
                 return piece.apart()
-            for job in piece.jobs if piece else ():
+            for job in piece.jobs:
                 gathered.fail(job.client, "worker", str(getattr(error, "cause", error)))
             return []
         if piece:
@@ -256,7 +259,8 @@ class RayPort:
 
 def could_not_start(error: RayError) -> RunFailed:
     """What went wrong stands at the margin, after the lines of where, in the worker's code."""
-    *_, problem = (line for line in str(error).splitlines() if line[:1].strip())
+    lines = [line for line in str(error).splitlines() if line[:1].strip()]
+    problem = lines[-1] if lines else type(error).__name__
     return RunFailed(
         f"a Ray worker could not start: {problem}",
         where="engine",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcil.errors import InputError
+from fedcil.errors import FedcilError, InputError
 from fedcil.metrics import Matrix
 from fedcil.partition import TaskPartition, load_partition
 from fedcil.record.folder import METRICS
@@ -125,6 +126,16 @@ class Run:
                 rows.append(line["accuracy"])
                 ends.append(len(rows) - 1)
         return ragged(rows), ends
+
+
+def earlier_runs(scenario: Scenario, root: Path, fits: Callable[[Run], bool]) -> list[Run]:
+    """Those of this name and seed below ``root`` that fit, the oldest first; what is damaged does not."""
+    found = []
+    for path in sorted(root.glob(f"{scenario.name}-{scenario.seed}-*")):
+        with contextlib.suppress(FedcilError, OSError, LookupError):
+            if fits(run := Run(path)):
+                found.append(run)
+    return found
 
 
 def ragged(rows: list[list[float]]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Tail:
-    """Whole new lines, in order. What a resume cuts off and writes again is read again."""
+    """Whole new lines, in order. What a resume cuts off and writes again is read again, as far as it is noticed."""
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
         self._path = path
@@ -19,10 +19,11 @@ class Tail:
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
-            size = file.seek(0, 2)
-            self._offset = min(self._offset, size)
-            file.seek(self._offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        for line in whole.splitlines():
+            at = min(self._offset, file.seek(0, 2))
+            file.seek(max(0, at - 1))  # the end of a line, unless a resume has rewritten the file meanwhile
+            before, content = file.tell(), file.read()
+        first = content.find(b"\n") + 1 if at else 0
+        end = content.rfind(b"\n") + 1
+        self._offset = before + end if end else at
+        for line in content[first:end].splitlines():
             yield json.loads(line)
