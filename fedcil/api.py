@@ -17,7 +17,8 @@ from fedcil.record.summary import finish
 from fedcil.scenario import Scenario
 from fedcil.scenario_file import load_scenario
 from fedcil.state import RunState
-from server.rounds import Watcher, open_session, run_tasks
+from server.rounds import run_tasks
+from server.session import Watcher, open_session
 
 DEFAULT_OUTPUT = Path("runs")
 

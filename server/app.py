@@ -25,7 +25,8 @@ from fedcil.record.summary import finish
 from fedcil.scenario_file import load_scenario
 from fedcil.state import RunState
 from server.grid import GridPort
-from server.rounds import open_session, run_tasks
+from server.rounds import run_tasks
+from server.session import open_session
 
 BUSY_S = 60.0
 

@@ -13,10 +13,10 @@ from fedcil.stream import Task
 
 
 def make_schedule(
-    experiment: Experiment, devices: Devices | None, state: RunState, task: Task, phase: Phase, cohort: tuple[int, ...]
+    experiment: Experiment, state: RunState, task: Task, phase: Phase, cohort: tuple[int, ...]
 ) -> Schedule:
     """What becomes of the cohort, from the place in the run alone."""
-    clients, clock = experiment.scenario.clients, experiment.scenario.clock
+    clients, clock, devices = experiment.scenario.clients, experiment.scenario.clock, experiment.conditions.devices
     broken = drop_outs(experiment, state, cohort, clients.dropout) if clients.dropout else {}
     if devices is None:
         return Schedule(on_time=tuple(c for c in cohort if c not in broken), dropped=tuple(sorted(broken)))

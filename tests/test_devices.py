@@ -13,7 +13,7 @@ import torch
 from client import handle as client
 from fedcil.messages import Answer, Broadcast, Contribution, Job, Outcome, Report, Request, Total
 from fedcil.rule import Rule
-from server.rounds import Session
+from server.session import Session
 
 META = torch.device("meta")
 MODEL = {"weight": torch.ones(3)}

@@ -23,7 +23,8 @@ from fedcil.state import RunState
 from server import grid as grid_module
 from server import nodes as nodes_module
 from server.grid import GridPort
-from server.rounds import open_session, run_tasks
+from server.rounds import run_tasks
+from server.session import open_session
 
 Reply = Message | None
 SETTINGS: dict[str, Any] = {

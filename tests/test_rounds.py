@@ -23,7 +23,9 @@ from fedcil.port import ClientDone, StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.scenario_file import load_scenario
 from fedcil.state import Cursor, RunState, ServerState
-from server.rounds import Session, evaluation_due, open_session, round_status, run_tasks
+from server.rounds import evaluation_due, run_tasks
+from server.session import open_session
+from server.verdict import round_status
 
 CLIENTS = frozenset(range(6))
 Place = tuple[int, int, int]
@@ -575,10 +577,8 @@ def test_a_run_that_is_over_has_nothing_left_to_do(start: Start) -> None:
 def test_bernoulli_availability_is_a_matter_of_the_place(start: Start) -> None:
     opened = experiment("availability={name='bernoulli', probability=0.5}", "clients.per_round=6", "server.patience=99")
     whole = start(opened, Table())
-    session = open_session(opened, whole.folder, Table())
-    assert isinstance(session, Session)
     for line in reversed(whole.rounds()):
-        assert line["cohort"] == sorted(session.availability(line["task"], line["phase"], line["round"]))
+        assert line["cohort"] == sorted(opened.conditions.availability(line["task"], line["phase"], line["round"]))
     assert len({len(line["cohort"]) for line in whole.rounds()}) > 1
 
 

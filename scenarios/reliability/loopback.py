@@ -27,7 +27,8 @@ from fedcil.record.folder import RunFolder
 from fedcil.record.summary import finish
 from fedcil.wire import unpack, unpack_broadcast
 from server.grid import GridPort
-from server.rounds import open_session, run_tasks
+from server.rounds import run_tasks
+from server.session import open_session
 
 LIMIT = 1 << 30
 Place = tuple[int, int, int]

@@ -1,0 +1,50 @@
+"""Whether a round counts, and when rounds that do not end the run."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from fedcil.errors import RunFailed, TooFewClients
+from fedcil.messages import BORDER, UNEXPECTED, Outcome
+from fedcil.stream import Task
+
+LOG = logging.getLogger("fedcil.border")
+BRING_BACK = "bring clients back and `fedcil resume RUN`"
+
+
+def round_status(answered: int, asked: int, quorum: float, least: int = 0) -> str:
+    """ok, empty (nobody was asked), or no_quorum: too few of the asked answered, or fewer than a robust fold needs."""
+    if asked == answered == 0:
+        return "empty"
+    enough = quorum * asked - 1e-9  # a share like 0.28 of 25 is not exact in binary
+    return "ok" if answered >= max(1, least, enough) else "no_quorum"
+
+
+def log_refused(outcome: Outcome) -> None:
+    """Who sent something that was refused, and why: it may be a bug, or an attack."""
+    for failure in outcome.failures:
+        if failure.stage == BORDER:
+            LOG.warning("client %d was refused: %s", failure.client, failure.reason)
+
+
+def refuse_broken_method(outcome: Outcome, asked: int) -> None:
+    """RunFailed if every client of the round raised: that is the method's or the data's doing, not the clients'."""
+    raised = [failure for failure in outcome.failures if failure.stage == UNEXPECTED]
+    if asked and len(raised) == asked:
+        raise RunFailed(
+            f"all {asked} clients of a round raised an error; client {raised[0].client}: {raised[0].reason}",
+            where="the method, the model or the data",
+            next="mend it and start a new run, or `fedcil resume RUN`",
+        )
+
+
+def too_few(rounds: int, task: Task, quorum: float, outcome: Outcome) -> TooFewClients:
+    reasons = Counter(f"{failure.stage}: {failure.reason}" for failure in outcome.failures).most_common(1)
+    diverged = bool(outcome.failures) and all(failure.stage == "training" for failure in outcome.failures)
+    return TooFewClients(
+        f"{rounds} rounds in a row without enough clients" + "".join(f" ({reason})" for reason, _ in reasons),
+        where=f"task {task.index + 1}",
+        allowed=f"at least one answer and server.quorum = {quorum:g} of the answers wanted",
+        next="mend the loss, or begin anew with a lower training.lr" if diverged else BRING_BACK,
+    )
