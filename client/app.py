@@ -85,7 +85,7 @@ def open_worker(scenario: str, data_root: str | None, home: Path) -> Worker:
     """The worker of this process, kept for as long as the process and the scenario last."""
     keep_freed_memory()
     experiment = open_experiment(load_scenario(json.loads(scenario)), Path(data_root) if data_root else None)
-    return Worker(Shared(experiment, StateStore(home / "client_states")), lambda: None)
+    return Worker(Shared(experiment, StateStore(home / "client_states")))
 
 
 def find_payload(message: Message, name: str, home: Path) -> Payload | None:

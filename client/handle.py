@@ -251,7 +251,7 @@ def _given(state: Tensors, trained: Trained, samples: Samples, experiment: Exper
         raise ClientProblem("fewer samples than a batch, and training.batches = 'drop_last'", where="samples")
     if trained.steps and not (math.isfinite(trained.loss) and finite(state)):
         raise ClientProblem("training diverged: loss or weights are not finite; lower training.lr", where="training")
-    metrics = {"loss": trained.loss, "steps": trained.steps} if trained.steps else {}
+    metrics = {"loss": trained.loss} if trained.steps else {}
     return Contribution(state, experiment.weight(len(samples.labels))), metrics
 
 
@@ -263,7 +263,7 @@ def finite(tensors: Tensors) -> bool:
 def _fit(network: Network, own: Samples, task: Task, shared: Shared) -> Contribution:
     network.eval()
     with torch.no_grad():
-        return shared.experiment.method.fit(network, own, task, shared.normalised)
+        return shared.experiment.method.fit(network, own, task, shared.stored.normalised)
 
 
 def _remember(job: Job, network: Network, own: Samples, task: Task, shared: Shared) -> tuple[str, int]:
@@ -274,7 +274,7 @@ def _remember(job: Job, network: Network, own: Samples, task: Task, shared: Shar
     kept = shared.kept(job)
     network.eval()
     with torch.no_grad():
-        tensors = memory.update(network, own, kept, task, shared.normalised)
+        tensors = memory.update(network, own, kept, task, shared.stored.normalised)
     return shared.states.save(tensors), count_bytes(tensors)
 
 
@@ -288,4 +288,4 @@ def _with_memory(own: Samples, job: Job, shared: Shared) -> Samples:
 
 def _augmented(shared: Shared, images: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
     mode = shared.experiment.scenario.data.augment
-    return make_batch(images, index, mode, generator, shared.mean, shared.std)
+    return make_batch(images, index, mode, generator, shared.stored.mean, shared.stored.std)

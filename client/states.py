@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedcil.errors import RunFailed
 from fedcil.messages import Tensors, content_hash
-from fedcil.tensor_files import read_tensors, write_tensors
+from fedcil.tensor_files import named_path, read_named, write_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +20,14 @@ class StateStore:
         """Write it even if it is there: a resumed run makes the same version again, and mends a damaged one."""
         name = content_hash(tensors)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(self._path(name), tensors)
+        write_tensors(named_path(self.folder, name), tensors)
         return name
 
     def load(self, name: str) -> Tensors:
-        path = self._path(name)
+        path = named_path(self.folder, name)
         if not path.exists():
             raise RunFailed(f"client state {name} is not there", where=str(path))
         try:
-            tensors = read_tensors(path)
+            return read_named(self.folder, name)
         except ValueError:
-            tensors = {}
-        if content_hash(tensors) != name:
-            raise RunFailed(f"client state {name} is damaged", where=str(path))
-        return tensors
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
+            raise RunFailed(f"client state {name} is damaged", where=str(path)) from None

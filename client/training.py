@@ -71,8 +71,9 @@ def learning_rate(training: TrainingSection, round_in_phase: int, rounds: int) -
 def cut_epoch(count: int, batch_size: int, mode: str) -> list[int]:
     """Sizes of an epoch's batches.
 
-    ``even``: equal parts of at most batch_size; ``ragged``: full batches and a rest; ``drop_last``: full batches
-    only. Batch norm needs two samples: a rest of one joins the batch before it, and one in all is no batch.
+    ``even``: equal parts of at most batch_size (3 where it is 2 and the count is odd); ``ragged``: full batches and a
+    rest; ``drop_last``: full batches only. Batch norm needs two samples: a rest of one joins the batch before it, and
+    one in all is no batch.
     """
     if count < TRAINABLE:
         return []

@@ -8,15 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from client.lanes import Lane, make_streams
 from client.local_model import LocalModel
 from client.states import StateStore
-from fedcil.data.augment import normalise
-from fedcil.data.store import Images
+from fedcil.data.store import StoredSplit
 from fedcil.experiment import Experiment
-from fedcil.messages import Broadcast, Job, Tensors
+from fedcil.messages import Broadcast, Job, Tensors, moved
 from fedcil.methods.base import Prepared, Samples
 from fedcil.stream import Task
 
@@ -29,10 +27,7 @@ class Shared:
         self.states = states
         self.device = device = experiment.compute.device
         data = experiment.data
-        self.images = Images(data.train, device)
-        self.labels = torch.from_numpy(experiment.stream.relabel(data.train.labels)).to(device)
-        self.mean = torch.tensor(data.mean, device=device)
-        self.std = torch.tensor(data.std, device=device)
+        self.stored = StoredSplit(data, data.train, experiment.stream.relabel(data.train.labels), device)
         self._lock = threading.Lock()
         self._prepared: tuple[tuple[int, str | None], Prepared] | None = None
 
@@ -52,23 +47,19 @@ class Shared:
     def samples(self, client: int, task: Task) -> Samples:
         """A client's own stored samples of this task."""
         index = torch.from_numpy(self.experiment.indices(client, task)).to(self.device)
-        return Samples(self.images.take(index), self.labels.index_select(0, index))
+        return Samples(self.stored.images(index), self.stored.labels.index_select(0, index))
 
     def kept(self, job: Job) -> Tensors | None:
         """What the client kept, on the device; None if it keeps nothing yet."""
         if job.state is None:
             return None
-        return {name: tensor.to(self.device) for name, tensor in self.states.load(job.state).items()}
-
-    def normalised(self, images: Tensor) -> Tensor:
-        """Stored images (n, h, w, c) uint8 -> (n, c, h, w), not augmented."""
-        return normalise(images, self.mean, self.std)
+        return moved(self.states.load(job.state), self.device)
 
 
 class Worker:
     """One thread's place to train: its own networks, reused from client to client."""
 
-    def __init__(self, shared: Shared, check: Callable[[], None]) -> None:
+    def __init__(self, shared: Shared, check: Callable[[], None] = lambda: None) -> None:
         self.shared, self.check = shared, check
         self.local: LocalModel | None = None
         self.lanes: list[Lane] = []

@@ -35,7 +35,7 @@ class Devices:
     up: Floats
 
     def seconds(self, client: int, samples: int, down: int, up: int) -> float:
-        """Receive, train, send: one after the other."""
+        """Receive ``down`` bytes, train, send ``up`` bytes: one after the other."""
         return float(down / self.down[client] + samples / self.speed[client] + up / self.up[client])
 
 

@@ -41,14 +41,9 @@ class Compute:
         return torch.bfloat16 if self.precision == "bf16" else None
 
     @property
-    def emulated(self) -> bool:
-        """Whether the machine has no instructions for this precision."""
-        return self.precision == "bf16" and not has_bf16(self.device)
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know before anything is computed."""
-        if self.emulated:
+        if self.precision == "bf16" and not has_bf16(self.device):
             return (
                 "training.precision = 'bf16', but this machine has no instructions for it: a step takes about "
                 "ten times as long as in fp32",

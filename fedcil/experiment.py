@@ -29,7 +29,7 @@ from fedcil.compute import (
 from fedcil.data import Dataset, load_dataset
 from fedcil.errors import ScenarioError, described
 from fedcil.keys import Key
-from fedcil.messages import Broadcast, Tensors
+from fedcil.messages import Broadcast, Tensors, moved
 from fedcil.methods import METHODS
 from fedcil.methods.base import TRAINABLE, Method, Phase, Samples
 from fedcil.models import make_architecture
@@ -177,8 +177,7 @@ class Experiment:
     def first_state(self) -> RunState:
         """Before round 0: a model with a head for the first task, drawn on the CPU whatever the device."""
         network = self.compute.architecture.start(self.stream.tasks[0].seen, self.key.at("model").torch())
-        model = {name: tensor.to(self.compute.device) for name, tensor in snapshot(network).items()}
-        return RunState(server=ServerState(model=model))
+        return RunState(server=ServerState(model=moved(snapshot(network), self.compute.device)))
 
     def numeric(self) -> dict[str, str | int]:
         """The numeric configuration (fedcil/compute.py)."""

@@ -57,8 +57,8 @@ class Fold:
         self._put((0, position), None, own=False)
 
     def merge(self, other: Fold) -> None:
-        """Take over what another fold of the same tree holds; it is empty afterwards. ValueError, and nothing is taken,
-        if they overlap: nothing is counted twice.
+        """Take over what another fold of the same tree holds; it is empty afterwards. ValueError if they overlap, or
+        if it does in itself: nothing is counted twice.
         """
         if other.leaves != self.leaves:
             raise ValueError(f"folds of different cohorts: {self.leaves} and {other.leaves} leaves")

@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedcil.files import write_atomic
-from fedcil.messages import Tensors
+from fedcil.messages import Tensors, content_hash
 
 
 def tensor_bytes(tensors: Tensors) -> bytes:
@@ -29,3 +29,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load(content)
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path.name} holds no tensors: {error}") from None
+
+
+def named_path(folder: Path, name: str) -> Path:
+    """Where tensors with this content hash are kept."""
+    return folder / f"{name}.safetensors"
+
+
+def read_named(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors with this content hash; ValueError if the file holds others, or none."""
+    path = named_path(folder, name)
+    tensors = read_tensors(path)
+    if content_hash(tensors) != name:
+        raise ValueError(f"{path.name} is damaged")
+    return tensors

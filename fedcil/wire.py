@@ -50,7 +50,7 @@ def pack(header: Mapping[str, Any], tensors: Tensors) -> bytes:
 def unpack(packet: bytes, *, limit: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Size, magic, digest, header, tensors, in this order."""
     if len(packet) > limit:
-        raise MessageRefused(f"{len(packet)} bytes are more than the limit", allowed=f"{limit} bytes")
+        raise MessageRefused(f"{len(packet)} bytes are more than the limit, {limit}")
     if len(packet) < PREFIX.size + DIGEST_BYTES:
         raise MessageRefused(f"{len(packet)} bytes are no packet")
     body, digest = packet[:-DIGEST_BYTES], packet[-DIGEST_BYTES:]
@@ -148,51 +148,46 @@ def admit(packet: bytes, client: int, expected: Expected) -> Answer:
     Size, digest, parse (``unpack``); run, round, client; report; names, shapes, dtypes, finite values, norm.
     """
     header, tensors = unpack(packet, limit=expected.limit)
-    where = f"client {client}"
     if header.get("run") != expected.run:
-        raise MessageRefused("an answer to another run", where=where)
+        raise MessageRefused("an answer to another run")
     if header.get("place") != expected.place:
-        raise MessageRefused("an answer to another round", where=where)
+        raise MessageRefused("an answer to another round")
     if type(header.get("client")) is not int or header["client"] != client:
-        raise MessageRefused(f"an answer of client {short(header.get('client'))}, which nobody asked for", where=where)
+        raise MessageRefused(f"an answer of client {short(header.get('client'))}, which nobody asked for")
     if "failure" in header:
         return Answer(_failure(client, header["failure"]))
     report = _report(client, header.get("report"), tensors, expected)
     if expected.spec is None:
         if tensors:
-            raise MessageRefused("tensors where none belong", where=where)
+            raise MessageRefused("tensors where none belong")
         return Answer(report)
-    weight = _weight(header.get("weight"), expected.weights.get(client), where)
-    _check_tensors(tensors, weight, expected.spec, where)
-    try:
-        return Answer(report, admissible(Contribution(tensors, weight), expected.start, expected.rule))
-    except MessageRefused as error:
-        raise MessageRefused(error.what, where=where) from None
+    weight = _weight(header.get("weight"), expected.weights.get(client))
+    _check_tensors(tensors, weight, expected.spec)
+    return Answer(report, admissible(Contribution(tensors, weight), expected.start, expected.rule))
 
 
 def _failure(client: int, value: Any) -> Failure:
     if not isinstance(value, dict):
-        raise MessageRefused("a failure that is no table", where=f"client {client}")
+        raise MessageRefused("a failure that is no table")
     stage, reason = value.get("stage"), value.get("reason")
     if not (isinstance(stage, str) and isinstance(reason, str)):
-        raise MessageRefused("a failure without stage and reason", where=f"client {client}")
+        raise MessageRefused("a failure without stage and reason")
     return Failure(client, stage[:100], reason[:500])
 
 
 def _report(client: int, value: Any, tensors: Tensors, expected: Expected) -> Report:
-    where = f"client {client}"
     if not isinstance(value, dict):
-        raise MessageRefused("no report", where=where)
+        raise MessageRefused("no report")
     samples, metrics, state = value.get("samples"), value.get("metrics"), value.get("state")
     if type(samples) is not int or samples != expected.samples[client]:
-        raise MessageRefused(f"{short(samples)} samples reported, {expected.samples[client]} known", where=where)
+        raise MessageRefused(f"{short(samples)} samples reported, {expected.samples[client]} known")
     if not isinstance(metrics, dict) or not all(_is_number(number) for number in metrics.values()):
-        raise MessageRefused("metrics that are not finite numbers", where=where)
+        raise MessageRefused("metrics that are not finite numbers")
     if not (state is None or (isinstance(state, str) and HASH.fullmatch(state))):
-        raise MessageRefused("a client state that is no hash", where=where)
+        raise MessageRefused("a client state that is no hash")
     state_bytes, seconds = value.get("state_bytes"), value.get("seconds")
     if type(state_bytes) is not int or not _is_number(seconds) or min(state_bytes, seconds) < 0:
-        raise MessageRefused("costs that are no numbers from 0 on", where=where)
+        raise MessageRefused("costs that are no numbers from 0 on")
     return Report(
         client=client,
         samples=samples,
@@ -204,11 +199,11 @@ def _report(client: int, value: Any, tensors: Tensors, expected: Expected) -> Re
     )
 
 
-def _weight(value: Any, known: float | None, where: str) -> float:
+def _weight(value: Any, known: float | None) -> float:
     if known is not None and value != known:
-        raise MessageRefused(f"a weight of {short(value)}", where=where, allowed=f"{known:g}")
+        raise MessageRefused(f"a weight of {short(value)}, {known:g} known")
     if not _is_number(value) or not WEIGHTS[0] <= value <= WEIGHTS[1]:
-        raise MessageRefused(f"a weight of {short(value)}", where=where, allowed=f"{WEIGHTS[0]} to {WEIGHTS[1]}")
+        raise MessageRefused(f"a weight of {short(value)}, not of {WEIGHTS[0]:g} to {WEIGHTS[1]:g}")
     return float(value)
 
 
@@ -216,15 +211,14 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and abs(value) <= LARGEST
 
 
-def _check_tensors(tensors: Tensors, weight: float, spec: Spec, where: str) -> None:
+def _check_tensors(tensors: Tensors, weight: float, spec: Spec) -> None:
     if tensors.keys() != spec.keys():
         differing = sorted(tensors.keys() ^ spec.keys())[:5]
-        raise MessageRefused(f"tensors missing or too many: {short(differing)}", where=where)
+        raise MessageRefused(f"tensors missing or too many: {short(differing)}")
     for name, (shape, dtype) in spec.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise MessageRefused(
-                f"{name} is {short(tuple(tensor.shape))} {tensor.dtype}", where=where, allowed=f"{shape} {dtype}"
-            )
+            given = f"{short(tuple(tensor.shape))} {tensor.dtype}"
+            raise MessageRefused(f"{name} is {given}, not {shape} {dtype}")
         if not torch.isfinite(tensor * (weight * HEADROOM)).all():
-            raise MessageRefused(f"{name} is not finite, or too large to be summed", where=where)
+            raise MessageRefused(f"{name} is not finite, or too large to be summed")

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedcil.data.augment import normalise
-from fedcil.data.store import Images
+from fedcil.data.store import StoredSplit
 from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
 from fedcil.messages import Tensors
@@ -21,7 +20,9 @@ BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Per task seen so far. ``confusion[i][j]``: share of task i's images put into a class of task j."""
+    """Fractions, one for each task seen so far. ``confusion[i][j]``: share of task i's images put into a class of task
+    j; ``test_images``: how many there are.
+    """
 
     accuracy: list[float]
     task_aware: list[float]
@@ -46,26 +47,21 @@ class Evaluator:
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
-        device = experiment.compute.device
-        data = experiment.data
-        labels = torch.from_numpy(experiment.stream.relabel(data.test.labels))
-        self.images = Images(data.test, device)
-        self.labels = labels.to(device)
-        self.mean = torch.tensor(data.mean, device=device)
-        self.std = torch.tensor(data.std, device=device)
+        data, device = experiment.data, experiment.compute.device
+        self.stored = StoredSplit(data, data.test, experiment.stream.relabel(data.test.labels), device)
         self._seen: Seen | None = None
 
     def _ready_for(self, task: Task, model: Tensors) -> Seen:
         if self._seen is not None and self._seen.task == task:
             load_state(self._seen.network, model)
             return self._seen
-        experiment, device = self.experiment, self.labels.device
+        experiment, labels = self.experiment, self.stored.labels
         tasks = experiment.stream.tasks[: task.index + 1]
         self._seen = Seen(
             task=task,
             network=experiment.compute.frozen(model),
-            rows=((self.labels >= 0) & (self.labels < task.seen)).nonzero()[:, 0],
-            task_of=torch.tensor([t.index for t in tasks for _ in t.classes], device=device),
+            rows=((labels >= 0) & (labels < task.seen)).nonzero()[:, 0],
+            task_of=torch.tensor([t.index for t in tasks for _ in t.classes], device=labels.device),
         )
         return self._seen
 
@@ -74,7 +70,7 @@ class Evaluator:
         """Scores over all classes seen so far; task-aware: the best among the image's own task's classes."""
         seen, tasks = self._ready_for(task, state.model), task.index + 1
         guess, aware = torch.cat([self._guess(state, seen, rows) for rows in seen.rows.split(BATCH)], dim=1)
-        labels = self.labels[seen.rows]
+        labels = self.stored.labels[seen.rows]
         own = seen.task_of[labels]
         pairs = own * tasks + seen.task_of[guess]
         confusion = torch.bincount(pairs, minlength=tasks * tasks).view(tasks, tasks).cpu()
@@ -91,7 +87,7 @@ class Evaluator:
 
     def _guess(self, state: ServerState, seen: Seen, rows: Tensor) -> Tensor:
         """(2, n): the best of all classes, and of those of the image's own task. Nothing here waits for the device."""
-        images = normalise(self.images.take(rows), self.mean, self.std)
+        images = self.stored.normalised(self.stored.images(rows))
         scores = self.experiment.method.predict(seen.network, state.memory, images)
         if scores.shape != (len(images), seen.task.seen):
             raise RunFailed(
@@ -100,7 +96,7 @@ class Evaluator:
                 allowed=f"(images, classes seen), here ({len(images)}, {seen.task.seen})",
                 next="mend the method's predict and `fedcil resume RUN`",
             )
-        elsewhere = seen.task_of[None, :] != seen.task_of[self.labels[rows]][:, None]
+        elsewhere = seen.task_of[None, :] != seen.task_of[self.stored.labels[rows]][:, None]
         return torch.stack([scores.argmax(1), scores.masked_fill(elsewhere, -torch.inf).argmax(1)])
 
 

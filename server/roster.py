@@ -59,7 +59,7 @@ class Roster:
     def _refuse_strangers(self, hello: Hello) -> None:
         for client, counts in hello.samples.items():
             if client >= len(self._samples):
-                raise MessageRefused(f"it serves client {client}", allowed=f"0 to {len(self._samples) - 1}")
+                raise MessageRefused(f"it serves client {client}: there are 0 to {len(self._samples) - 1}")
             if counts != self._samples[client]:
                 raise MessageRefused(f"client {client} has {list(counts)} samples, {list(self._samples[client])} known")
 

@@ -96,7 +96,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch", "numpy", "PIL", "filelock"),
     ),
     "fedcil.data.download": ((*BOTTOM, "fedcil.data"), ("filelock", "torchvision")),
-    "fedcil.data.super_imagenet": ((*BOTTOM, "fedcil.data", "fedcil.files"), ()),
+    "fedcil.data.super_imagenet": ((*BOTTOM, "fedcil.data", "fedcil.files"), ("yaml",)),
     "fedcil.models": (
         ("fedcil.dotted", "fedcil.errors", "fedcil.keys", "fedcil.messages", "fedcil.models"),
         ("torch",),

@@ -219,7 +219,7 @@ def answers(
     experiment = experiment_of(engine, **training)
     broadcast = Broadcast(task=0, phase=0, round=0, tensors=experiment.first_state().server.model)
     jobs = [Job(client, place) for place, client in enumerate(clients)]
-    worker = Worker(Shared(experiment, StateStore(folder)), check=lambda: None)
+    worker = Worker(Shared(experiment, StateStore(folder)))
     return [
         (
             job,

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 from data_files import assert_same, assert_well_formed, load
 
-from fedcil.data import digits, load_dataset
+from fedcil.data import LOADERS, digits, load_dataset
 from fedcil.errors import DataMissing
-from fedcil.tables import DataSection
+from fedcil.tables import DATASETS, DataSection
 
 pytestmark = pytest.mark.usefixtures("array_cache")
+
+
+def test_every_name_of_a_scenario_has_a_loader() -> None:
+    assert tuple(LOADERS) == DATASETS
 
 
 def test_digits() -> None:

@@ -11,7 +11,7 @@ from data_files import assert_same, load
 
 from fedcil.data import Split
 from fedcil.data.select import select
-from fedcil.data.store import Images
+from fedcil.data.store import StoredSplit
 from fedcil.errors import ScenarioError
 
 pytestmark = pytest.mark.usefixtures("array_cache")
@@ -91,7 +91,8 @@ def test_a_part_of_a_set_is_read_where_the_set_lies(kind: str) -> None:
     assert np.shares_memory(part.train.stored, full.train.stored)
     assert np.shares_memory(part.test.stored, full.train.stored)
     assert part.train.nbytes == part.train.images.nbytes == 120 * 64
-    images = Images(part.train, torch.device(kind)).take(torch.tensor([7, 0, 119], device=kind))
+    stored = StoredSplit(part, part.train, part.train.labels, torch.device(kind))
+    images = stored.images(torch.tensor([7, 0, 119], device=kind))
     assert images.shape == (3, 8, 8, 1)
     if kind == "cpu":
         np.testing.assert_array_equal(images.numpy(), part.train.images[[7, 0, 119]])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from data_files import assert_same, assert_well_formed, load
 from PIL import Image
 
@@ -201,17 +202,9 @@ def test_super_imagenet_takes_the_first_of_a_fixed_shuffle(
 
 
 def test_super_imagenet_yaml_equals_json(imagenet: Path, mapping: Path, tmp_path: Path) -> None:
-    yaml = pytest.importorskip("yaml")
     path = tmp_path / "mapping.yaml"
     path.write_text(yaml.safe_dump(MAPPING))
     assert_same(load_super(imagenet, path), load_super(imagenet, mapping))
-
-
-def test_super_imagenet_without_yaml(imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(super_imagenet, "find_spec", lambda name: None)
-    (tmp_path / "m.yaml").write_text("0: [a, {n1: x, n2: y}]")
-    with pytest.raises(InputError, match="as JSON"):
-        load_super(imagenet, tmp_path / "m.yaml")
 
 
 @pytest.mark.parametrize(

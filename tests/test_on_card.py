@@ -248,7 +248,7 @@ def test_a_worker_holds_no_more_than_it_asks_for(method: str, lanes: int, model:
         gc.collect()
         assert card.used == 0
         card.peak = 0
-        worker = Worker(Shared(experiment, StateStore(tmp_path)), lambda: None)
+        worker = Worker(Shared(experiment, StateStore(tmp_path)))
         reply = handle(Request(broadcast, tuple(Job(client, client) for client in range(4)), cohort=4), worker)
     assert len(reply.reports) == 4
     assert card.peak <= asked <= 8 * card.peak

@@ -357,7 +357,7 @@ def experiment_of(**sections: dict[str, Any]) -> Experiment:
 
 
 def worker_of(experiment: Experiment, folder: Path) -> Worker:
-    return Worker(Shared(experiment, StateStore(folder)), check=lambda: None)
+    return Worker(Shared(experiment, StateStore(folder)))
 
 
 def broadcast_of(experiment: Experiment, **place: int) -> Broadcast:

@@ -238,7 +238,7 @@ def without(name: str) -> dict[str, Any]:
         ({"weight": "12"}, "a weight of '12'"),
         ({"weight": float("nan")}, "a weight of nan"),
         ({"weight": float("inf")}, "a weight of inf"),
-        ({"weight": 10**400}, "a weight of 1000"),
+        ({"weight": 10**400}, "a weight of 1000.*, not of 1e-09 to 1e.15"),
         ({"weight": 1e308}, r"a weight of 1e\+308"),
         ({"weight": 1e-320}, "a weight of 1e-320"),  # 0 in float32, and 0 / 0 in the mean
         ({"failure": 3}, "no table"),
@@ -251,7 +251,6 @@ def test_an_answer_that_does_not_belong_here_is_refused(header: dict[str, Any], 
     with pytest.raises(MessageRefused, match=words) as caught:
         admit(packet({**HEADER, **header}), 3, EXPECTED)
     assert len(str(caught.value)) < 500
-    assert caught.value.where == "client 3"
 
 
 def test_true_is_not_one_sample() -> None:
@@ -266,7 +265,7 @@ def test_true_is_not_one_sample() -> None:
         ({**MODEL, "more": torch.ones(1)}, "missing or too many: .'more'"),
         ({name: value for name, value in MODEL.items() if name != "scale"}, "missing or too many: .'scale'"),
         ({**MODEL, "x" * 10_000: torch.ones(1)}, "missing or too many"),
-        ({**MODEL, "scale": torch.ones(1)}, "scale is .1,. torch.float32"),
+        ({**MODEL, "scale": torch.ones(1)}, "scale is .1,. torch.float32, not .. torch.float32"),
         ({**MODEL, "head.bias": torch.zeros(2, 2)}, "head.bias is .2, 2."),
         ({**MODEL, "body.weight": torch.zeros(3, 2)}, "body.weight is .3, 2."),
         ({**MODEL, "scale": torch.ones((1,) * 60)}, "scale is"),
@@ -300,7 +299,7 @@ def test_size_is_looked_at_before_anything_else() -> None:
     given = b"\xff" * (LIMIT + 1)
     error = refused(given)
     assert str(LIMIT + 1) in error.what
-    assert str(LIMIT) in error.allowed
+    assert f"the limit, {LIMIT}" in error.what
     whole = packet(HEADER)
     admit(whole, 3, replace(EXPECTED, limit=len(whole)))
     assert "more than the limit" in str(refused(whole, replace(EXPECTED, limit=len(whole) - 1)))

@@ -13,7 +13,7 @@ import typer
 from fedcil import __version__
 from fedcil.cli import deploy
 from fedcil.cli.guard import guarded, stoppable
-from fedcil.cli.options import DataRoot, Json, MaxSeconds, Sets
+from fedcil.cli.options import RUNS, DataRoot, Figures, Json, MaxSeconds, Output, Sets
 from fedcil.cli.runs import Options, continue_run, identity_of, new_run, print_runs, refuse_idle, reuse, wanted_runs
 from fedcil.cli.streams import to_stderr
 from fedcil.errors import InputError, located
@@ -62,8 +62,8 @@ def run(
     seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Run each scenario with these seeds.")] = None,
     data_root: DataRoot = None,
     engine: Engine = None,
-    output: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
-    figures: Annotated[bool, typer.Option(help="Draw the figures of the run folder.")] = True,
+    output: Output = RUNS,
+    figures: Figures = True,
     figure: Figure = None,
     max_seconds: MaxSeconds = None,
     json: Json = False,
@@ -93,7 +93,7 @@ def resume(
     overrides: Sets = None,
     data_root: DataRoot = None,
     engine: Engine = None,
-    figures: Annotated[bool, typer.Option(help="Draw the figures of the run folder.")] = True,
+    figures: Figures = True,
     max_seconds: MaxSeconds = None,
     json: Json = False,
 ) -> None:
@@ -176,7 +176,7 @@ def plan(
 @guarded
 def list_(
     what: Annotated[str | None, typer.Argument(help="methods, datasets, models, scenarios or runs.")] = None,
-    output: Annotated[Path, typer.Option(help="Where to look for runs.")] = Path("runs"),
+    output: Annotated[Path, typer.Option(help="Where to look for runs.")] = RUNS,
     json: Json = False,
 ) -> None:
     """What there is: methods, data sets, models, scenarios, runs."""

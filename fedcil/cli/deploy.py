@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcil.cli.guard import guarded, stoppable
-from fedcil.cli.options import DataRoot, Json, MaxSeconds, Sets
+from fedcil.cli.options import RUNS, DataRoot, Figures, Json, MaxSeconds, Output, Sets
 from fedcil.cli.run_folders import run_folder
 from fedcil.cli.runs import print_runs, refuse_idle
 from fedcil.cli.streams import to_stderr
@@ -42,8 +42,8 @@ def local(
     ] = 3,
     overrides: Sets = None,
     data_root: DataRoot = None,
-    output: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
-    figures: Annotated[bool, typer.Option(help="Draw the figures of the run folder.")] = True,
+    output: Output = RUNS,
+    figures: Figures = True,
     max_seconds: MaxSeconds = None,
     json: Json = False,
 ) -> None:
@@ -104,14 +104,12 @@ def supervise(
     pki: Keys,
     overrides: Sets = None,
     data_root: DataRoot = None,
-    output: Annotated[Path, typer.Option(help="Where run folders are, as server app and supervisor see it.")] = Path(
-        "runs"
-    ),
+    output: Annotated[Path, typer.Option(help="Where run folders are, as server app and supervisor see it.")] = RUNS,
     register: Annotated[int, typer.Option(min=0, help="Register the keys of so many nodes first.")] = 0,
     min_clients: Annotated[
         int, typer.Option(min=0, help="Begin when so many clients are served; 0: all of the scenario.")
     ] = 0,
-    figures: Annotated[bool, typer.Option(help="Draw the figures of the run folder.")] = True,
+    figures: Figures = True,
     json: Json = False,
 ) -> None:
     """See a run to its end: submit it, watch it, submit it again when its server died. An unfinished run of the

@@ -13,6 +13,10 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.rounds=20."),
 ]
+Output = Annotated[Path, typer.Option(help="Where run folders are made.")]
+RUNS = Path("runs")
+"""The default of ``Output``."""
+Figures = Annotated[bool, typer.Option(help="Draw the figures of the run folder.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds the data sets. [env: FEDCIL_DATA_ROOT]")]
 
 

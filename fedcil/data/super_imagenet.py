@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from hashlib import blake2b
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,9 +106,8 @@ def _parse(path: Path) -> Any:
 
 
 def _parse_yaml(path: Path, text: str) -> Any:
-    if find_spec("yaml") is None:
-        raise _bad_mapping(path, "PyYAML is not installed; give the mapping as JSON")
-    yaml = import_module("yaml")
+    import yaml  # of one data set alone
+
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -117,7 +117,7 @@ def _last_object(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def wait_healthy(control: Control, stop: StopSignal, tend: Callable[[], None] = lambda: None) -> None:
+def wait_healthy(control: Control, stop: StopSignal, tend: Callable[[], None]) -> None:
     """Until the SuperLink answers. Raises Stopped, or RunFailed after ``START_S``."""
     started = time.monotonic()
     while not control.healthy():

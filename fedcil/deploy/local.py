@@ -25,7 +25,6 @@ class Topology:
     """Who runs where; all below ``folder``."""
 
     folder: Path
-    nodes: int
     port: int
     pki: Pki
 
@@ -52,7 +51,7 @@ def deploy_local(
     """Take the run in this folder to its end on real servers. Raises what ``Supervisor.run`` raises."""
     folder = (run / "deployment").absolute()
     pki = make_pki(folder / "pki", hosts=LOCAL_NAMES, nodes=nodes)
-    topology, keeper = Topology(folder, nodes, free_port(), pki), Keeper()
+    topology, keeper = Topology(folder, free_port(), pki), Keeper()
     try:
         start_servers(topology, keeper)
         enrol(topology.control, pki, nodes, stop, keeper.tend)

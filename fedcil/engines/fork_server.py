@@ -70,7 +70,7 @@ def fork(channels: list[Channel], number: int, hello: dict[str, Any], shared: Sh
     ignored_by_this_process_alone()
     try:
         channel.send(hello)
-        serve(Answering(channel), Worker(shared, lambda: None))
+        serve(Answering(channel), Worker(shared))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the run has ended
     except BaseException:

@@ -38,7 +38,7 @@ class ClientWorker:
     def __init__(self, scenario: Scenario, data_root: Path | None, states: Path) -> None:
         keep_freed_memory()
         ignored_by_this_process_alone()
-        self._worker = Worker(Shared(open_experiment(scenario, data_root), StateStore(states)), lambda: None)
+        self._worker = Worker(Shared(open_experiment(scenario, data_root), StateStore(states)))
         self._payload: Payload | None = None
         self._cpu = CpuSeconds()
 

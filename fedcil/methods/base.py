@@ -25,6 +25,8 @@ Prepared = Any
 Draws = Any
 """Whatever a method's ``draw`` returned."""
 Made = TypeVar("Made")
+Who = Literal["sampled", "all"]
+Work = Literal["train", "fit", "remember"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +39,13 @@ class Phase:
 
     name: str
     rounds: int
-    who: Literal["sampled", "all"] = "sampled"
-    work: Literal["train", "fit", "remember"] = "train"
+    who: Who = "sampled"
+    work: Work = "train"
 
     def __post_init__(self) -> None:
-        for name, words in (("who", ("sampled", "all")), ("work", ("train", "fit", "remember"))):
-            if getattr(self, name) not in words:
-                raise ValueError(f"Phase({name}={getattr(self, name)!r}); allowed: {', '.join(words)}")
+        for name, words in (("who", Who), ("work", Work)):
+            if getattr(self, name) not in get_args(words):
+                raise ValueError(f"Phase({name}={getattr(self, name)!r}); allowed: {', '.join(get_args(words))}")
         if self.rounds < 1:
             raise ValueError(f"Phase(rounds={self.rounds!r}); allowed: 1 or more")
 
@@ -77,7 +79,7 @@ class Batch:
 TRAINABLE = 2  # samples: batch norm cannot train on one
 
 DataOf = Literal["task", "so_far"]
-"""Whose samples a client trains on: of this task, or of all that it has had."""
+"""Which samples a client trains on: of this task, or of all that it has had."""
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """(step, steps, loss terms): called at each step of a boundary; may raise Stopped."""
@@ -105,7 +107,8 @@ class ClientMemory:
     """What a client keeps between rounds, as named tensors that live where the client lives.
 
     ``join(own, kept) -> Samples`` gives the samples to train on; ``update(network, own, kept, task, images)
-    -> kept`` makes the next version in a ``remember`` phase. ``kept`` is None for a client that joined late.
+    -> kept`` makes the next version in a ``remember`` phase. ``kept`` is None until
+    a client's first ``remember``.
     """
 
     join: Callable[[Samples, Tensors | None], Samples]

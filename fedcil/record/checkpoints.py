@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fedcil.errors import NotResumable
 from fedcil.files import write_atomic
 from fedcil.messages import Payload, Tensors, Total, content_hash, moved
 from fedcil.state import Cursor, Pending, RunState, ServerState
-from fedcil.tensor_files import read_tensors, write_tensors
+from fedcil.tensor_files import named_path, read_named, write_tensors
 
 FORMAT = 1
 KEPT = 2
@@ -120,14 +120,12 @@ class CheckpointFolder:
             tensors = moved(tensors, torch.device("cpu"))  # once, for its hash and for the file
             name = content_hash(tensors)
         if name not in self._intact:
-            write_tensors(self._tensor_path(name), tensors)
+            write_tensors(named_path(self.folder, name), tensors)
             self._intact.add(name)
         return name
 
     def _get(self, name: str) -> Tensors:
-        tensors = read_tensors(self._tensor_path(name))
-        if content_hash(tensors) != name:
-            raise ValueError(f"{name}.safetensors is damaged")
+        tensors = read_named(self.folder, name)
         self._intact.add(name)
         return tensors
 
@@ -152,9 +150,6 @@ class CheckpointFolder:
     def _state_path(self, number: int) -> Path:
         return self.folder / f"state-{number}.json"
 
-    def _tensor_path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
-
 
 def _digest(plain: Mapping[str, Any]) -> str:
     """Of everything in a state file but the digest itself, in every format."""
@@ -164,11 +159,10 @@ def _digest(plain: Mapping[str, Any]) -> str:
 def _to_json(checkpoint: Checkpoint, groups: Mapping[str, str | None]) -> dict[str, Any]:
     """Plain values with text as keys: what reading the file gives again."""
     state = checkpoint.state
-    cursor = state.cursor
     return {
         "format": FORMAT,
         "identity": dict(checkpoint.identity),
-        "cursor": {"task": cursor.task, "phase": cursor.phase, "round": cursor.round},
+        "cursor": asdict(state.cursor),
         "tensors": dict(groups),
         "client_states": {str(client): name for client, name in state.client_states.items()},
         "client_state_bytes": {str(client): size for client, size in state.client_state_bytes.items()},
