@@ -50,9 +50,9 @@ def make_availability(section: AvailabilitySection, clients: int, key: Key, time
         return Availability(lambda *place: _ids(key.at(*place).numpy().random(clients) < section.probability))
     if section.name == "trace":
         there, digest = trace(Path(str(section.file)), clients)
-        return Availability(lambda *place: there(timeline.number(*place)), digest)
+        return Availability(lambda *place: there(timeline.round_number(*place)), digest)
     model = Markov(section, clients, key) if section.name == "markov" else Diurnal(section, clients, key)
-    return Availability(lambda *place: _ids(model.at(timeline.number(*place))))
+    return Availability(lambda *place: _ids(model.at(timeline.round_number(*place))))
 
 
 def _ids(mask: Mask) -> Clients:

@@ -60,7 +60,7 @@ class Compute:
         """Whether large convolutions over small maps are matrix products: where oneDNN's own take longer."""
         if self.device.type != "cpu":
             return False
-        return cpu.bf16_pays() if self.precision == "bf16" else cpu.fp32_products_pay()
+        return cpu.fast_bf16() if self.precision == "bf16" else cpu.fp32_products_pay()
 
     def network(self, classes: int) -> Network:
         """A network with uninitialised memory, channels last."""
@@ -142,7 +142,7 @@ def has_bf16(device: torch.device) -> bool:
 
 def bf16_pays(device: torch.device) -> bool:
     """Whether they are faster than those of fp32."""
-    return has_bf16(device) and (device.type == "cuda" or cpu.bf16_pays())
+    return has_bf16(device) and (device.type == "cuda" or cpu.fast_bf16())
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ def bf16_instructions() -> tuple[str, ...]:
     return tuple(name for name, supported in there.items() if supported)
 
 
-def bf16_pays() -> bool:
+def fast_bf16() -> bool:
     """Whether bf16 is faster than fp32. AVX512-bf16 multiplies twice as fast as fp32 on AMD's CPUs and half as fast on
     Intel's, whose place for bf16 is AMX; a virtual machine may have the one without the other.
     """

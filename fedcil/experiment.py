@@ -78,9 +78,9 @@ class Experiment:
         """What a person should know of this scenario, its data and this machine."""
         return (*self.scenario.notes, *self.scenario.stale_code, *self.data.notes, *self.compute.notes)
 
-    def number(self, cursor: Cursor) -> int:
+    def round_number(self, cursor: Cursor) -> int:
         """Of the round that the cursor stands before, counted from the start of the run."""
-        return self.timeline.number(cursor.task, cursor.phase, cursor.round)
+        return self.timeline.round_number(cursor.task, cursor.phase, cursor.round)
 
     def round_key(self, place: Cursor | Broadcast) -> Key:
         """The place of a round's draws; ``at("client", c)`` is that of one client's work."""
@@ -99,7 +99,7 @@ class Experiment:
         """Of a task, in their order."""
         return tuple(self.method.phases(task, self.scenario.training.rounds))
 
-    def _sources(self, client: int, task: Task) -> range:
+    def _tasks_with_samples(self, client: int, task: Task) -> range:
         """The tasks whose samples a client has in this task."""
         if self.method.data == "so_far":
             return range(task.index + 1)
@@ -145,7 +145,7 @@ class Experiment:
 
     def indices(self, client: int, task: Task) -> NDArray[np.int64]:
         """Where a client's samples of this task stand in the training set."""
-        parts = [self.partition[t].of(client) for t in self._sources(client, task)]
+        parts = [self.partition[t].of(client) for t in self._tasks_with_samples(client, task)]
         return np.concatenate(parts).astype(np.int64)
 
     def sent(self, phase: Phase, task: Task, model: Tensors) -> Tensors:

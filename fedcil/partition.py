@@ -149,7 +149,7 @@ def _refuse_too_few_samples(samples: int, clients: int, section: PartitionSectio
         raise ScenarioError(
             "nobody gets samples of this task",
             where="population",
-            allowed="newcomers, or old members that move on, at each task border",
+            allowed="newcomers, or old members that move on, at each task boundary",
             next="raise population.newcomers, population.size or population.move_on",
         )
     if samples < clients and not section.allow_empty:

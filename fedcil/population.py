@@ -98,7 +98,7 @@ def _turnover(section: PopulationSection, clients: int, timeline: Timeline, key:
     known = section.size or 0
     arrives[:known] = 0
     for place in timeline.places():
-        number, (task, phase, round) = timeline.number(*place), place
+        number, (task, phase, round) = timeline.round_number(*place), place
         count = section.replaced(section.replaced_per_round if round else section.replaced_per_task)
         if not count or not number or (phase and not round):
             continue
@@ -111,9 +111,9 @@ def _turnover(section: PopulationSection, clients: int, timeline: Timeline, key:
 
 
 def _growing(section: PopulationSection, clients: int, timeline: Timeline, key: Key) -> Population:
-    """GLFC's groups (arXiv 2203.11473; fl_main.py of its code): at each border newcomers, of the old ones most move on.
+    """GLFC's groups (arXiv 2203.11473, fl_main.py of its code): at each boundary newcomers, and most old ones move on.
 
-    Newcomers are U_n, who moves on U_b, who stays behind U_o: drawn afresh at each border, so who stayed behind may
+    Newcomers are U_n, who moves on U_b, who stays behind U_o: drawn afresh at each boundary, so who stayed behind may
     move on later.
     """
     arrives, known = np.full(clients, NEVER), section.size or 0

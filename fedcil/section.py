@@ -42,7 +42,7 @@ def _names(section: type[Section]) -> frozenset[str]:
 Ints = Annotated[tuple[int, ...], Strict(False)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Above0 = Annotated[float, Field(gt=0.0)]
 

@@ -55,7 +55,7 @@ def make_stream(section: StreamSection, classes: int, key: Key) -> Stream:
     Raises ScenarioError if the sizes and the number of classes do not fit.
     """
     order = _order(section, classes, key)
-    sizes = section.sizes or _equal_sizes(section.tasks, len(order))
+    sizes = section.sizes or _equal_tasks(section.tasks, len(order))
     if len(sizes) != section.tasks or sum(sizes) != len(order):
         raise ScenarioError(
             f"stream.sizes = {list(sizes)} does not cut {len(order)} classes into {section.tasks} tasks",
@@ -85,7 +85,7 @@ def _order(section: StreamSection, classes: int, key: Key) -> tuple[int, ...]:
     return order
 
 
-def _equal_sizes(tasks: int, classes: int) -> tuple[int, ...]:
+def _equal_tasks(tasks: int, classes: int) -> tuple[int, ...]:
     if classes % tasks:
         divisors = [n for n in range(1, classes + 1) if classes % n == 0]
         raise ScenarioError(

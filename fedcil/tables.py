@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, Strict, WithJsonSchema, field_validator, model_validator
 
 from fedcil.rule import FoldName, Rule
-from fedcil.section import Above0, Count, Ints, NonNegative, Positive, Section, Share
+from fedcil.section import Above0, Count, Fraction, Ints, NonNegative, Positive, Section
 
 DATASETS = (
     "digits",
@@ -24,7 +24,7 @@ DATASETS = (
 )
 PARTITIONS = ("dirichlet_equal", "dirichlet", "iid", "shards", "classes", "quantity")
 MODELS = ("cnn", "resnet8", "resnet18")
-Threads = Annotated[int, Field(ge=1, le=256)]
+ThreadCount = Annotated[int, Field(ge=1, le=256)]
 AtLeast1 = Annotated[float, Field(ge=1.0)]
 Tier = Annotated[tuple[Above0, Above0, Above0, Above0], Strict(False)]
 Tiers = Annotated[tuple[Tier, ...], Strict(False), Field(min_length=1)]
@@ -116,22 +116,22 @@ class ClientsSection(Section):
     over_sample: AtLeast1 = Field(
         1.0, description="ask so many times more; the round closes when per_round are in (needs [clock])"
     )
-    dropout: Share = Field(0.0, description="chance that a client vanishes in mid-round")
+    dropout: Fraction = Field(0.0, description="chance that a client vanishes in mid-round")
 
 
 class PopulationSection(Section):
     """``[population]``: who belongs to the federation when (fedcil/population.py)."""
 
     name: Literal["fixed", "turnover", "growing"] = Field(
-        "fixed", description="the same all the time, replaced by newcomers, or more at each task border"
+        "fixed", description="the same all the time, replaced by newcomers, or more at each task boundary"
     )
     size: Positive | None = Field(None, description="turnover, growing: members, at any time or in the first task")
-    replaced_per_task: Share = Field(0.0, description="turnover: share that newcomers replace at each task border")
-    replaced_per_round: Share = Field(
+    replaced_per_task: Fraction = Field(0.0, description="turnover: share that newcomers replace at each task boundary")
+    replaced_per_round: Fraction = Field(
         0.0, description="turnover: share that newcomers replace before each round but a phase's first"
     )
-    newcomers: Count = Field(10, description="growing: clients that join at each task border")
-    move_on: Share = Field(
+    newcomers: Count = Field(10, description="growing: clients that join at each task boundary")
+    move_on: Fraction = Field(
         0.9, description="growing: share of the old ones that get samples of the new task; the others stay behind"
     )
 
@@ -145,12 +145,12 @@ class PopulationSection(Section):
         """Clients that a share of the members is, to the nearest whole one."""
         return int(share * (self.size or 0) + 0.5)
 
-    def needed(self, borders: int, steps: int) -> int:
-        """Ids that so many task borders and so many rounds inside phases use up."""
+    def needed(self, boundaries: int, steps: int) -> int:
+        """Ids that so many task boundaries and so many rounds inside phases use up."""
         if self.name == "growing":
-            return (self.size or 0) + borders * self.newcomers
+            return (self.size or 0) + boundaries * self.newcomers
         per_task, per_round = self.replaced(self.replaced_per_task), self.replaced(self.replaced_per_round)
-        return (self.size or 0) + borders * per_task + steps * per_round
+        return (self.size or 0) + boundaries * per_task + steps * per_round
 
 
 class AvailabilitySection(Section):
@@ -159,13 +159,13 @@ class AvailabilitySection(Section):
     name: Literal["always", "bernoulli", "markov", "diurnal", "trace", "recorded"] = Field(
         "always", description="by chance, by a chain of on and off, by the time of day, or as a file says"
     )
-    probability: Share = Field(1.0, description="bernoulli: chance of being there in a round")
+    probability: Fraction = Field(1.0, description="bernoulli: chance of being there in a round")
     rounds_on: AtLeast1 = Field(10.0, description="markov: rounds a client is there in the mean")
     rounds_off: AtLeast1 = Field(10.0, description="markov: rounds it is away in the mean")
-    share: Share = Field(0.5, description="diurnal: share that is there in the mean over a period")
-    amplitude: Share = Field(0.4, description="diurnal: how far the share goes up and down")
+    share: Fraction = Field(0.5, description="diurnal: share that is there in the mean over a period")
+    amplitude: Fraction = Field(0.4, description="diurnal: how far the share goes up and down")
     period: Annotated[float, Field(ge=1e-3)] = Field(24.0, description="diurnal: rounds of a day")
-    spread: Share = Field(1.0, description="diurnal: part of a period that the clients' phases are spread over")
+    spread: Fraction = Field(1.0, description="diurnal: part of a period that the clients' phases are spread over")
     file: str | None = Field(
         None, description="recorded, trace: a metrics.jsonl to replay, or a CSV file with client,from,to"
     )
@@ -244,7 +244,7 @@ class TrainingSection(Section):
     precision: Literal["fp32", "tf32", "bf16", "auto"] = Field(
         "fp32", description="of clients, boundary and evaluation; auto: bf16 where the machine is faster by it"
     )
-    threads: Threads = Field(1, description="intra-operator threads of one client")
+    threads: ThreadCount = Field(1, description="intra-operator threads of one client")
 
 
 class ServerSection(Section):
@@ -260,9 +260,9 @@ class ServerSection(Section):
     evaluate_every: Count = Field(1, description="rounds; 0: at the end of each task only")
     checkpoint_every: Positive = Field(1, description="rounds")
     deadline_s: Above0 | None = Field(None, description="seconds a round may take; none: no limit")
-    quorum: Share = Field(0.0, description="share of the answers wanted that must come")
+    quorum: Fraction = Field(0.0, description="share of the answers wanted that must come")
     patience: Positive = Field(10, description="rounds without quorum in a row before the run ends")
-    threads: Threads = Field(1, description="intra-operator threads of boundary and evaluation")
+    threads: ThreadCount = Field(1, description="intra-operator threads of boundary and evaluation")
 
     @model_validator(mode="after")
     def _byzantine_is_used(self) -> Self:
@@ -284,7 +284,7 @@ class EngineSection(Section):
     name: Literal["inline", "ray", "flower"] = Field(
         "inline", description="in this process, in Ray's actors, or as nodes of Flower's simulation"
     )
-    workers: Threads | None = Field(
+    workers: ThreadCount | None = Field(
         None,
         description="default: one per core that the run may use (affinity, a container's quota), at most one per asked "
         "client; inline on a GPU always one",

@@ -29,7 +29,7 @@ class Timeline:
     def rounds(self) -> int:
         return self.starts[-1][-1]
 
-    def number(self, task: int, phase: int, round: int) -> int:
+    def round_number(self, task: int, phase: int, round: int) -> int:
         """Of a place; behind a task's last phase stands its successor's first round, behind the last task the end."""
         return self.starts[task][phase] + round if task < len(self.starts) else self.rounds
 

@@ -2,8 +2,8 @@
 
     python scenarios/turnover.py [--seeds 0,1,2] [--output runs/turnover] [--figure runs/turnover/turnover.png]
 
-Handwritten digits, 5 tasks of 2 classes. (i) A share of 20 members is replaced at each task border. (ii) A share of 10
-members is replaced before every round inside a task, and takes its data along. It can be stopped and started again:
+Handwritten digits, 5 tasks of 2 classes. (i) A share of 20 members is replaced at each task boundary. (ii) A share of
+10 members is replaced before every round inside a task, and takes its data along. It can be stopped and started again:
 runs that are finished are skipped, unfinished ones continued. One run at a time, on one core (about 15 minutes in all).
 Writes <output>/turnover.csv and the figure, and prints Markdown tables, all from the recorded runs alone.
 """
@@ -58,7 +58,7 @@ class Sweep:
 SWEEPS = (
     Sweep(
         "borders",
-        "(i) replaced at each task border, % of 20 members",
+        "(i) replaced at each task boundary, % of 20 members",
         20,
         "replaced_per_task",
         TASKS - 1,

@@ -22,7 +22,7 @@ def take_in(
     """Fold in what arrives late in this round, and make the late updates that will arrive later, as long as
     ``server.deadline_s`` leaves time for them since ``started``.
     """
-    clock, number, schedule = experiment.scenario.clock, experiment.number(state.cursor), answered.schedule
+    clock, number, schedule = experiment.scenario.clock, experiment.round_number(state.cursor), answered.schedule
     folds, rule = clock.late == "fold" and phase.sends_model, rule_of(experiment, phase)
     made: list[Outcome] = []
     for client in schedule.late if folds else ():

@@ -79,7 +79,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
         line |= {"accuracy": evaluation.accuracy, "task_aware": evaluation.task_aware}
     stopwatch.stage("evaluate")
     after = forget_leavers(advance(state, server, answered, phase, status), experiment)
-    line |= simulated_line(answered, after.pending, experiment.number(cursor), scenario.clock)
+    line |= simulated_line(answered, after.pending, experiment.round_number(cursor), scenario.clock)
     line["client_state_bytes"] = sum(after.client_state_bytes.values())
     line["cost"] = stopwatch.read() | {"wire_bytes": outcome.wire_bytes}
     if outcome.attendance and outcome.attendance.events:
@@ -113,7 +113,7 @@ def choose_cohort(session: Session, state: RunState, task: Task, phase: Phase) -
     here = experiment.conditions.availability(cursor.task, cursor.phase, cursor.round)
     busy = {late.client for late in state.pending}
     present = (here & session.port.reachable()) - busy
-    counts = experiment.counts_at(task, experiment.number(cursor))
+    counts = experiment.counts_at(task, experiment.round_number(cursor))
     candidates = eligible(present, counts, experiment.least_samples(phase))
     asked = asked_clients(clients.per_round, clients.over_sample)
     return choose(candidates, phase, asked, experiment.round_key(cursor).at("cohort"))
@@ -146,7 +146,7 @@ def advance(state: RunState, server: ServerState, answered: Answered, phase: Pha
 
 def forget_leavers(state: RunState, experiment: Experiment) -> RunState:
     """Who has left when the next round begins takes along what it kept."""
-    number = experiment.number(state.cursor)
+    number = experiment.round_number(state.cursor)
     return state.without(lambda client: experiment.population.gone(client, number))
 
 

@@ -86,7 +86,7 @@ def assert_churned(finished: Run) -> None:
         assert line["status"] == "ok"
         assert line["failures"] == []
         assert line["answered"] == line["cohort"]
-        present = population.present(timeline.number(line["task"], line["phase"], line["round"]))
+        present = population.present(timeline.round_number(line["task"], line["phase"], line["round"]))
         assert present.sum() == MEMBERS
         assert present[line["cohort"]].all()
     last = population.present(timeline.rounds - 1)
@@ -128,7 +128,7 @@ def test_nothing_fails_and_nothing_is_left(method: str, tmp_path: Path, kept_ali
 
 @pytest.mark.parametrize("method", METHODS)
 def test_growing_groups_run_with_every_method(method: str, tmp_path: Path) -> None:
-    """A third stays behind at each border; they are asked by methods that can use what they have, and by no other."""
+    """A third stays behind at each boundary; they are asked by methods that can use what they have, and by no other."""
     growing = {
         "population": {"name": "growing", "size": 12, "newcomers": 4, "move_on": 0.67},
         "clients": {"count": 12 + 4 * (TASKS - 1), "per_round": 10},

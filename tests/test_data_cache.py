@@ -17,16 +17,16 @@ from data_files import assert_same, assert_well_formed
 
 from fedcil.data import cache as cache_module
 from fedcil.data import digest_of
-from fedcil.data.cache import Blocks, Recipe, cached, fingerprint
+from fedcil.data.cache import Blocks, Draft, cached, fingerprint
 from fedcil.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("array_cache")
 
 
-def recipe(value: int = 1) -> Recipe:
+def draft(value: int = 1) -> Draft:
     images = np.full((5, 4, 4, 3), value, np.uint8)
     labels = np.arange(5, dtype=np.int64)
-    return Recipe(
+    return Draft(
         name="made",
         train=Blocks((5, 4, 4, 3), labels, [images[:2], images[2:]]),
         test=Blocks((5, 4, 4, 3), labels, iter([images])),
@@ -37,22 +37,22 @@ def recipe(value: int = 1) -> Recipe:
     )
 
 
-def never() -> Recipe:
+def never() -> Draft:
     raise AssertionError("it was in the cache")
 
 
 def test_cache_gives_back_what_was_written(array_cache: Path) -> None:
-    first, second = cached("made", "x", recipe), cached("made", "x", never)
+    first, second = cached("made", "x", draft), cached("made", "x", never)
     assert_same(first, second)
     assert_well_formed(second)
     assert second.digest == digest_of(second.train, second.test)
-    assert (second.mean, second.notes, second.class_names) == (recipe().mean, ("a note",), tuple("abcde"))
+    assert (second.mean, second.notes, second.class_names) == (draft().mean, ("a note",), tuple("abcde"))
     assert sorted(path.name for path in array_cache.iterdir()) == ["made-v1-x", "made-v1-x.lock"]
-    assert cached("made", "y", lambda: recipe(2)).digest != first.digest
+    assert cached("made", "y", lambda: draft(2)).digest != first.digest
 
 
 def test_mapped_arrays_go_to_torch_without_warning_or_writing_through() -> None:
-    data = cached("made", "x", recipe)
+    data = cached("made", "x", draft)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bank = torch.from_numpy(data.train.images)
@@ -94,11 +94,11 @@ def swap_type(entry: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut_short, flip_a_bit, lose_labels, lose_meta, break_meta, empty_meta, swap_type])
 def test_damaged_entries_are_built_again(array_cache: Path, damage: Any) -> None:
-    first = cached("made", "x", recipe)
+    first = cached("made", "x", draft)
     images = first.train.images.copy()
     damage(array_cache / "made-v1-x")
     built: list[int] = []
-    again = cached("made", "x", lambda: (built.append(1), recipe())[1])
+    again = cached("made", "x", lambda: (built.append(1), draft())[1])
     assert built == [1]
     assert again.digest == first.digest
     np.testing.assert_array_equal(again.train.images, images)
@@ -107,7 +107,7 @@ def test_damaged_entries_are_built_again(array_cache: Path, damage: Any) -> None
 
 def test_copied_entry_is_checked_and_kept(array_cache: Path) -> None:
     """Copying changes the times of the files: they are read in full once, and found to be right."""
-    cached("made", "x", recipe)
+    cached("made", "x", draft)
     for path in (array_cache / "made-v1-x").glob("*.npy"):
         os.utime(path, (1, 1))
     cached("made", "x", never)
@@ -117,7 +117,7 @@ def test_what_a_killed_writer_left_is_swept(array_cache: Path) -> None:
     left = array_cache / ".made-v1-x.partial"
     left.mkdir(parents=True)
     (left / "train-images.npy").write_bytes(b"half")
-    cached("made", "x", recipe)
+    cached("made", "x", draft)
     assert not left.exists()
 
 
@@ -126,18 +126,18 @@ def test_failure_while_writing_leaves_nothing(array_cache: Path) -> None:
         yield np.zeros((2, 4, 4, 3), np.uint8)
         raise InputError("a bad image")
 
-    bad = replace(recipe(), train=Blocks((5, 4, 4, 3), np.arange(5), broken()))
+    bad = replace(draft(), train=Blocks((5, 4, 4, 3), np.arange(5), broken()))
     with pytest.raises(InputError, match="a bad image"):
         cached("made", "x", lambda: bad)
     assert [path.name for path in array_cache.iterdir()] == ["made-v1-x.lock"]
-    cached("made", "x", recipe)
+    cached("made", "x", draft)
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDCIL_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(InputError, match="cannot be written") as error:
-        cached("made", "x", recipe)
+        cached("made", "x", draft)
     assert "FEDCIL_CACHE" in error.value.next
 
 
@@ -147,14 +147,14 @@ def test_full_disk_is_an_error_that_names_the_folder(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cache_module, "sync_file", full)
     with pytest.raises(InputError, match="No space left"):
-        cached("made", "x", recipe)
+        cached("made", "x", draft)
 
 
 CHILD = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from fedcil.data.cache import Blocks, Recipe, cached
+from fedcil.data.cache import Blocks, Draft, cached
 log = Path(sys.argv[1])
 def blocks():
     for value in range(5):
@@ -165,7 +165,7 @@ def prepare():
         file.write("built\\n")
     labels = np.arange(5)
     shape = (5, 4, 4, 1)
-    return Recipe(name="made", train=Blocks(shape, labels, blocks()), test=Blocks(shape, labels, blocks()),
+    return Draft(name="made", train=Blocks(shape, labels, blocks()), test=Blocks(shape, labels, blocks()),
                   mean=(0.5,), std=(0.5,), class_names=tuple("abcde"))
 print(cached("made", "x", prepare).digest)
 """

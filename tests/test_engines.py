@@ -21,7 +21,7 @@ import pytest
 
 import fedcil
 from fedcil.engines import Setting
-from fedcil.engines.workers import Share
+from fedcil.engines.workers import WorkerShare
 from fedcil.errors import RunFailed
 from fedcil.experiment import open_experiment
 from fedcil.messages import Broadcast, Job, Report, Request, count_bytes
@@ -242,7 +242,7 @@ def test_a_cluster_that_cannot_be_used_ends_the_run_with_the_reason(
     monkeypatch.setattr(ray_cluster.ray, "init", refuse)
     with (
         pytest.raises(RunFailed, match=f"no Ray cluster that can be used: {error}"),
-        ray_cluster.cluster(StopSignal(), "auto", 1, 1, Share(1, 0.0)),
+        ray_cluster.cluster(StopSignal(), "auto", 1, 1, WorkerShare(1, 0.0)),
     ):
         raise AssertionError("nothing to run on")
 
@@ -255,7 +255,7 @@ def test_an_address_where_nobody_listens_is_not_tried_for_minutes() -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with (
             pytest.raises(RunFailed, match=f"no Ray cluster that can be used: nobody answers at {address}"),
-            ray_cluster.cluster(StopSignal(), address, 1, 1, Share(1, 0.0)),
+            ray_cluster.cluster(StopSignal(), address, 1, 1, WorkerShare(1, 0.0)),
         ):
             raise AssertionError("nothing to run on")
 

@@ -19,7 +19,7 @@ import fedcil
 from fedcil import experiment
 from fedcil.cli.forecast import forecast
 from fedcil.engines import Setting, forks, inline, workers
-from fedcil.engines.alike import Sources
+from fedcil.engines.alike import LoadedFiles
 from fedcil.errors import ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.messages import Reply
@@ -80,14 +80,14 @@ def test_nothing_stays_open_of_processes_that_cannot_be_started(
 
     monkeypatch.setattr(os, "memfd_create", create_some)
     with pytest.raises(OSError, match="Too many open files"):
-        forks.Forks(setting(tmp_path), 4, Sources())
+        forks.Forks(setting(tmp_path), 4, LoadedFiles())
     assert len(made) == 5
     assert open_files() == before
 
 
 def test_a_program_that_is_still_starting_is_not_waited_for(tmp_path: Path) -> None:
     before = open_files()
-    started = forks.Forks(setting(tmp_path), 2, Sources())
+    started = forks.Forks(setting(tmp_path), 2, LoadedFiles())
     assert started.starting
     started.close()
     assert started._program.returncode == -signal.SIGKILL
@@ -99,12 +99,12 @@ def test_a_source_that_changes_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     file.write_text("ONE = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     import_module("changing_source")
-    sources = Sources()
-    assert not sources.changed()
+    loaded = LoadedFiles()
+    assert not loaded.changed()
     os.utime(file, ns=(1, 1))
-    assert sources.changed() == str(file)
+    assert loaded.changed() == str(file)
     file.unlink()
-    assert sources.changed() == str(file)
+    assert loaded.changed() == str(file)
 
 
 def test_the_plan_tells_what_processes_would_take() -> None:
@@ -190,7 +190,7 @@ def test_a_process_that_cannot_be_used_is_not(problem: str, tmp_path: Path, monk
 
 @pytest.mark.slow
 def test_processes_of_a_changed_program_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Sources, "changed", lambda _: "method.py")
+    monkeypatch.setattr(LoadedFiles, "changed", lambda _: "method.py")
     expected = run(tmp_path / "one", "engine.workers=1")
     with pytest.warns(UserWarning, match=r"a thread trains instead: method\.py has changed since the run began"):
         assert run(tmp_path / "two", "engine={workers=2, processes=true}") == expected

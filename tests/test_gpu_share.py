@@ -18,11 +18,11 @@ from fedcil.engines.gpu import (
     gpus_per_worker,
     largest_step,
     measured_peak,
-    share,
+    share_of_gpu,
     worker_bytes,
 )
 from fedcil.engines.ray_room import room_on
-from fedcil.engines.workers import Share, worker_count
+from fedcil.engines.workers import WorkerShare, worker_count
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.scenario_file import load_scenario
 
@@ -38,14 +38,14 @@ from fedcil.scenario_file import load_scenario
     ],
 )
 def test_the_share_is_one_over_the_workers_that_fit(need: int, usable: int, wanted: int, expected: float) -> None:
-    assert share(need, usable, wanted) == expected
+    assert share_of_gpu(need, usable, wanted) == expected
 
 
 @given(st.integers(1, 10**12), st.integers(-(10**12), 10**12), st.integers(1, 500))
 def test_shares_never_ask_for_more_memory_or_more_gpus_than_there_are(need: int, usable: int, wanted: int) -> None:
     """Workers as Ray counts them, in ten-thousandths of a GPU."""
-    count = PRECISION // round(PRECISION * share(need, usable, wanted))
-    assert count * share(need, usable, wanted) <= 1.0
+    count = PRECISION // round(PRECISION * share_of_gpu(need, usable, wanted))
+    assert count * share_of_gpu(need, usable, wanted) <= 1.0
     assert count == 1 or count * need <= usable
 
 
@@ -111,7 +111,7 @@ def test_flower_makes_as_many_workers_as_ray_has_room_for(parts: int) -> None:
         assert 0 < found < 1 or parts == 1
         assert 1 / found <= 1.2 * parts
         for gpus in range(1, 17):
-            assert int(gpus / found) == room_on({"CPU": 10_000, "GPU": gpus}, Share(1, found)), (gpus, found)
+            assert int(gpus / found) == room_on({"CPU": 10_000, "GPU": gpus}, WorkerShare(1, found)), (gpus, found)
 
 
 def test_no_gpu_is_without_work_where_one_workers_lanes_would_take_it_all(monkeypatch: pytest.MonkeyPatch) -> None:

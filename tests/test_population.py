@@ -58,7 +58,7 @@ def test_turnover_keeps_the_size_and_replaces_whom_it_says(
     for task in range(len(timeline.starts)):
         for phase, rounds in enumerate(timeline.lengths(task)):
             for round_ in range(rounds):
-                before, here = here, ids(population.present(timeline.number(task, phase, round_)))
+                before, here = here, ids(population.present(timeline.round_number(task, phase, round_)))
                 assert len(here) == section.size
                 share = section.replaced_per_round if round_ else section.replaced_per_task * (not phase and task > 0)
                 count = section.replaced(share)
@@ -85,7 +85,7 @@ def test_growing_groups_are_new_between_and_old(section: PopulationSection, time
 
 
 def test_glfc_s_own_numbers() -> None:
-    """30 clients, 10 more at each of 9 borders: 120; 27 of the first 30 move on (fl_main.py)."""
+    """30 clients, 10 more at each of 9 boundaries: 120; 27 of the first 30 move on (fl_main.py)."""
     section = PopulationSection(name="growing", size=30, newcomers=10)
     population = made(section, Timeline.of([[10]] * 10))
     assert len(population.arrives) == 120
@@ -125,13 +125,13 @@ def test_methods_with_the_same_rounds_of_training_have_the_same_people() -> None
     one, other = made(section, plain), made(section, two)
     for task in range(3):
         for round_ in range(4):
-            there = [p.present(t.number(task, 0, round_)) for p, t in ((one, plain), (other, two))]
+            there = [p.present(t.round_number(task, 0, round_)) for p, t in ((one, plain), (other, two))]
             assert np.array_equal(*there)
-        assert np.array_equal(other.present(two.number(task, 0, 3)), other.present(two.number(task, 1, 0)))
+        assert np.array_equal(other.present(two.round_number(task, 0, 3)), other.present(two.round_number(task, 1, 0)))
 
 
 def test_everyone_is_as_likely_to_leave() -> None:
-    """400 populations, 6 of 20 leave at the border: 120 expected each, deviation sqrt(400 * 0.3 * 0.7) = 9.2."""
+    """400 populations, 6 of 20 leave at the boundary: 120 expected each, deviation sqrt(400 * 0.3 * 0.7) = 9.2."""
     section = PopulationSection(name="turnover", size=20, replaced_per_task=0.3)
     left = np.zeros(26)
     for seed in range(400):

@@ -212,13 +212,13 @@ NICENESS = """
 import os
 import ray
 from fedcil.engines.ray_cluster import cluster
-from fedcil.engines.workers import Share
+from fedcil.engines.workers import WorkerShare
 from fedcil.port import StopSignal
 
 def niceness():
     return os.getpriority(os.PRIO_PROCESS, 0)
 
-with cluster(StopSignal(), None, 1, 1, Share(1, 0.0)):
+with cluster(StopSignal(), None, 1, 1, WorkerShare(1, 0.0)):
     print(niceness(), ray.get(ray.remote(niceness).remote()))
 """
 

@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 
 from fedcil.engines import ray as engine
 from fedcil.engines import ray_room
-from fedcil.engines.workers import Share
+from fedcil.engines.workers import WorkerShare
 from fedcil.errors import ScenarioError
 from fedcil.gather import Gathered
 from fedcil.messages import Broadcast, Request
@@ -21,16 +21,16 @@ from fedcil.messages import Broadcast, Request
 @pytest.mark.parametrize(
     ("node", "share", "workers"),
     [
-        ({"CPU": 5.0}, Share(2, 0.0), 2),
-        ({"CPU": 8.0, "GPU": 2.0}, Share(1, 0.4), 4),  # two on each
-        ({"CPU": 8.0, "GPU": 2.0}, Share(1, 0.5), 4),
-        ({"CPU": 3.0, "GPU": 2.0}, Share(1, 0.1), 3),
-        ({"CPU": 8.0, "GPU": 4.0}, Share(1, 2.0), 2),
-        ({"CPU": 8.0}, Share(1, 0.5), 0),
-        ({"memory": 1e9}, Share(1, 0.0), 0),
+        ({"CPU": 5.0}, WorkerShare(2, 0.0), 2),
+        ({"CPU": 8.0, "GPU": 2.0}, WorkerShare(1, 0.4), 4),  # two on each
+        ({"CPU": 8.0, "GPU": 2.0}, WorkerShare(1, 0.5), 4),
+        ({"CPU": 3.0, "GPU": 2.0}, WorkerShare(1, 0.1), 3),
+        ({"CPU": 8.0, "GPU": 4.0}, WorkerShare(1, 2.0), 2),
+        ({"CPU": 8.0}, WorkerShare(1, 0.5), 0),
+        ({"memory": 1e9}, WorkerShare(1, 0.0), 0),
     ],
 )
-def test_a_worker_is_on_one_node_and_on_one_gpu(node: dict[str, float], share: Share, workers: int) -> None:
+def test_a_worker_is_on_one_node_and_on_one_gpu(node: dict[str, float], share: WorkerShare, workers: int) -> None:
     assert ray_room.room_on(node, share) == workers
 
 
@@ -38,9 +38,9 @@ def test_what_two_nodes_have_left_over_is_no_room(monkeypatch: pytest.MonkeyPatc
     """Three CPUs each, workers with two threads: two workers, not three."""
     there = [{"Alive": True, "Resources": {"CPU": 3.0}}] * 2 + [{"Alive": False, "Resources": {"CPU": 9.0}}]
     monkeypatch.setattr(ray_room.ray, "nodes", lambda: there)
-    assert ray_room.room(Share(2, 0.0)) == 2
+    assert ray_room.room(WorkerShare(2, 0.0)) == 2
     with pytest.raises(ScenarioError, match=r"3 workers with 2 CPUs .* do not fit into 3 \+ 3 CPUs and 0 \+ 0 GPUs"):
-        ray_room.refuse_too_little(3, Share(2, 0.0))
+        ray_room.refuse_too_little(3, WorkerShare(2, 0.0))
 
 
 def test_a_worker_that_cannot_say_who_it_is_gets_no_work(monkeypatch: pytest.MonkeyPatch) -> None:

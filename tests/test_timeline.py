@@ -15,7 +15,7 @@ LENGTHS = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size
 def test_rounds_are_numbered_in_the_order_in_which_they_come(lengths: list[list[int]]) -> None:
     timeline = Timeline.of(lengths)
     places = [(t, p, r) for t, phases in enumerate(lengths) for p, rounds in enumerate(phases) for r in range(rounds)]
-    assert [timeline.number(*place) for place in places] == list(range(timeline.rounds))
+    assert [timeline.round_number(*place) for place in places] == list(range(timeline.rounds))
     assert [timeline.lengths(task) for task in range(len(lengths))] == lengths
 
 
@@ -24,5 +24,9 @@ def test_rounds_are_numbered_in_the_order_in_which_they_come(lengths: list[list[
 def test_behind_a_task_comes_the_next_one_and_behind_the_last_the_end(lengths: list[list[int]]) -> None:
     timeline = Timeline.of(lengths)
     for task, phases in enumerate(lengths):
-        assert timeline.number(task, len(phases), 0) == timeline.number(task + 1, 0, 0) == timeline.span(task).stop
-    assert timeline.number(len(lengths), 0, 0) == timeline.rounds
+        assert (
+            timeline.round_number(task, len(phases), 0)
+            == timeline.round_number(task + 1, 0, 0)
+            == timeline.span(task).stop
+        )
+    assert timeline.round_number(len(lengths), 0, 0) == timeline.rounds

@@ -107,7 +107,7 @@ def present_clients(experiment: Experiment, task: Task, phase: int, there: Avail
     enough = experiment.counts(task) >= least
     found = []
     for round_ in range(timeline.lengths(task.index)[phase]):
-        number = timeline.number(task.index, phase, round_)
+        number = timeline.round_number(task.index, phase, round_)
         ready = np.flatnonzero(experiment.population.present(number) & enough).tolist()
         found.append(len(there(task.index, phase, round_).intersection(ready)))
     return found

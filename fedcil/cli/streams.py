@@ -73,8 +73,8 @@ def put_in_place() -> None:
     """For stdout and stderr, where they are still what Python has made of them. A character that a terminal cannot show
     becomes a question mark.
     """
-    sys.stdout = rebuilt(sys.stdout, sys.__stdout__, Results)
-    sys.stderr = rebuilt(sys.stderr, sys.__stderr__, Log)
+    sys.stdout = wrapped(sys.stdout, sys.__stdout__, Results)
+    sys.stderr = wrapped(sys.stderr, sys.__stderr__, Log)
 
 
 @contextlib.contextmanager
@@ -84,7 +84,7 @@ def to_stderr() -> Iterator[None]:
         yield
 
 
-def rebuilt(stream: Any, first: Any, kind: type[io.FileIO]) -> Any:
+def wrapped(stream: Any, first: Any, kind: type[io.FileIO]) -> Any:
     if stream is None:  # closed by whoever called
         return Path(os.devnull).open("w", encoding="utf-8")
     if stream is not first:

@@ -50,7 +50,7 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class Draft:
     """All of a data set but its digest, ready to be written."""
 
     name: str
@@ -79,7 +79,7 @@ def fingerprint(paths: Iterable[Path], *options: object) -> str:
     return hasher.hexdigest()
 
 
-def cached(name: str, source: str, prepare: Callable[[], Recipe]) -> Dataset:
+def cached(name: str, source: str, prepare: Callable[[], Draft]) -> Dataset:
     """The entry ``name`` for the fingerprint ``source``; ``prepare`` is called only where it must be written.
 
     Images are mapped copy-on-write: writing to them changes no file and no other process.
@@ -130,7 +130,7 @@ def _stamps(folder: Path) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def _build(folder: Path, prepare: Callable[[], Recipe]) -> Dataset:
+def _build(folder: Path, prepare: Callable[[], Draft]) -> Dataset:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -153,12 +153,12 @@ def _unwritable(folder: Path, reason: str) -> InputError:
     )
 
 
-def _write(folder: Path, recipe: Recipe) -> None:
+def _write(folder: Path, draft: Draft) -> None:
     with _scratch(folder) as scratch:
         hasher = new_hasher()
-        for split, blocks in zip(SPLITS, (recipe.train, recipe.test), strict=True):
+        for split, blocks in zip(SPLITS, (draft.train, draft.test), strict=True):
             _write_split(scratch, split, blocks, hasher)
-        _write_meta(scratch, recipe, hasher.hexdigest())
+        _write_meta(scratch, draft, hasher.hexdigest())
         sync_folder(scratch)
         _swap(scratch, folder)
 
@@ -194,13 +194,13 @@ def _written(file: BinaryIO, blocks: Iterable[Bytes]) -> Iterator[Bytes]:
         yield contiguous
 
 
-def _write_meta(scratch: Path, recipe: Recipe, digest: str) -> None:
+def _write_meta(scratch: Path, draft: Draft, digest: str) -> None:
     meta = {
-        "name": recipe.name,
-        "mean": recipe.mean,
-        "std": recipe.std,
-        "class_names": recipe.class_names,
-        "notes": recipe.notes,
+        "name": draft.name,
+        "mean": draft.mean,
+        "std": draft.std,
+        "class_names": draft.class_names,
+        "notes": draft.notes,
         "digest": digest,
         "files": _stamps(scratch),
     }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedcil.data.cache import Blocks, Recipe, cached, fingerprint
+from fedcil.data.cache import Blocks, Draft, cached, fingerprint
 from fedcil.data.dataset import Dataset
 from fedcil.data.download import obtain
 from fedcil.data.pickles import read_pickle
@@ -88,13 +88,13 @@ def load(section: DataSection, root: Path, show_progress: bool) -> Dataset:  # n
     files = [folder / name for name in archive.md5]
     layout = f"{archive.folder}/ with {', '.join(archive.md5)} (the official python archive, unpacked)"
     obtain(section.name, root, files, layout, archive.torchvision_name)
-    return cached(section.name, fingerprint(files), lambda: _recipe(section.name, archive, folder))
+    return cached(section.name, fingerprint(files), lambda: _draft(section.name, archive, folder))
 
 
-def _recipe(name: str, archive: Archive, folder: Path) -> Recipe:
+def _draft(name: str, archive: Archive, folder: Path) -> Draft:
     for file, md5 in archive.md5.items():
         _check(folder / file, md5)
-    return Recipe(
+    return Draft(
         name=name,
         train=_read(folder, archive.train, archive.labels),
         test=_read(folder, archive.test, archive.labels),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedcil.data.cache import Recipe, cached, fingerprint
+from fedcil.data.cache import Draft, cached, fingerprint
 from fedcil.data.dataset import Dataset
 from fedcil.data.places import missing
 from fedcil.data.trees import SUFFIXES, Frame, class_folders, decoded, images_in, size_of
@@ -29,7 +29,7 @@ def load(section: DataSection, root: Path, show_progress: bool) -> Dataset:
     paths = [path for files in (train, test) for group in files.values() for path in group]
     label = section.name if show_progress else None
     size = section.image_size
-    return cached(section.name, fingerprint(paths, size), lambda: _recipe(train, test, size, label))
+    return cached(section.name, fingerprint(paths, size), lambda: _draft(train, test, size, label))
 
 
 def _splits(name: str, root: Path) -> tuple[Files, Files]:
@@ -61,11 +61,11 @@ def _files(folder: Path) -> Files:
     return files
 
 
-def _recipe(train: Files, test: Files, size: int | None, label: str | None) -> Recipe:
+def _draft(train: Files, test: Files, size: int | None, label: str | None) -> Draft:
     sides = _common_size(train, test) if size is None else (size, size)
     frame = None if size is None else Frame(size, size)
     names = tuple(train)
-    return Recipe(
+    return Draft(
         name="folder",
         train=decoded(_rows(train, names), sides, frame, label),
         test=decoded(_rows(test, names), sides, frame, label),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedcil.data.cache import Blocks, Recipe, cached, fingerprint
+from fedcil.data.cache import Blocks, Draft, cached, fingerprint
 from fedcil.data.dataset import Bytes, Dataset
 from fedcil.data.download import obtain
 from fedcil.errors import InputError
@@ -59,7 +59,7 @@ def load(section: DataSection, root: Path, show_progress: bool) -> Dataset:  # n
     layout = f"{kind.torchvision_name}/raw/ with {', '.join(FILES)} (plain or .gz)"
     files = [_present(folder / name) for name in FILES]
     obtain(section.name, root, files, layout, kind.torchvision_name)
-    return cached(section.name, fingerprint(files), lambda: _recipe(section.name, kind, files))
+    return cached(section.name, fingerprint(files), lambda: _draft(section.name, kind, files))
 
 
 def _present(path: Path) -> Path:
@@ -68,9 +68,9 @@ def _present(path: Path) -> Path:
     return packed if packed.is_file() and not path.is_file() else path
 
 
-def _recipe(name: str, kind: Kind, files: list[Path]) -> Recipe:
+def _draft(name: str, kind: Kind, files: list[Path]) -> Draft:
     train_images, train_labels, test_images, test_labels = (read_idx(file) for file in files)
-    return Recipe(
+    return Draft(
         name=name,
         train=_blocks(train_images, train_labels),
         test=_blocks(test_images, test_labels),

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcil.data.cache import Blocks, Recipe, cached
+from fedcil.data.cache import Blocks, Draft, cached
 from fedcil.data.dataset import Bytes, Dataset, Split, digest_of
 
 IMAGES_AT_ONCE = 512
@@ -28,7 +28,7 @@ def resized(data: Dataset, size: int | None) -> Dataset:
     if size is None or all(split.images.shape[1:3] == (size, size) for split in (data.train, data.test)):
         return data
     if data.train.images.nbytes > SMALL:
-        return cached(f"{data.name}-{size}px", data.digest, lambda: _recipe(data, size))
+        return cached(f"{data.name}-{size}px", data.digest, lambda: _draft(data, size))
     train, test = _resize_split(data.train, size), _resize_split(data.test, size)
     return replace(data, train=train, test=test, digest=digest_of(train, test))
 
@@ -78,8 +78,8 @@ def _blocks(images: Bytes, size: int) -> Iterator[Bytes]:
         yield resize(images[start : start + IMAGES_AT_ONCE], size)
 
 
-def _recipe(data: Dataset, size: int) -> Recipe:
-    return Recipe(
+def _draft(data: Dataset, size: int) -> Draft:
+    return Draft(
         name=data.name,
         train=_sized(data.train, size),
         test=_sized(data.test, size),

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcil.data.cache import Blocks, Recipe, cached, fingerprint
+from fedcil.data.cache import Blocks, Draft, cached, fingerprint
 from fedcil.data.dataset import Dataset
 from fedcil.data.places import missing
 from fedcil.data.trees import Frame, decoded, images_in
@@ -64,7 +64,7 @@ def load(section: DataSection, root: Path, show_progress: bool) -> Dataset:
     mapping = blake2b(repr(chosen).encode(), digest_size=16).hexdigest()
     source = fingerprint(folders, mapping, version, size)
     label = section.name if show_progress else None
-    return cached(section.name, source, lambda: _recipe(folder, chosen, version, size, label))
+    return cached(section.name, source, lambda: _draft(folder, chosen, version, size, label))
 
 
 def _mapping_file(section: DataSection) -> Path:
@@ -137,11 +137,11 @@ def _of_version(kinds: tuple[SuperClass, ...], version: Version, path: Path) -> 
     return chosen
 
 
-def _recipe(folder: Path, chosen: tuple[SuperClass, ...], version: Version, size: int, label: str | None) -> Recipe:
+def _draft(folder: Path, chosen: tuple[SuperClass, ...], version: Version, size: int, label: str | None) -> Draft:
     train = [_images(folder / "train", kind, version.train) for kind in chosen]
     test = [_images(folder / "val", kind, version.test) for kind in chosen]
     short = _shortfalls("train", chosen, train, version.train)
-    return Recipe(
+    return Draft(
         name="super_imagenet",
         train=_blocks(train, size, label),
         test=_blocks(test, size, label),

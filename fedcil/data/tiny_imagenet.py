@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedcil.data.cache import Recipe, cached, fingerprint
+from fedcil.data.cache import Draft, cached, fingerprint
 from fedcil.data.dataset import Dataset
 from fedcil.data.places import missing
 from fedcil.data.trees import Frame, decoded, images_in
@@ -37,7 +37,7 @@ def load(section: DataSection, root: Path, show_progress: bool) -> Dataset:
     if absent:
         raise missing(section.name, absent, LAYOUT)
     label = section.name if show_progress else None
-    return cached(section.name, fingerprint(sources), lambda: _recipe(folder, wnids, label))
+    return cached(section.name, fingerprint(sources), lambda: _draft(folder, wnids, label))
 
 
 def _find(root: Path) -> Path:
@@ -49,9 +49,9 @@ def _find(root: Path) -> Path:
     raise missing("tiny_imagenet", [place / "wnids.txt" for place in places], LAYOUT)
 
 
-def _recipe(folder: Path, wnids: list[str], label: str | None) -> Recipe:
+def _draft(folder: Path, wnids: list[str], label: str | None) -> Draft:
     sides, frame = (SIZE, SIZE), Frame(SIZE, SIZE)
-    return Recipe(
+    return Draft(
         name="tiny_imagenet",
         train=decoded(_train(folder, wnids), sides, frame, label),
         test=decoded(_val(folder, wnids), sides, frame, label),

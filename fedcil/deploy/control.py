@@ -12,7 +12,7 @@ from typing import Any
 
 from fedcil.deploy.health import healthy
 from fedcil.deploy.pki import Pki
-from fedcil.deploy.processes import flower_environment, program
+from fedcil.deploy.processes import executable, flower_environment
 from fedcil.errors import FedcilError, RunFailed
 from fedcil.port import StopSignal
 
@@ -80,7 +80,7 @@ class Control:
         self._write_connection()
         try:
             done = subprocess.run(
-                [program("flwr"), *words, "--format", "json"],
+                [executable("flwr"), *words, "--format", "json"],
                 env=flower_environment(self.home),
                 capture_output=True,
                 text=True,

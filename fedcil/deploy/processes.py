@@ -56,7 +56,7 @@ def flower_environment(home: Path) -> dict[str, str]:
 
 def superlink(pki: Pki, host: str, port: int, database: Path) -> tuple[str, ...]:
     return (
-        program("flower-superlink"),
+        executable("flower-superlink"),
         *("--host", host, "--port", str(port), "--database", str(database)),
         *("--ssl-ca-certfile", str(pki.ca), "--ssl-certfile", str(pki.certificate)),
         *("--ssl-keyfile", str(pki.server_key), "--superexec-auth-secret-file", str(pki.secret)),
@@ -66,7 +66,7 @@ def superlink(pki: Pki, host: str, port: int, database: Path) -> tuple[str, ...]
 
 def server_app(pki: Pki, address: str) -> tuple[str, ...]:
     return (
-        program("flower-superexec"),
+        executable("flower-superexec"),
         *("--runtime-api-address", address, "--root-certificates", str(pki.ca)),
         *("--superexec-auth-secret-file", str(pki.secret)),
     )
@@ -74,7 +74,7 @@ def server_app(pki: Pki, address: str) -> tuple[str, ...]:
 
 def supernode(pki: Pki, slot: int, address: str, port: int, secret: Path, config: str) -> tuple[str, ...]:
     return (
-        program("flower-supernode"),
+        executable("flower-supernode"),
         *("--superlink", address, "--root-certificates", str(pki.ca)),
         *("--auth-supernode-private-key", str(pki.node_key(slot)), "--node-config", config),
         *("--host", LOOPBACK, "--port", str(port), "--isolation", "process"),
@@ -85,13 +85,13 @@ def supernode(pki: Pki, slot: int, address: str, port: int, secret: Path, config
 def client_app(port: int, secret: Path) -> tuple[str, ...]:
     """On loopback, between two processes of one node: no TLS, but a secret of their own."""
     return (
-        program("flower-superexec"),
+        executable("flower-superexec"),
         *("--runtime-api-address", f"{LOOPBACK}:{port}", "--insecure"),
         *("--superexec-auth-secret-file", str(secret)),
     )
 
 
-def program(name: str) -> str:
+def executable(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 

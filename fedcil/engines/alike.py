@@ -41,7 +41,7 @@ def differences(there: Identity, here: Identity) -> str:
     return "; ".join(f"{name} is {there.get(name)} there, {here[name]} here" for name in differing)
 
 
-class Sources:
+class LoadedFiles:
     """The files of the modules that are loaded now: a process that starts later may find others."""
 
     def __init__(self) -> None:

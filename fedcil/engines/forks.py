@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedcil.engines import Setting
-from fedcil.engines.alike import Sources, differences, identity_of
+from fedcil.engines.alike import LoadedFiles, differences, identity_of
 from fedcil.engines.channel import Channel
 from fedcil.engines.fork_messages import Asking
 from fedcil.engines.signals import kept_from_children
@@ -52,12 +52,12 @@ class Fork:
 class Forks:
     """The worker processes of a run: started together, never replaced."""
 
-    def __init__(self, setting: Setting, count: int, sources: Sources) -> None:
+    def __init__(self, setting: Setting, count: int, loaded: LoadedFiles) -> None:
         """Start the program behind them; nothing is waited for. OSError if it cannot be started.
 
-        ``sources``: of the run, when it began.
+        ``loaded``: of the run, when it began.
         """
-        self._identity, self._sources = identity_of(setting.experiment), sources
+        self._identity, self._loaded = identity_of(setting.experiment), loaded
         self._channels, descriptors = [], []
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             for _ in range(count):
@@ -98,7 +98,7 @@ class Forks:
         """Why a worker that says this cannot be used; empty if it can."""
         if "problem" in hello:
             return str(hello["problem"])
-        if changed := self._sources.changed():
+        if changed := self._loaded.changed():
             return f"{changed} has changed since the run began"
         return differences(hello["identity"], self._identity)
 

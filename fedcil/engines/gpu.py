@@ -52,10 +52,11 @@ def measured_share(experiment: Experiment, workers: int) -> float:
     need = worker_bytes(experiment, measured_peak(experiment))
     free, _ = torch.cuda.mem_get_info(device)
     wanted = math.ceil(workers / max(1, torch.cuda.device_count()))
-    return share(need, int(USABLE * free) - need, wanted)  # boundary and evaluation of the server take a part, too
+    usable = int(USABLE * free) - need  # boundary and evaluation of the server take a part, too
+    return share_of_gpu(need, usable, wanted)
 
 
-def share(need: int, usable: int, wanted: int) -> float:
+def share_of_gpu(need: int, usable: int, wanted: int) -> float:
     """Share of a GPU for a worker that needs so many bytes, if ``wanted`` workers would be enough for a GPU.
 
     Rounded down, so that the shares of the workers that fit are not more than 1; never more than a whole GPU, even
@@ -65,11 +66,11 @@ def share(need: int, usable: int, wanted: int) -> float:
     return one_over(workers)
 
 
-def even(share_: float) -> float:
+def even(share: float) -> float:
     """A part of a GPU as one of equal parts: Flower would count what is left over of several GPUs as one more."""
-    if not 0.0 < share_ < 1.0:
-        return share_
-    parts = min(int(1 / share_), PRECISION)
+    if not 0.0 < share < 1.0:
+        return share
+    parts = min(int(1 / share), PRECISION)
     while GPUS / one_over(parts) >= GPUS * parts + 1:  # what rounding leaves over would be a worker more
         parts -= 1
     return one_over(parts)

@@ -22,7 +22,7 @@ from client.handle import handle
 from client.states import StateStore
 from client.worker import Shared, Worker
 from fedcil.engines import Setting
-from fedcil.engines.alike import Sources
+from fedcil.engines.alike import LoadedFiles
 from fedcil.engines.costs import Costs
 from fedcil.engines.forks import Fork, Forks
 from fedcil.engines.workers import in_processes, may_use_processes, worker_count
@@ -95,7 +95,7 @@ class InlinePort:
         self._ready: list[Fork] = []
         self._asked = bool(scenario.engine.processes)
         # None, too, once it is settled whether there are processes
-        self._sources = Sources() if may_use_processes(scenario, self._workers) else None
+        self._loaded = LoadedFiles() if may_use_processes(scenario, self._workers) else None
         self._wait_until = 0.0
         self._worked_s = 0.0
         self._switch_before = sys.getswitchinterval()
@@ -181,12 +181,12 @@ class InlinePort:
         """Those that are ready. They are started once, when the run has turned out to be a long one, or at once where
         the scenario asks for them. One worker stays a thread of this process: with nobody beside it, it need not wait.
         """
-        if self._sources and (self._asked or self._worked_s > PAY_AFTER_S):
-            sources, self._sources = self._sources, None
+        if self._loaded and (self._asked or self._worked_s > PAY_AFTER_S):
+            loaded, self._loaded = self._loaded, None
             if in_processes(self._setting.experiment.scenario, self._workers, count_bytes(request.broadcast.tensors)):
                 self._wait_until = time.monotonic() + START_S if self._asked else 0.0
                 try:
-                    self._forks = Forks(self._setting, self._workers - 1, sources)
+                    self._forks = Forks(self._setting, self._workers - 1, loaded)
                 except OSError as error:
                     warnings.warn(f"no worker processes, threads train the clients: {error}", stacklevel=1)
         if self._forks:

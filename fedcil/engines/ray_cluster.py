@@ -15,7 +15,7 @@ from fedcil.engines import ray_head
 from fedcil.engines.gpu import even, gpus_per_worker
 from fedcil.engines.ray_room import refuse_too_little
 from fedcil.engines.signals import ENDS, kept_from_children
-from fedcil.engines.workers import Share
+from fedcil.engines.workers import WorkerShare
 from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
 from fedcil.messages import count_bytes
@@ -28,8 +28,8 @@ NICENESS = 0  # of workers, above this process's own; Ray's 15 leaves them 2 % o
 STORE_BYTES = 128 << 20  # of the object store, beside models and payloads
 
 
-def share_of_worker(experiment: Experiment, workers: int) -> Share:
-    return Share(experiment.scenario.training.threads, even(gpus_per_worker(experiment, workers)))
+def share_of_worker(experiment: Experiment, workers: int) -> WorkerShare:
+    return WorkerShare(experiment.scenario.training.threads, even(gpus_per_worker(experiment, workers)))
 
 
 def store_bytes(experiment: Experiment, workers: int) -> int:
@@ -50,7 +50,7 @@ def cluster(
     address: str | None,
     workers: int,
     least: int,
-    share: Share,
+    share: WorkerShare,
     store_memory: int | None = None,
 ) -> Iterator[None]:
     """Ray, started here (with an object store of ``store_memory`` bytes) or attached to; what was started is ended.

@@ -22,7 +22,7 @@ from fedcil.engines.alike import Identity, differences, identity_of
 from fedcil.engines.flat import Flat, FlatReply, Row
 from fedcil.engines.ray_room import node_names, room
 from fedcil.engines.signals import ignored_by_this_process_alone
-from fedcil.engines.workers import CpuSeconds, Share
+from fedcil.engines.workers import CpuSeconds, WorkerShare
 from fedcil.errors import RunFailed
 from fedcil.experiment import open_experiment
 from fedcil.messages import Broadcast, Job, Payload, Request
@@ -71,7 +71,7 @@ class ClientWorker:
 class Crew:
     """The workers of a run. Where ``engine.workers`` leaves it open, a cluster that grows brings more of them."""
 
-    def __init__(self, setting: Setting, share: Share) -> None:
+    def __init__(self, setting: Setting, share: WorkerShare) -> None:
         scenario = setting.experiment.scenario
         self.identity = identity_of(setting.experiment)
         self.workers: list[Any] = []

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import ray
 
-from fedcil.engines.workers import Share
+from fedcil.engines.workers import WorkerShare
 from fedcil.errors import ScenarioError
 
 
-def refuse_too_little(workers: int, share: Share) -> None:
+def refuse_too_little(workers: int, share: WorkerShare) -> None:
     """Ray would wait for ever for a CPU or GPU that it does not have."""
     if workers > room(share):
         cpus, gpus = (" + ".join(f"{node.get(kind, 0.0):g}" for node in nodes()) for kind in ("CPU", "GPU"))
@@ -23,7 +23,7 @@ def refuse_too_little(workers: int, share: Share) -> None:
         )
 
 
-def room(share: Share) -> int:
+def room(share: WorkerShare) -> int:
     """How many workers the cluster has room for when nobody else is there."""
     return sum(room_on(node, share) for node in nodes())
 
@@ -37,7 +37,7 @@ def node_names() -> frozenset[str]:
     return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
-def room_on(node: Mapping[str, float], share: Share) -> int:
+def room_on(node: Mapping[str, float], share: WorkerShare) -> int:
     """A worker's CPUs are of one node, and a part of a GPU is of one GPU."""
     by_cpu, gpus = int(node.get("CPU", 0.0)) // share.cpus, node.get("GPU", 0.0)
     if not share.gpus:

@@ -16,7 +16,7 @@ SMALL_BYTES = 4 << 20  # of a model: four convolutions have 0.5 MB, ResNet-18 45
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class WorkerShare:
     """What one worker holds: a CPU for each of its threads, and a share of a GPU."""
 
     cpus: int

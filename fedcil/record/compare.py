@@ -13,7 +13,7 @@ from fedcil.record.run import Run
 if TYPE_CHECKING:
     from rich.table import Table
 
-METRICS = (
+COMPARED = (
     "average_incremental_accuracy",
     "final_accuracy",
     "forgetting",
@@ -106,7 +106,7 @@ def run_entry(run: Run) -> dict[str, Any]:
     """A run's name, numbers and costs, and where its folder is now (not where it was made)."""
     scenario = run.scenario
     own = {"run_dir": str(run.path), "name": scenario.name, "method": scenario.method.name, "seed": scenario.seed}
-    return own | {name: run.summary.get(name) for name in METRICS}
+    return own | {name: run.summary.get(name) for name in COMPARED}
 
 
 def differences(groups: Sequence[Group]) -> list[str]:
@@ -211,7 +211,7 @@ def _mean(rows: Sequence[Mapping[str, Any]]) -> Values:
 
 def _over(rows: Sequence[Mapping[str, Any]], statistic: Any) -> Values:
     """A statistic of each metric; None if a row has none, since the runs of a group have equal tasks."""
-    columns = {name: [row.get(name) for row in rows] for name in METRICS}
+    columns = {name: [row.get(name) for row in rows] for name in COMPARED}
     return {name: None if None in column else statistic(column) for name, column in columns.items()}
 
 

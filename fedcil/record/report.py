@@ -19,7 +19,7 @@ from fedcil.scenario import flatten
 
 TEMPLATE = "report.html.jinja"
 CAPTIONS = {
-    "accuracy": "Test accuracy after every evaluated round; dotted lines are task borders.",
+    "accuracy": "Test accuracy after every evaluated round; dotted lines are task boundaries.",
     "matrix": "Accuracy on the classes of each task, after each task, every class seen so far being a candidate.",
     "samples_per_task": "How many training samples the clients have in each task; every dot is a client.",
     "partition": "How many training samples of each class each client has.",

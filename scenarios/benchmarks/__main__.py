@@ -168,7 +168,7 @@ def main() -> int:
     report.print_table(rows, held_against)
     if "bf16" not in bench.precisions:
         print("bf16 was not measured: this CPU has no instructions for it (avx512_bf16 or amx)")
-    elif not cpu.bf16_pays():
+    elif not cpu.fast_bf16():
         print("bf16's bars are out of reach of this CPU: without AMX it multiplies half as fast in bf16 as in fp32")
     report.draw(rows, held_against, options.output / "benchmark.png")
     print(path)

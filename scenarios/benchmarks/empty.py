@@ -14,7 +14,7 @@ from fedcil.engines.inline import InlinePort
 from fedcil.engines.ray import RayPort
 from fedcil.engines.ray_cluster import cluster, store_bytes
 from fedcil.engines.ray_crew import Crew
-from fedcil.engines.workers import Share
+from fedcil.engines.workers import WorkerShare
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.messages import Broadcast, Job, Request
 from fedcil.port import Port, StopSignal
@@ -49,7 +49,7 @@ def port(engine: str, opened: Experiment) -> Iterator[Port]:
             yield inline
             inline.close()
         else:
-            workers, share = WORKERS[engine], Share(cpus=1, gpus=0.0)
+            workers, share = WORKERS[engine], WorkerShare(cpus=1, gpus=0.0)
             with cluster(setting.stop, None, workers, workers, share, store_bytes(opened, workers)):
                 over_ray = RayPort(setting, Crew(setting, share))
                 yield over_ray
