@@ -11,7 +11,8 @@ from fedcil.engines import Setting, load_engine, serve
 from fedcil.errors import FedcilError, NotResumable, located
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.port import Port, StopSignal
-from fedcil.record.folder import CLIENT_STATES, RunFolder, on_disk, refuse_changes
+from fedcil.record.folder import CLIENT_STATES, RunFolder, on_disk
+from fedcil.record.identity import refuse_changes
 from fedcil.record.run import Run, open_run
 from fedcil.record.summary import finish
 from fedcil.scenario import Scenario

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 import fedcil
 from fedcil.availability import Availability, make_availability
 from fedcil.cli.run_folders import unfinished
-from fedcil.engines.alike import identity_of
 from fedcil.errors import InputError, NotResumable
 from fedcil.experiment import open_experiment
 from fedcil.keys import Key
 from fedcil.record.compare import compare
-from fedcil.record.folder import run_identity
+from fedcil.record.identity import run_identity, worker_identity
 from fedcil.scenario_file import load_scenario
 from fedcil.tables import AvailabilitySection
 from fedcil.timeline import Timeline
@@ -308,7 +307,7 @@ def test_what_is_in_a_trace_is_part_of_the_run_and_where_it_lies_is_not(
 def test_workers_need_no_trace(tmp_path: Path) -> None:
     """Who is there is the server's to know: the file may be gone when one starts, and be on no other node."""
     experiment = open_experiment(load_scenario(TINY, follow(tmp_path / "none.csv")))
-    assert "availability" not in identity_of(experiment)
+    assert "availability" not in worker_identity(experiment)
 
 
 def test_a_trace_is_read_once(tmp_path: Path) -> None:

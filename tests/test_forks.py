@@ -19,7 +19,7 @@ import fedcil
 from fedcil import experiment
 from fedcil.cli.forecast import forecast
 from fedcil.engines import Setting, forks, inline, workers
-from fedcil.engines.alike import LoadedFiles
+from fedcil.engines.loaded_files import LoadedFiles
 from fedcil.errors import ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.messages import Reply

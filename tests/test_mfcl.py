@@ -24,7 +24,8 @@ from fedcil.keys import Key
 from fedcil.messages import content_hash
 from fedcil.methods import mfcl
 from fedcil.methods.base import Batch, Method, Samples
-from fedcil.methods.mfcl import MFCL, Replay, draw_pool, new_class_loss
+from fedcil.methods.mfcl import MFCL, new_class_loss
+from fedcil.methods.replay import Replay, draw_pool
 from fedcil.models import Architecture
 from fedcil.models.network import Backbone, Network, grow_head, set_norm_updates, snapshot, state_of
 from fedcil.scenario_file import load_scenario

@@ -14,7 +14,7 @@ from fedcil import __version__
 from fedcil.cli import deploy
 from fedcil.cli.guard import guarded, stoppable
 from fedcil.cli.options import RUNS, DataRoot, Figures, Json, MaxSeconds, Output, Sets
-from fedcil.cli.runs import Options, continue_run, identity_of, new_run, print_runs, refuse_idle, reuse, wanted_runs
+from fedcil.cli.runs import Options, continue_run, new_run, print_runs, refuse_idle, reuse, wanted_runs
 from fedcil.cli.streams import to_stderr
 from fedcil.errors import InputError, located
 
@@ -77,7 +77,7 @@ def run(
         if len(wanted) == 1 and seeds is None:
             done.append(new_run(wanted[0], output, options))
         else:
-            identities = [identity_of(each, data_root) for each in wanted]  # all are checked before the first one runs
+            identities = [each.identity(data_root) for each in wanted]  # all are checked before the first one runs
             for each, identity in zip(wanted, identities, strict=True):
                 done.append(reuse(each, identity, output, options))
     print_runs(done, json=json)

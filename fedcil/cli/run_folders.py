@@ -68,7 +68,7 @@ def check_deployable(scenario: Scenario, nodes: int | None) -> None:
     ``nodes`` are here. Loads the data.
     """
     from fedcil.experiment import open_experiment
-    from fedcil.record.folder import run_identity
+    from fedcil.record.identity import run_identity
 
     if scenario.server.deadline_s is None:
         raise ScenarioError(

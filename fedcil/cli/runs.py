@@ -24,6 +24,16 @@ class Wanted:
     source: str
     scenario: Scenario
 
+    def identity(self, data_root: Path | None) -> dict[str, Any]:
+        """What would decide the run's result. Raises what opening the scenario on its data raises."""
+        from fedcil.engines import load_engine
+        from fedcil.experiment import open_experiment
+        from fedcil.record.identity import run_identity
+
+        with located(self.source):
+            load_engine(self.scenario.engine.name)
+            return run_identity(open_experiment(self.scenario, data_root))
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -52,17 +62,6 @@ def _seeds(text: str | None) -> list[list[str]]:
     if not all(part.isdecimal() for part in parts):
         raise ScenarioError(f"--seeds {text!r} is no list of numbers", where="--seeds", allowed="0,1,2")
     return [[f"seed={part}"] for part in dict.fromkeys(parts)]
-
-
-def identity_of(wanted: Wanted, data_root: Path | None) -> dict[str, Any]:
-    """What would decide the run's result. Raises what opening the scenario on its data raises."""
-    from fedcil.engines import load_engine
-    from fedcil.experiment import open_experiment
-    from fedcil.record.folder import run_identity
-
-    with located(wanted.source):
-        load_engine(wanted.scenario.engine.name)
-        return run_identity(open_experiment(wanted.scenario, data_root))
 
 
 def reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Options) -> Run:

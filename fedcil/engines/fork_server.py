@@ -22,11 +22,11 @@ from client.handle import handle
 from client.states import StateStore
 from client.worker import Shared, Worker
 from fedcil.allocator import keep_freed_memory
-from fedcil.engines.alike import identity_of
 from fedcil.engines.channel import Channel
 from fedcil.engines.fork_messages import Answering
 from fedcil.engines.signals import ignored_by_this_process_alone
 from fedcil.experiment import open_experiment
+from fedcil.record.identity import worker_identity
 from fedcil.scenario_file import load_scenario
 
 
@@ -43,7 +43,7 @@ def main() -> None:
             for channel in channels:
                 channel.send({"problem": f"{type(error).__name__}: {error}"})
         return
-    hello = {"identity": identity_of(shared.experiment)}
+    hello = {"identity": worker_identity(shared.experiment)}
     gc.freeze()  # or each worker's first collection would copy what they share
     workers = [fork(channels, number, hello, shared) for number in range(len(channels))]
     for channel in channels:

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fedcil.engines import Setting
-from fedcil.engines.alike import LoadedFiles, differences, identity_of
 from fedcil.engines.channel import Channel
 from fedcil.engines.fork_messages import Asking
+from fedcil.engines.loaded_files import LoadedFiles
 from fedcil.engines.signals import kept_from_children
 from fedcil.messages import Reply, Request
+from fedcil.record.identity import differences, worker_identity
 
 LOOK_S = 0.2  # how long to wait before looking at the stop signal again
 END_S = 5.0  # how long the program may take to end
@@ -57,7 +58,7 @@ class Forks:
 
         ``loaded``: of the run, when it began.
         """
-        self._identity, self._loaded = identity_of(setting.experiment), loaded
+        self._identity, self._loaded = worker_identity(setting.experiment), loaded
         self._channels, descriptors = [], []
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             for _ in range(count):

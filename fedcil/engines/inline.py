@@ -22,9 +22,9 @@ from client.handle import handle
 from client.states import StateStore
 from client.worker import Shared, Worker
 from fedcil.engines import Setting
-from fedcil.engines.alike import LoadedFiles
 from fedcil.engines.costs import Costs
 from fedcil.engines.forks import Fork, Forks
+from fedcil.engines.loaded_files import LoadedFiles
 from fedcil.engines.workers import in_processes, may_use_processes, worker_count
 from fedcil.gather import Gathered, cut
 from fedcil.messages import Outcome, Reply, Request, count_bytes

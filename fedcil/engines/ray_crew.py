@@ -18,7 +18,6 @@ from client.states import StateStore
 from client.worker import Shared, Worker
 from fedcil.allocator import keep_freed_memory
 from fedcil.engines import Setting
-from fedcil.engines.alike import Identity, differences, identity_of
 from fedcil.engines.flat import Flat, FlatReply, Row
 from fedcil.engines.ray_room import node_names, room
 from fedcil.engines.signals import ignored_by_this_process_alone
@@ -26,6 +25,7 @@ from fedcil.engines.workers import CpuSeconds, WorkerShare
 from fedcil.errors import RunFailed
 from fedcil.experiment import open_experiment
 from fedcil.messages import Broadcast, Job, Payload, Request
+from fedcil.record.identity import Identity, differences, worker_identity
 from fedcil.rule import Rule
 from fedcil.scenario import Scenario
 
@@ -43,7 +43,7 @@ class ClientWorker:
         self._cpu = CpuSeconds()
 
     def identity(self) -> Identity:
-        return identity_of(self._worker.shared.experiment)
+        return worker_identity(self._worker.shared.experiment)
 
     def run(
         self,
@@ -73,7 +73,7 @@ class Crew:
 
     def __init__(self, setting: Setting, share: WorkerShare) -> None:
         scenario = setting.experiment.scenario
-        self.identity = identity_of(setting.experiment)
+        self.identity = worker_identity(setting.experiment)
         self.workers: list[Any] = []
         self._limit = scenario.engine.workers or scenario.clients.per_round
         self._share = share

@@ -15,8 +15,8 @@ with one student pass and one teacher pass over X.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -32,6 +32,7 @@ from fedcil.messages import Payload, Tensors, count_bytes
 from fedcil.methods.adam import Adam
 from fedcil.methods.base import Batch, Boundary, Draws, Method, Notice, Prepared, Progress, part, prefixed
 from fedcil.methods.inversion import Weights, generator_loss, running_norms, to_floats
+from fedcil.methods.replay import Replay, draw_pool, drawn
 from fedcil.models import Architecture
 from fedcil.models.generator import Generator, default_upsamplings
 from fedcil.models.network import Network, allocate, freeze, initialise, load_state, snapshot, state_of
@@ -40,7 +41,6 @@ from fedcil.state import ServerState
 from fedcil.stream import Task
 
 COVERAGE_IMAGES = 4096  # drawn at a boundary to see which classes the generator makes
-BATCH = 256  # images at once when many are generated
 
 
 class MFCL(MethodSettings):
@@ -82,7 +82,8 @@ class MFCL(MethodSettings):
 
     either_or: ClassVar = (frozenset({"synthetic", "synthetic_ratio"}),)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        # The paper's formulas; latent, steps and w_bn are not confirmed from its text, all else is the released code's.
+        # The paper's formulas for temperature, entropy and updates; latent, steps and w_bn are not confirmed from its
+        # text; all else is the released code's.
         "paper": {
             "synthetic": 128,
             "latent": 200,
@@ -281,60 +282,6 @@ class MFCL(MethodSettings):
             temperature=self.temperature,
             normalised_entropy=self.entropy == "normalised",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """Images (n, c, h, w) with what the teacher says of them: old-class logits (n, q)."""
-
-    images: Tensor
-    past: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """What clients of a task share in one process. Frozen: nothing here changes during training."""
-
-    teacher: Network
-    generator: Generator
-    pool: Pool | None
-
-    @torch.no_grad()
-    def mix(self, real: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Real images, then synthetic ones, and the teacher's logits (b + s, q) of all of them."""
-        draws = draws.to(real.device, non_blocking=True)  # indexing with a CPU's tensor would wait for the GPU
-        if self.pool is None:
-            both = torch.cat([real, self.generator(draws)])
-            return both, self.teacher(both)
-        both = torch.cat([real, self.pool.images[draws]])
-        return both, torch.cat([self.teacher(real), self.pool.past[draws]])
-
-
-def draw_pool(generator: Generator, teacher: Network, size: int, key: Key) -> Pool:
-    """``size`` images from the frozen generator, in memory that is taken once: a pool is the largest thing there is."""
-    pool: Pool | None = None
-    for start, images, past in drawn(generator, teacher, size, key):
-        pool = pool or Pool(room_for(size, images), room_for(size, past))
-        pool.images[start : start + len(images)] = images
-        pool.past[start : start + len(past)] = past
-    assert pool is not None
-    return pool
-
-
-@torch.no_grad()
-def drawn(generator: Generator, teacher: Network, size: int, key: Key) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(place of the first, images, the teacher's logits), a batch and a key at a time."""
-    device = teacher.head.weight.device
-    for start in range(0, size, BATCH):
-        draws = key.at(start).torch(device)
-        latents = torch.randn(min(BATCH, size - start), generator.latent, generator=draws, device=device)
-        images = generator(latents)
-        yield start, images, teacher(images)
-
-
-def room_for(size: int, batch: Tensor) -> Tensor:
-    """Uninitialised memory for ``size`` of what ``batch`` has some of, laid out as they are."""
-    return batch.new_empty_strided((size, *batch.shape[1:]), batch.stride())
 
 
 def new_class_loss(model: Network, features: Tensor, labels: Tensor, task: Task) -> Tensor:

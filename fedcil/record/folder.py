@@ -22,7 +22,7 @@ from fedcil.experiment import Experiment
 from fedcil.files import write_atomic
 from fedcil.partition import save_partition
 from fedcil.record.checkpoints import Checkpoint, CheckpointFolder
-from fedcil.scenario import flatten
+from fedcil.record.identity import refuse_changes, run_identity
 from fedcil.scenario_file import to_toml
 from fedcil.sources import program, revision
 from fedcil.state import RunState
@@ -169,37 +169,6 @@ def has_checkpoint(path: Path) -> bool:
     with contextlib.suppress(OSError):  # a disk that cannot be read has none to offer
         return any((path / "checkpoints").glob("state-*.json"))
     return False
-
-
-def identity(experiment: Experiment) -> dict[str, Any]:
-    """What must be the same wherever a run's clients are trained."""
-    return {
-        "scenario": experiment.scenario.deciding(),
-        "data": experiment.data.digest,
-        "numeric": experiment.numeric(),
-    }
-
-
-def run_identity(experiment: Experiment) -> dict[str, Any]:
-    """What must not change between a checkpoint and its resume: that, and who was said to be there. Raises what
-    ``experiment.conditions`` raises.
-    """
-    digest = experiment.conditions.availability.digest
-    return identity(experiment) | ({"availability": digest} if digest else {})
-
-
-def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """NotResumable that lists every key with a value other than the saved one."""
-    saved, now = flatten(saved), flatten(now)
-    names = [name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
-    if names:
-        changes = "; ".join(f"{name} was {saved.get(name)}, now {now.get(name)}" for name in names)
-        raise NotResumable(
-            f"this run was made differently: {changes}",
-            where=str(path),
-            allowed="a change of engine.* but engine.lanes, server.checkpoint_every, and where data and files lie",
-            next="resume with what it was made with (environment.json), or start a new run",
-        )
 
 
 def new_folder(root: Path, stem: str) -> Path:

@@ -24,7 +24,8 @@ from fedcil.compute import Compute
 from fedcil.keys import Key
 from fedcil.methods.adam import Adam
 from fedcil.methods.inversion import generator_loss
-from fedcil.methods.mfcl import MFCL, Replay
+from fedcil.methods.mfcl import MFCL
+from fedcil.methods.replay import Replay
 from fedcil.models import make_architecture
 from fedcil.models.network import Network, set_norm_updates, snapshot, trained_parameters
 from fedcil.stream import Task

@@ -21,7 +21,7 @@ from fedcil.messages import Tensors
 from fedcil.methods.adam import Adam
 from fedcil.methods.base import Batch, part
 from fedcil.methods.inversion import generator_loss
-from fedcil.methods.mfcl import Replay
+from fedcil.methods.replay import Replay
 from fedcil.models.network import Network, initialise, load_state, set_norm_updates, snapshot, state_of
 from scenarios.benchmarks import authors_order
 from scenarios.benchmarks.material import KEY, TASK, Material, plain_networks
