@@ -47,7 +47,7 @@ def hello(message: Message, context: Context) -> Message:
     share = own if own is not None else offer[: int(context.node_config.get("clients", 1))]
     counts = experiment.task_counts()
     nothing = [0] * counts.shape[1]  # the server says that there is no such client
-    samples = {client: tuple(counts[client].tolist() if client < len(counts) else nothing) for client in share}
+    samples = {client: tuple(counts[client].tolist() if 0 <= client < len(counts) else nothing) for client in share}
     packet = pack_hello(Hello(samples, data, precision, fixed=own is not None))
     return Message(RecordDict({"hello": packet_record(packet)}), reply_to=message)
 

@@ -158,8 +158,16 @@ class Experiment:
         channels, height, width = self.compute.architecture.image
         images = torch.zeros(0, height, width, channels, dtype=torch.uint8, device=device)
         nothing = Samples(images, torch.zeros(0, dtype=torch.int64, device=device))
-        with torch.no_grad():
-            return self.method.fit(network, nothing, task, _as_floats).tensors
+        try:
+            with torch.no_grad():
+                return self.method.fit(network, nothing, task, _as_floats).tensors
+        except Exception as error:
+            raise ScenarioError(
+                f"the method's fit fails for no samples, as it is asked for names and shapes: {described(error)}",
+                where="method.name, model.name",
+                allowed="a fit, and a backbone, that take images of shape (0, channels, height, width)",
+                next="mend them (flatten(1) knows a shape that reshape(len(x), -1) does not)",
+            ) from error
 
     def weight(self, samples: int) -> float:
         """Of a model that was trained on so many samples, in its round's mean."""

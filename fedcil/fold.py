@@ -58,7 +58,7 @@ class Fold:
 
     def merge(self, other: Fold) -> None:
         """Take over what another fold of the same tree holds; it is empty afterwards. ValueError if they overlap, or
-        if it does in itself: nothing is counted twice.
+        ``other`` in itself: nothing is counted twice.
         """
         if other.leaves != self.leaves:
             raise ValueError(f"folds of different cohorts: {self.leaves} and {other.leaves} leaves")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any
 
 from fedcil.errors import MessageRefused
@@ -43,7 +44,9 @@ def unpack_hello(packet: bytes, *, tasks: int, limit: int) -> Hello:
     samples, data, precision, fixed = map(header.get, ("samples", "data", "precision", "fixed"))
     if not (isinstance(data, str) and isinstance(precision, str) and type(fixed) is bool and isinstance(samples, dict)):
         raise MessageRefused("a hello without samples, data, precision and fixed")
-    if not all(CLIENT.fullmatch(client) and _are_counts(counts, tasks) for client, counts in samples.items()):
+    if strangers := [client for client in samples if not CLIENT.fullmatch(client)]:
+        raise MessageRefused(f"a hello of clients that are none: {short(strangers)}")
+    if not all(_are_counts(counts, tasks) for counts in samples.values()):
         raise MessageRefused(f"a hello whose samples are not {tasks} counts of each client")
     return Hello({int(client): tuple(counts) for client, counts in samples.items()}, data, precision, fixed)
 

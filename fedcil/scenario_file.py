@@ -206,7 +206,17 @@ def _section(keys: Sequence[str], table: Mapping[str, Any]) -> type[Section]:
 
 
 def to_toml(scenario: Scenario) -> str:
-    """The scenario as a TOML file that gives the same scenario again (without the data root)."""
+    """The scenario as a TOML file that gives the same scenario again (without the data root). ScenarioError for options
+    of a person's own method that TOML has no words for.
+    """
     plain = scenario.to_dict()
     plain["data"].pop("root", None)
-    return tomli_w.dumps(plain)
+    try:
+        return tomli_w.dumps(plain)
+    except TypeError as error:
+        raise ScenarioError(
+            f"an option cannot be written into the run folder: {error}",
+            where="method",
+            allowed="text, numbers, booleans, and lists and tables of these, without None inside",
+            next="give the option another form",
+        ) from None

@@ -54,7 +54,7 @@ def refuse_unrecordable(log: Mapping[str, Any], line: Mapping[str, Any]) -> None
     """RunFailed for a method's log that takes a key of the record's, or is no JSON."""
     problem = f"has {sorted(taken)} of the record" if (taken := log.keys() & {*line, "cost"}) else ""
     try:
-        json.dumps(log, allow_nan=False)
+        json.dumps(dict(log), allow_nan=False)
     except (TypeError, ValueError) as error:
         problem = f"cannot be recorded: {error}"
     if problem:
@@ -62,7 +62,7 @@ def refuse_unrecordable(log: Mapping[str, Any], line: Mapping[str, Any]) -> None
             f"the log of the method's boundary {problem}",
             where="method",
             allowed="finite numbers, text, lists and tables of these, under keys of its own",
-            next="mend boundary and start a new run; a resume would only repeat it",
+            next="mend the method's boundary and `fedcil resume RUN`",
         )
 
 

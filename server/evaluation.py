@@ -20,8 +20,8 @@ BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Fractions, one for each task seen so far. ``confusion[i][j]``: share of task i's images put into a class of task
-    j; ``test_images``: how many there are.
+    """By task, of those seen so far: accuracies as fractions; ``confusion[i][j]``, the share of task i's images put
+    into a class of task j; how many test images there are.
     """
 
     accuracy: list[float]

@@ -60,8 +60,9 @@ class Roster:
         for client, counts in hello.samples.items():
             if client >= len(self._samples):
                 raise MessageRefused(f"it serves client {client}: there are 0 to {len(self._samples) - 1}")
-            if counts != self._samples[client]:
-                raise MessageRefused(f"client {client} has {list(counts)} samples, {list(self._samples[client])} known")
+            known = self._samples[client]
+            if counts != known:
+                raise MessageRefused(f"client {client} has {short(list(counts))} samples, {short(list(known))} known")
 
 
 def _some(clients: Collection[int]) -> str:

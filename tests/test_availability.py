@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,8 @@ def test_a_deployment_does_not_go_on_with_a_run_of_another_trace(
         trace.write_text("client,from,to\n0,0,9\n1,0,9\n")
     folder = stopped_run(TINY, 2, tmp_path / "runs", follow(traces[0]))
     (folder.parent / (folder.name + "-notes")).mkdir()  # what a person puts beside a run is none
+    half = shutil.copytree(folder, folder.parent / (folder.name + "-half"))
+    (half / "metrics.jsonl").unlink()  # nor is what lacks its record
     assert unfinished(load_scenario(TINY, follow(traces[0])), tmp_path / "runs") == folder
     assert unfinished(load_scenario(TINY, follow(traces[1])), tmp_path / "runs") is None
 

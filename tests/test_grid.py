@@ -318,11 +318,14 @@ def test_a_node_of_clients_that_are_not_there_is_refused_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid_module, "MEET_S", 0.3)
-    many = Node({"client-ids": "4-9"})
-    lines, _ = train(Nodes(three(n104=many), tmp_path / "home"), tmp_path / "runs")
+    strange = {"n104": {"client-ids": "4-9"}, "n105": {"partition-id": -1, "num-partitions": 7}}
+    nodes = {name: Node(config) for name, config in strange.items()}
+    lines, _ = train(Nodes(three(**nodes), tmp_path / "home"), tmp_path / "runs")
     refused = [event for event in rounds(lines)[0]["cost"]["nodes"] if event["event"] == "refused"]
-    assert [event["node"] for event in refused] == ["104"]
-    assert "it serves client 6" in refused[0]["reason"]
+    assert {event["node"]: event["reason"] for event in refused} == {
+        "104": "it serves client 6: there are 0 to 5",
+        "105": "a hello of clients that are none: ['-1']",
+    }
 
 
 def test_too_few_clients_end_the_run_with_a_reason_and_a_checkpoint(

@@ -138,6 +138,24 @@ def test_statistics_of_features_run_and_can_be_planned(mine: Any, tmp_path: Path
     forecast(open_experiment(load_scenario(SCENARIO)))
 
 
+def test_statistics_that_need_a_sample_are_said(mine: Any) -> None:
+    folder = mine("method()")
+    with (folder / "mine.py").open("a") as module:
+        module.write(FIT.replace("features.sum(0)", "features.reshape(len(features), -1).sum(0)"))
+    with pytest.raises(ScenarioError, match=r"fit fails for no samples.*cannot reshape.*\(mine.py:"):
+        forecast(open_experiment(load_scenario(SCENARIO)))
+
+
+def test_an_option_that_cannot_be_kept_in_the_folder_leaves_none_behind(mine: Any, tmp_path: Path) -> None:
+    """TOML has no word for nothing."""
+    folder = mine(GOOD)
+    source = (folder / "mine.py").read_text()
+    (folder / "mine.py").write_text(source.replace("many: int = 1", "many: list[int | None] = [1, None]"))
+    with pytest.raises(ScenarioError, match=r"cannot be written into the run folder: .*NoneType"):
+        fedcil.run(SCENARIO, output=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_scores_of_another_shape_end_the_run(mine: Any, tmp_path: Path) -> None:
     mine("Method(predict=lambda network, memory, images: network(images)[:, :1])")
     with pytest.raises(RunFailed, match=r"predict gave scores of shape \(\d+, 1\)") as caught:

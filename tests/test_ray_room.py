@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from fedcil.engines import ray as engine
 from fedcil.engines import ray_room
@@ -43,19 +43,32 @@ def test_what_two_nodes_have_left_over_is_no_room(monkeypatch: pytest.MonkeyPatc
         ray_room.refuse_too_little(3, WorkerShare(2, 0.0))
 
 
-def test_a_worker_that_cannot_say_who_it_is_gets_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def collected(error: RayError, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any], list[Any]]:
+    """Who was dismissed, who is idle and who is asked again, after one of two workers did not say who it is."""
+
     def broken(_: object) -> None:
-        raise RayTaskError("identity", "Traceback:\n  File ...\nOSError: its disk is gone", OSError())
+        raise error
 
     port: Any = engine.RayPort.__new__(engine.RayPort)
-    dismissed: list[object] = []
-    port._crew = SimpleNamespace(workers=["here", "broken"], dismiss=dismissed.append)
-    monkeypatch.setattr(engine.ray, "get", broken)
+    dismissed: list[Any] = []
+    asked: list[Any] = []
     idle: list[Any] = []
+    port._crew = SimpleNamespace(workers=["here", "broken"], dismiss=dismissed.append)
+    port._greet = asked.extend
+    monkeypatch.setattr(engine.ray, "get", broken)
     request = Request(Broadcast(task=0, phase=0, round=0, tensors={}), (), 0)
+    assert port._collect("answer", "broken", None, Gathered(request, lambda _: None), idle) == []
+    return dismissed, idle, asked
+
+
+def test_a_worker_that_cannot_say_who_it_is_gets_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RayTaskError("identity", "Traceback:\n  File ...\nOSError: its disk is gone", OSError())
     with pytest.warns(UserWarning, match="goes on without one of its workers: .* its disk is gone"):
-        assert port._collect("answer", "broken", None, Gathered(request, lambda _: None), idle) == []
-    assert (dismissed, idle) == (["broken"], [])
+        assert collected(error, monkeypatch) == (["broken"], [], [])
+
+
+def test_a_worker_that_memory_was_short_for_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert collected(OutOfMemoryError("the node ran low"), monkeypatch) == ([], [], ["broken"])
 
 
 def test_a_long_lull_is_said_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -494,6 +495,15 @@ def test_a_boundary_that_diverged_ends_the_run_with_its_checkpoint(start: Start)
     assert isinstance(ran.error, RunFailed)
     assert "generator.weight" in str(ran.error)
     assert [line["kind"] for line in ran.lines] == ["round"] * 3
+
+
+def test_what_a_boundary_logs_may_be_any_table(start: Start) -> None:
+    log = MappingProxyType({"loss": 1.0})
+    opened = experiment()
+    opened = replace(opened, method=replace(opened.method, boundary=lambda state, *_: Boundary(state, log=log)))
+    ran = start(opened, Table())
+    assert ran.error is None
+    assert [line["loss"] for line in ran.lines if line["kind"] == "boundary"] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from fedcil.engines import Setting, ray_head
 from fedcil.engines.costs import Costs
@@ -177,7 +177,11 @@ class RayPort:
             return self._again(piece, gathered) if piece else []
         except RayError as error:
             if not piece:
-                self._go_on_without(worker, could_not_start(error))
+                if isinstance(error, RayTaskError):  # its own code raised; others pass, as a lack of memory does
+                    self._go_on_without(worker, could_not_start(error))
+                else:
+                    time.sleep(LOOK_S)
+                    self._greet([worker])
                 return []
             idle.append(worker)
             if len(piece.jobs) > 1:

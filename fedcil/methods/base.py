@@ -107,8 +107,8 @@ class ClientMemory:
     """What a client keeps between rounds, as named tensors that live where the client lives.
 
     ``join(own, kept) -> Samples`` gives the samples to train on; ``update(network, own, kept, task, images)
-    -> kept`` makes the next version in a ``remember`` phase. ``kept`` is None until
-    a client's first ``remember``.
+    -> kept`` makes the next version in a ``remember`` phase. ``kept`` is None until a client's
+    first ``remember``.
     """
 
     join: Callable[[Samples, Tensors | None], Samples]

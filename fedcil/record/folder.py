@@ -62,7 +62,7 @@ class RunFolder:
     @classmethod
     def create(cls, root: Path, experiment: Experiment) -> Self:
         """A new folder ``<name>-<seed>-<time>[-n]`` below ``root`` with what is known before round 0."""
-        known = run_identity(experiment)  # what is wrong with it leaves no folder behind
+        known, _ = run_identity(experiment), to_toml(experiment.scenario)  # what is wrong leaves no folder behind
         path = new_folder(root, f"{experiment.scenario.name}-{experiment.scenario.seed}")
         return cls._begin(path, experiment, known)
 

@@ -27,7 +27,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
 
 
 def run_identity(experiment: Experiment) -> dict[str, Any]:
-    """What must not change between a checkpoint and its resume: that, and who was said to be there. Raises what
+    """What must not change between a checkpoint and its resume: ``identity``, and who was said to be there. Raises what
     ``experiment.conditions`` raises.
     """
     digest = experiment.conditions.availability.digest
@@ -49,9 +49,9 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path)
 
 
 def worker_identity(experiment: Experiment) -> Identity:
-    """What all workers of a run must have in common with it, or bits would depend on who did what: that, fedcil's
-    files (two commits may have one version), a person's own modules, and what their program may have switched in
-    torch; as JSON would bring it.
+    """What all workers of a run must have in common with it, or bits would depend on who did what: ``identity``,
+    fedcil's files (two commits may have one version), a person's own modules, and what their program may have switched
+    in torch; as JSON would bring it.
     """
     switches = {
         "default_dtype": str(torch.get_default_dtype()),

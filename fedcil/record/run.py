@@ -132,8 +132,8 @@ def earlier_runs(scenario: Scenario, root: Path, fits: Callable[[Run], bool]) ->
     """Those of this name and seed below ``root`` that fit, the oldest first; what is damaged does not."""
     found = []
     for path in sorted(root.glob(f"{scenario.name}-{scenario.seed}-*")):
-        with contextlib.suppress(FedcilError, OSError, LookupError):
-            if fits(run := Run(path)):
+        with contextlib.suppress(FedcilError, OSError, LookupError, TypeError, ValueError):
+            if fits(run := open_run(path)):
                 found.append(run)
     return found
 

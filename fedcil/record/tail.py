@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Tail:
-    """Whole new lines, in order. What a resume cuts off and writes again is read again, as far as it is noticed."""
+    """Whole new lines, in order. What a resume has rewritten since is read from the next whole line on."""
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
         self._path = path
