@@ -171,17 +171,15 @@ class RayPort:
         except (RayActorError, ObjectLostError) as error:
             if getattr(error, "actor_init_failed", False):
                 self._go_on_without(worker, could_not_start(error))
-            else:
-                time.sleep(LOOK_S)  # it is being restarted; asking it without a pause would spin
-                self._greet([worker])
+            else:  # it is being restarted
+                self._ask_again(worker)
             return self._again(piece, gathered) if piece else []
         except RayError as error:
             if not piece:
                 if isinstance(error, RayTaskError):  # its own code raised; others pass, as a lack of memory does
                     self._go_on_without(worker, could_not_start(error))
                 else:
-                    time.sleep(LOOK_S)
-                    self._greet([worker])
+                    self._ask_again(worker)
                 return []
             idle.append(worker)
             if len(piece.jobs) > 1:
@@ -201,6 +199,11 @@ class RayPort:
                 return []
         idle.append(worker)
         return []
+
+    def _ask_again(self, worker: Any) -> None:
+        """For a sign of life; without a pause that would spin."""
+        time.sleep(LOOK_S)
+        self._greet([worker])
 
     def _go_on_without(self, worker: Any, problem: RunFailed) -> None:
         """Others can do its work; where there are none, its problem is the run's."""

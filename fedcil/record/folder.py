@@ -62,16 +62,17 @@ class RunFolder:
     @classmethod
     def create(cls, root: Path, experiment: Experiment) -> Self:
         """A new folder ``<name>-<seed>-<time>[-n]`` below ``root`` with what is known before round 0."""
-        known, _ = run_identity(experiment), to_toml(experiment.scenario)  # what is wrong leaves no folder behind
+        # What is wrong with these leaves no folder behind.
+        known, scenario = run_identity(experiment), to_toml(experiment.scenario)
         path = new_folder(root, f"{experiment.scenario.name}-{experiment.scenario.seed}")
-        return cls._begin(path, experiment, known)
+        return cls._begin(path, experiment, known, scenario)
 
     @classmethod
-    def _begin(cls, path: Path, experiment: Experiment, known: Mapping[str, Any]) -> Self:
+    def _begin(cls, path: Path, experiment: Experiment, known: Mapping[str, Any], scenario: str) -> Self:
         """In a folder that is there and has no run in it yet."""
         folder = cls(path, known)
         try:
-            folder.write("scenario.toml", to_toml(experiment.scenario))
+            folder.write("scenario.toml", scenario)
             folder.write("environment.json", json.dumps(_environment(experiment, known), indent=1))
             with on_disk(path):
                 save_partition(path / "partition.npz", experiment.partition)
@@ -102,7 +103,8 @@ class RunFolder:
         """Continue what is in the folder, or begin there if nothing was saved yet."""
         if has_checkpoint(path):
             return cls.reopen(path, experiment)
-        return cls._begin(path, experiment, run_identity(experiment)), experiment.first_state()
+        begun = cls._begin(path, experiment, run_identity(experiment), to_toml(experiment.scenario))
+        return begun, experiment.first_state()
 
     def append(self, line: Mapping[str, Any]) -> None:
         """One whole line at the end of metrics.jsonl, on disk when this returns."""
