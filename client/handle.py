@@ -23,24 +23,13 @@ from fedcil.errors import MessageRefused
 from fedcil.experiment import Experiment
 from fedcil.fold import Fold
 from fedcil.keys import Key
-from fedcil.messages import (
-    BORDER,
-    Answer,
-    Broadcast,
-    Contribution,
-    Failure,
-    Job,
-    Reply,
-    Report,
-    Request,
-    Tensors,
-    count_bytes,
-)
+from fedcil.messages import BORDER, Answer, Broadcast, Failure, Job, Reply, Report, Request
 from fedcil.methods.base import TRAINABLE, Phase, Samples
 from fedcil.models.network import Network
 from fedcil.robust import admissible
 from fedcil.rule import Rule
 from fedcil.stream import Task
+from fedcil.tensors import Contribution, Tensors, count_bytes
 
 
 @dataclass(frozen=True)

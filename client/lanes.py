@@ -22,10 +22,10 @@ from client.training import LocalSGD, Recipe, Trained, cut_epoch, inputs
 from fedcil.capture import repeatable
 from fedcil.gradients import as_stored
 from fedcil.keys import Key
-from fedcil.messages import Tensors
 from fedcil.methods.base import Draws, Samples
 from fedcil.models.network import Network, set_norm_updates, trained_parameters
 from fedcil.tables import TrainingSection
+from fedcil.tensors import Tensors
 
 
 def make_streams(count: int, device: torch.device) -> list[Any]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fedcil.messages import Tensors
 from fedcil.models.network import Network, copy_into, state_of
+from fedcil.tensors import Tensors
 
 
 class LocalModel:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcil.errors import RunFailed
-from fedcil.messages import Tensors, content_hash
 from fedcil.tensor_files import named_path, read_named, write_tensors
+from fedcil.tensors import Tensors, content_hash
 
 
 @dataclass(frozen=True, slots=True)

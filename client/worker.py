@@ -14,9 +14,10 @@ from client.local_model import LocalModel
 from client.states import StateStore
 from fedcil.data.store import StoredSplit
 from fedcil.experiment import Experiment
-from fedcil.messages import Broadcast, Job, Tensors, moved
+from fedcil.messages import Broadcast, Job
 from fedcil.methods.base import Prepared, Samples
 from fedcil.stream import Task
+from fedcil.tensors import Tensors, moved
 
 
 class Shared:

@@ -17,12 +17,12 @@ from torch import nn
 
 from fedcil import cpu
 from fedcil.errors import ScenarioError
-from fedcil.messages import Tensors
 from fedcil.models import Architecture
 from fedcil.models.frozen import change_alike, fold_norms, narrow
 from fedcil.models.network import Network, freeze, load_state
 from fedcil.models.pooling import pool_before_relu
 from fedcil.models.small_maps import convolve_small_maps_by_products
+from fedcil.tensors import Tensors
 
 Precision = Literal["fp32", "tf32", "bf16"]
 LANES_ON_GPU = 5

@@ -29,9 +29,10 @@ from fedcil.compute import (
 from fedcil.data import Dataset, load_dataset
 from fedcil.errors import ScenarioError, described
 from fedcil.keys import Key
-from fedcil.messages import Broadcast, Tensors, moved
+from fedcil.messages import Broadcast
 from fedcil.methods import METHODS
 from fedcil.methods.base import TRAINABLE, Method, Phase, Samples
+from fedcil.methods.settings import ExtraImages
 from fedcil.models import make_architecture
 from fedcil.models.network import snapshot
 from fedcil.models.own import try_out
@@ -39,9 +40,9 @@ from fedcil.partition import TaskPartition, make_partition
 from fedcil.population import Population, make_population
 from fedcil.rule import PLAIN
 from fedcil.scenario import Scenario
-from fedcil.section import ExtraImages
 from fedcil.state import Cursor, RunState, ServerState
 from fedcil.stream import Stream, Task, make_stream
+from fedcil.tensors import Tensors, moved
 from fedcil.timeline import Timeline
 
 PROCESSES_POSSIBLE = sys.platform == "linux"  # memory without a name (fedcil/engines/channel.py)

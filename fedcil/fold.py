@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fedcil.errors import RunFailed
-from fedcil.messages import Contribution, Total
 from fedcil.robust import combined
 from fedcil.rule import PLAIN, Rule
+from fedcil.tensors import Contribution, Total
 
 Interval = tuple[int, int]  # (level, index): the leaves [index * 2**level, (index + 1) * 2**level)
 

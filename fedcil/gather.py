@@ -6,8 +6,9 @@ import math
 from dataclasses import replace
 
 from fedcil.fold import Fold, next_power_of_two
-from fedcil.messages import Contribution, Failure, Job, Outcome, Reply, Report, Request
+from fedcil.messages import Failure, Job, Outcome, Reply, Report, Request
 from fedcil.port import ClientDone
+from fedcil.tensors import Contribution
 
 
 def cut(request: Request, workers: int, least: int = 1) -> list[Request]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fedcil.dotted import load_dotted
 from fedcil.errors import ScenarioError, did_you_mean
 from fedcil.methods import METHODS
-from fedcil.section import MethodSettings
+from fedcil.methods.settings import MethodSettings
 
 
 def read_method(value: object) -> object:
@@ -42,5 +42,5 @@ def method_settings(name: str) -> type[MethodSettings]:
     except ScenarioError as error:
         raise ValueError(error.what) from None
     if not (isinstance(loaded, type) and issubclass(loaded, MethodSettings)):
-        raise ValueError(f"{target} is not a class of method settings (fedcil.section.MethodSettings)")
+        raise ValueError(f"{target} is not a class of method settings (fedcil.methods.settings.MethodSettings)")
     return loaded

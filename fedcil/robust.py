@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fedcil.errors import MessageRefused
-from fedcil.messages import Contribution, Tensors, Total
 from fedcil.rule import Rule
+from fedcil.tensors import Contribution, Tensors, Total
 
 
 def admissible(contribution: Contribution, start: Tensors, rule: Rule) -> Contribution:

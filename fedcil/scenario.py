@@ -13,7 +13,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from fedcil.method_table import method_settings, read_method
 from fedcil.methods import METHODS
-from fedcil.section import Count, MethodSettings, Section
+from fedcil.methods.settings import MethodSettings
+from fedcil.section import Count, Section
 from fedcil.sources import changed_since_loaded, sources_of
 from fedcil.tables import (
     DOTTED,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fedcil.messages import Payload, Tensors, Total, moved
+from fedcil.messages import Payload
+from fedcil.tensors import Tensors, Total, moved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedcil.files import write_atomic
-from fedcil.messages import Tensors, content_hash
+from fedcil.tensors import Tensors, content_hash
 
 
 def tensor_bytes(tensors: Tensors) -> bytes:

@@ -20,10 +20,11 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fedcil.errors import MessageRefused
-from fedcil.messages import Answer, Broadcast, Contribution, Failure, Payload, Report, Tensors, count_bytes
+from fedcil.messages import Answer, Broadcast, Failure, Payload, Report
 from fedcil.robust import admissible
 from fedcil.rule import PLAIN, Rule
 from fedcil.tensor_files import tensor_bytes
+from fedcil.tensors import Contribution, Tensors, count_bytes
 
 MAGIC = b"fedcil01"
 DIGEST_BYTES = 16

@@ -10,10 +10,10 @@ from torch import Tensor
 from fedcil.data.store import StoredSplit
 from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
-from fedcil.messages import Tensors
 from fedcil.models.network import Network, load_state
 from fedcil.state import ServerState
 from fedcil.stream import Task
+from fedcil.tensors import Tensors
 
 BATCH = 256
 

@@ -16,11 +16,12 @@ from fedcil.errors import MessageRefused, TooFewClients
 from fedcil.experiment import Experiment
 from fedcil.gather import Gathered
 from fedcil.hello import Share
-from fedcil.messages import BORDER, Failure, Job, Outcome, Request, count_bytes, moved
+from fedcil.messages import BORDER, Failure, Job, Outcome, Request
 from fedcil.methods.base import Phase
 from fedcil.packets import packet_of, packet_record
 from fedcil.port import ClientDone, StopSignal, remaining
 from fedcil.stream import Task
+from fedcil.tensors import count_bytes, moved
 from fedcil.wire import Expected, admit, pack_broadcast, pack_payload, place_of, spec_of
 from server.nodes import Nodes
 

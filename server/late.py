@@ -8,11 +8,12 @@ from typing import Any
 
 from fedcil.clock import Schedule
 from fedcil.experiment import Experiment
-from fedcil.messages import Failure, Outcome, Tensors, Total
+from fedcil.messages import Failure, Outcome
 from fedcil.methods.base import Phase
 from fedcil.port import remaining
 from fedcil.state import Pending, RunState
 from fedcil.tables import ClockSection
+from fedcil.tensors import Tensors, Total
 from server.asking import Answered, Ask, make_request, rule_of, with_failures
 
 

@@ -6,10 +6,11 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from fedcil.messages import Outcome, Payload, Tensors, count_bytes
+from fedcil.messages import Outcome, Payload
 from fedcil.methods.base import Phase
 from fedcil.state import RunState
 from fedcil.stream import Stream, Task
+from fedcil.tensors import Tensors, count_bytes
 from server.asking import Answered
 from server.evaluation import Evaluation
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from fedcil.clock import Devices, Schedule, close_round
 from fedcil.experiment import Experiment
-from fedcil.messages import count_bytes
 from fedcil.methods.base import Phase
 from fedcil.state import RunState
 from fedcil.stream import Task
+from fedcil.tensors import count_bytes
 
 
 def make_schedule(

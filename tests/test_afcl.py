@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fedcil.fold import Fold
 from fedcil.keys import Key
-from fedcil.messages import Contribution, content_hash, count_bytes
 from fedcil.methods.afcl import AFCL, projection, symmetric, upper
 from fedcil.methods.base import Samples
 from fedcil.models.network import Network, snapshot, state_of
 from fedcil.state import ServerState
 from fedcil.stream import Task
+from fedcil.tensors import Contribution, content_hash, count_bytes
 
 PIXELS = 4
 Shares = Sequence[tuple[Task, Sequence[Samples | None]]]

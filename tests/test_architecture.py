@@ -20,7 +20,15 @@ BOTTOM = (
     "fedcil.sources",
     "fedcil.threads",
 )
-VALUES = (*BOTTOM, "fedcil.messages", "fedcil.fold", "fedcil.state", "fedcil.stream", "fedcil.losses")
+VALUES = (
+    *BOTTOM,
+    "fedcil.tensors",
+    "fedcil.fold",
+    "fedcil.messages",
+    "fedcil.state",
+    "fedcil.stream",
+    "fedcil.losses",
+)
 EXPERIMENT = (
     *VALUES,
     "fedcil.allowed",
@@ -59,30 +67,31 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.keys": (("fedcil.threads",), ("numpy", "torch")),
     "fedcil.metrics": ((), ("numpy",)),
     "fedcil.losses": ((), ("torch",)),
-    "fedcil.messages": (("fedcil.errors", "fedcil.rule"), ("torch",)),
-    "fedcil.fold": (("fedcil.errors", "fedcil.messages", "fedcil.robust", "fedcil.rule"), ("torch",)),
-    "fedcil.state": (("fedcil.messages",), ("torch",)),
+    "fedcil.tensors": ((), ("torch",)),
+    "fedcil.robust": (("fedcil.errors", "fedcil.rule", "fedcil.tensors"), ("numpy", "torch")),
+    "fedcil.fold": (("fedcil.errors", "fedcil.robust", "fedcil.rule", "fedcil.tensors"), ("torch",)),
+    "fedcil.messages": (("fedcil.fold", "fedcil.rule", "fedcil.tensors"), ("torch",)),
+    "fedcil.state": (("fedcil.messages", "fedcil.tensors"), ("torch",)),
     "fedcil.files": ((), ()),
-    "fedcil.tensor_files": (("fedcil.files", "fedcil.messages"), ("torch", "safetensors")),
+    "fedcil.tensor_files": (("fedcil.files", "fedcil.tensors"), ("torch", "safetensors")),
     "fedcil.gradients": ((), ("torch",)),
     "fedcil.capture": ((), ("torch",)),
-    "fedcil.robust": (("fedcil.errors", "fedcil.messages", "fedcil.rule"), ("numpy", "torch")),
-    "fedcil.gather": (("fedcil.fold", "fedcil.messages", "fedcil.port"), ()),
+    "fedcil.gather": (("fedcil.fold", "fedcil.messages", "fedcil.port", "fedcil.tensors"), ()),
     "fedcil.wire": (
-        ("fedcil.errors", "fedcil.messages", "fedcil.tensor_files", "fedcil.robust", "fedcil.rule"),
+        ("fedcil.errors", "fedcil.messages", "fedcil.robust", "fedcil.rule", "fedcil.tensor_files", "fedcil.tensors"),
         ("torch", "safetensors"),
     ),
     "fedcil.hello": (("fedcil.errors", "fedcil.wire"), ()),
     "fedcil.packets": (("fedcil.errors",), ("flwr", "numpy")),
     "fedcil.port": (("fedcil.errors", "fedcil.messages"), ()),
-    "fedcil.stream": (BOTTOM, ("numpy",)),
-    "fedcil.partition": ((*BOTTOM, "fedcil.partitioners", "fedcil.stream"), ("numpy",)),
-    "fedcil.partitioners": (("fedcil.errors",), ("numpy",)),
+    "fedcil.stream": ((*BOTTOM, "fedcil.tables"), ("numpy",)),
+    "fedcil.partition": ((*BOTTOM, "fedcil.partitioners", "fedcil.stream", "fedcil.tables"), ("numpy",)),
+    "fedcil.partitioners": (("fedcil.errors", "fedcil.tables"), ("numpy",)),
     "fedcil.timeline": ((), ()),
-    "fedcil.population": ((*BOTTOM, "fedcil.timeline"), ("numpy",)),
+    "fedcil.population": ((*BOTTOM, "fedcil.tables", "fedcil.timeline"), ("numpy",)),
     "fedcil.traces": (("fedcil.errors",), ("numpy",)),
-    "fedcil.clock": (("fedcil.errors", "fedcil.keys"), ("numpy",)),
-    "fedcil.availability": ((*BOTTOM, "fedcil.timeline", "fedcil.traces"), ("numpy",)),
+    "fedcil.clock": (("fedcil.errors", "fedcil.keys", "fedcil.tables"), ("numpy",)),
+    "fedcil.availability": ((*BOTTOM, "fedcil.tables", "fedcil.timeline", "fedcil.traces"), ("numpy",)),
     "fedcil.tables": ((*BOTTOM,), ("pydantic",)),
     "fedcil.method_table": ((*BOTTOM, "fedcil.methods"), ()),
     "fedcil.scenario": ((*BOTTOM, "fedcil.method_table", "fedcil.methods", "fedcil.tables"), ("pydantic",)),
@@ -92,17 +101,17 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("pydantic", "tomli_w"),
     ),
     "fedcil.data": (
-        (*BOTTOM, "fedcil.data", "fedcil.files"),
+        (*BOTTOM, "fedcil.data", "fedcil.files", "fedcil.tables"),
         ("torch", "numpy", "PIL", "filelock"),
     ),
     "fedcil.data.download": ((*BOTTOM, "fedcil.data"), ("filelock", "torchvision")),
-    "fedcil.data.super_imagenet": ((*BOTTOM, "fedcil.data", "fedcil.files"), ("yaml",)),
+    "fedcil.data.super_imagenet": ((*BOTTOM, "fedcil.data", "fedcil.files", "fedcil.tables"), ("yaml",)),
     "fedcil.models": (
-        ("fedcil.dotted", "fedcil.errors", "fedcil.keys", "fedcil.messages", "fedcil.models"),
+        ("fedcil.dotted", "fedcil.errors", "fedcil.keys", "fedcil.models", "fedcil.tables", "fedcil.tensors"),
         ("torch",),
     ),
     "fedcil.cpu": ((), ("torch",)),
-    "fedcil.compute": (("fedcil.cpu", "fedcil.errors", "fedcil.messages", "fedcil.models"), ("torch",)),
+    "fedcil.compute": (("fedcil.cpu", "fedcil.errors", "fedcil.models", "fedcil.tensors"), ("torch",)),
     "fedcil.methods": (
         (*VALUES, "fedcil.capture", "fedcil.compute", "fedcil.gradients", "fedcil.models", "fedcil.methods"),
         ("torch", "pydantic"),
@@ -211,18 +220,12 @@ def modules() -> dict[str, Path]:
     return {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
 
 
-def only_for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
-def imports(path: Path, *, late: bool = True) -> set[str]:
-    """Modules that a file imports; without ``late`` only those at the top, as an import circle needs them."""
+def imports(path: Path) -> set[str]:
+    """Modules that a file names in an import: at its top, late in a function, or for its types alone."""
     found: set[str] = set()
     open_nodes: list[ast.AST] = [ast.parse(path.read_text())]
     while open_nodes:
         node = open_nodes.pop()
-        if only_for_types(node) or (not late and isinstance(node, ast.FunctionDef)):
-            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -293,7 +296,7 @@ def test_a_heavy_library_comes_late(module: str, library: str) -> None:
 
 def test_no_module_imports_itself_in_a_circle() -> None:
     graph = {
-        module: {name for name in imports(path, late=False) if name in MODULES and name != module}
+        module: {name for name in imports(path) if name in MODULES and name != module}
         for module, path in MODULES.items()
     }
     done: set[str] = set()

@@ -19,8 +19,9 @@ from fedcil.engines import forks
 from fedcil.engines.channel import Channel
 from fedcil.engines.fork_messages import Answering, Asking
 from fedcil.fold import Fold
-from fedcil.messages import Broadcast, Contribution, Failure, Job, Payload, Reply, Report, Request
+from fedcil.messages import Broadcast, Failure, Job, Payload, Reply, Report, Request
 from fedcil.rule import Rule
+from fedcil.tensors import Contribution
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes need memfd_create, which is Linux's")
 

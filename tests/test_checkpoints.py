@@ -17,11 +17,12 @@ import torch
 
 from fedcil.errors import NotResumable
 from fedcil.files import write_atomic
-from fedcil.messages import Payload, content_hash
+from fedcil.messages import Payload
 from fedcil.record import checkpoints
 from fedcil.record.checkpoints import Checkpoint, CheckpointFolder
 from fedcil.state import Cursor, RunState, ServerState
 from fedcil.tensor_files import read_tensors, write_tensors
+from fedcil.tensors import content_hash
 from scenarios.reliability.disk import DiskFault, FailingDisk, torn
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 import fedcil
 from client.states import StateStore
 from fedcil.experiment import open_experiment
-from fedcil.messages import Tensors
 from fedcil.record.run import Run
 from fedcil.scenario_file import load_scenario
+from fedcil.tensors import Tensors
 
 TASKS, ROUNDS, MEMBERS = 5, 4, 200
 METHODS: dict[str, dict[str, Any]] = {

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from client import handle as client
-from fedcil.messages import Answer, Broadcast, Contribution, Job, Outcome, Report, Request, Total
+from fedcil.messages import Answer, Broadcast, Job, Outcome, Report, Request
 from fedcil.rule import Rule
+from fedcil.tensors import Contribution, Total
 from server.session import Session
 
 META = torch.device("meta")

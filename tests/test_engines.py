@@ -24,9 +24,10 @@ from fedcil.engines import Setting
 from fedcil.engines.workers import WorkerShare
 from fedcil.errors import RunFailed
 from fedcil.experiment import open_experiment
-from fedcil.messages import Broadcast, Job, Report, Request, count_bytes
+from fedcil.messages import Broadcast, Job, Report, Request
 from fedcil.port import StopSignal
 from fedcil.scenario_file import load_scenario
+from fedcil.tensors import count_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 

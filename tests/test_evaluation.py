@@ -12,10 +12,10 @@ from torch import Tensor
 from fedcil.compute import Compute
 from fedcil.data.dataset import Split
 from fedcil.experiment import Experiment, open_experiment
-from fedcil.messages import Tensors
 from fedcil.models.network import Network, grow_head
 from fedcil.scenario_file import load_scenario
 from fedcil.state import ServerState
+from fedcil.tensors import Tensors
 from server import evaluation
 from server.evaluation import Evaluator
 

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from fedcil.fold import Fold
 from fedcil.keys import Key
-from fedcil.messages import Contribution, content_hash
 from fedcil.methods.base import Batch, Phase
 from fedcil.methods.fedavg import FedAvg
 from fedcil.models.network import state_of
 from fedcil.state import ServerState
 from fedcil.stream import Task
+from fedcil.tensors import Contribution, content_hash
 
 TASK = Task(1, 2, 4)
 TRAIN = Phase(name="train", rounds=1)

@@ -18,12 +18,13 @@ from client.training import Recipe, local_sgd
 from client.worker import Shared
 from fedcil.keys import Key
 from fedcil.losses import distillation
-from fedcil.messages import Job, Tensors, content_hash
+from fedcil.messages import Job
 from fedcil.methods.base import Batch, Samples
 from fedcil.methods.feder import FedER, herding, join
 from fedcil.models.network import Network, state_of
 from fedcil.stream import Task
 from fedcil.tables import TrainingSection
+from fedcil.tensors import Tensors, content_hash
 
 
 def features(count: int, width: int, seed: int) -> Tensor:

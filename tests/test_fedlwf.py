@@ -10,7 +10,7 @@ import torch
 
 from client.training import Recipe, local_sgd
 from fedcil.keys import Key
-from fedcil.messages import Payload, content_hash
+from fedcil.messages import Payload
 from fedcil.methods.base import Batch, Method, Prepared, Samples, prefixed
 from fedcil.methods.fedavg import FedAvg
 from fedcil.methods.fedlwf import FedLwF
@@ -18,6 +18,7 @@ from fedcil.models.network import Network, freeze, grow_head, snapshot, state_of
 from fedcil.state import ServerState
 from fedcil.stream import Task
 from fedcil.tables import TrainingSection
+from fedcil.tensors import content_hash
 
 
 def test_the_loss_by_hand(small: Any) -> None:

@@ -9,12 +9,12 @@ import torch
 
 from client.training import Recipe, local_sgd
 from fedcil.keys import Key
-from fedcil.messages import content_hash
 from fedcil.methods.base import Batch, Method, Samples
 from fedcil.methods.fedavg import FedAvg
 from fedcil.methods.fedprox import FedProx
 from fedcil.models.network import Network, snapshot, state_of
 from fedcil.tables import TrainingSection
+from fedcil.tensors import content_hash
 
 
 def gradients(small: Any, method: Method, model: Network, start: Network) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedcil.errors import RunFailed
 from fedcil.fold import Fold
-from fedcil.messages import Contribution, Total, content_hash
+from fedcil.tensors import Contribution, Total, content_hash
 
 
 def contribution(position: int) -> Contribution:

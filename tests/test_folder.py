@@ -21,13 +21,13 @@ import torch
 from fedcil import cpu
 from fedcil.errors import FolderBusy, InputError, NotResumable, RunFailed
 from fedcil.experiment import Experiment, open_experiment
-from fedcil.messages import content_hash
 from fedcil.record.figures import partition_figure
 from fedcil.record.folder import PACKAGES, RunFolder
 from fedcil.record.run import open_run, ragged
 from fedcil.scenario_file import load_scenario
 from fedcil.sources import revision
 from fedcil.state import Cursor, RunState, ServerState
+from fedcil.tensors import content_hash
 
 
 def experiment(*overrides: str) -> Experiment:

@@ -199,7 +199,7 @@ def test_processes_of_a_changed_program_are_not_used(tmp_path: Path, monkeypatch
 SPEAKING = """
 import torch
 from fedcil.methods.base import Method
-from fedcil.section import MethodSettings
+from fedcil.methods.settings import MethodSettings
 
 class Speaking(MethodSettings):
     def build(self):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fedcil.fold import Fold
 from fedcil.gather import Gathered, cut
-from fedcil.messages import Broadcast, Contribution, Failure, Job, Reply, Report, Request, content_hash
+from fedcil.messages import Broadcast, Failure, Job, Reply, Report, Request
+from fedcil.tensors import Contribution, content_hash
 
 CLIENTS = (3, 5, 8, 9)
 REQUEST = Request(

@@ -24,7 +24,7 @@ MODULE = """
 import torch
 from torch.nn import functional as F
 from fedcil.methods.base import Method
-from fedcil.section import MethodSettings
+from fedcil.methods.settings import MethodSettings
 
 broken = False
 

@@ -16,7 +16,7 @@ WAIT_S = 200.0  # for what takes seconds on an idle machine: only what never end
 HANGS = """
 import time
 from fedcil.methods.base import Method
-from fedcil.section import MethodSettings
+from fedcil.methods.settings import MethodSettings
 
 
 class Hangs(MethodSettings):

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import fedcil
 from fedcil.errors import RunFailed
-from fedcil.messages import Contribution
 from fedcil.methods.base import Batch, Draws, Method, Phase, Prepared, Samples
+from fedcil.methods.settings import MethodSettings
 from fedcil.models.network import Network
-from fedcil.section import MethodSettings
 from fedcil.stream import Task
+from fedcil.tensors import Contribution
 
 HOLD = threading.Event()
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fedcil.errors import Stopped
 from fedcil.keys import Key
-from fedcil.messages import Payload, content_hash
+from fedcil.messages import Payload
 from fedcil.methods import inversion
 from fedcil.methods.base import Boundary, part
 from fedcil.methods.inversion import (
@@ -43,6 +43,7 @@ from fedcil.models.network import (
     state_of,
 )
 from fedcil.state import ServerState
+from fedcil.tensors import content_hash
 
 TAPS = (0.111703, 0.236476, 0.303641, 0.236476, 0.111703)
 ALL = Weights(

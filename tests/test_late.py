@@ -13,11 +13,12 @@ import fedcil
 from fedcil.clock import asked_clients
 from fedcil.engines.inline import InlinePort
 from fedcil.errors import ScenarioError
-from fedcil.messages import Outcome, Request, Total
+from fedcil.messages import Outcome, Request
 from fedcil.port import ClientDone
 from fedcil.record.run import Run
 from fedcil.scenario_file import load_scenario
 from fedcil.state import Pending
+from fedcil.tensors import Total
 from server.late import stale_weight, with_late
 
 Lines = list[dict[str, Any]]

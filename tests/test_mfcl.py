@@ -21,7 +21,6 @@ from client.training import Recipe, local_sgd
 from fedcil.errors import ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.keys import Key
-from fedcil.messages import content_hash
 from fedcil.methods import mfcl
 from fedcil.methods.base import Batch, Method, Samples
 from fedcil.methods.mfcl import MFCL, new_class_loss
@@ -31,6 +30,7 @@ from fedcil.models.network import Backbone, Network, grow_head, set_norm_updates
 from fedcil.scenario_file import load_scenario
 from fedcil.stream import Task
 from fedcil.tables import ModelSection, TrainingSection
+from fedcil.tensors import content_hash
 
 Step = tuple[Tensor, Tensor, Tensor]
 

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torchvision.models import resnet18 as torchvision_resnet18
 
 from fedcil.keys import Key
-from fedcil.messages import content_hash, count_bytes
 from fedcil.models import Architecture, make_architecture
 from fedcil.models.frozen import fold_norms
 from fedcil.models.generator import Generator
@@ -37,6 +36,7 @@ from fedcil.models.network import (
 )
 from fedcil.models.resnet import Block, Stem, resnet18
 from fedcil.tables import ModelSection
+from fedcil.tensors import content_hash, count_bytes
 from scenarios.benchmarks.stacked import WideTeachers
 
 

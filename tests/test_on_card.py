@@ -21,10 +21,11 @@ from client.states import StateStore
 from client.worker import Shared, Worker
 from fedcil.engines import gpu
 from fedcil.experiment import open_experiment
-from fedcil.messages import Broadcast, Job, Payload, Request, moved
+from fedcil.messages import Broadcast, Job, Payload, Request
 from fedcil.methods import METHODS
 from fedcil.methods.afcl import projection
 from fedcil.scenario_file import load_scenario
+from fedcil.tensors import moved
 from scenarios.benchmarks.ladder import EQUAL, differ
 from scenarios.benchmarks.material import TINY as TINY_WORK
 from scenarios.benchmarks.material import Material
@@ -130,7 +131,7 @@ MODULE = """
 import numpy as np
 from torch.nn import functional as F
 from fedcil.methods.base import Method
-from fedcil.section import MethodSettings
+from fedcil.methods.settings import MethodSettings
 
 
 class Waiting(MethodSettings):

@@ -18,12 +18,12 @@ from client.training import layers_draw
 from fedcil.compute import Compute
 from fedcil.errors import ScenarioError
 from fedcil.keys import Key
-from fedcil.messages import Tensors, content_hash
 from fedcil.models import Architecture, make_architecture
 from fedcil.models.network import Backbone, drop_counters, initialise, set_norm_updates, snapshot, state_of
 from fedcil.models.own import Manners, try_out
 from fedcil.record.checkpoints import CheckpointFolder
 from fedcil.tables import ModelSection
+from fedcil.tensors import Tensors, content_hash
 
 SOURCE = '''
 import torch

@@ -34,7 +34,7 @@ import torch
 from collections.abc import Callable
 from fedcil.losses import *
 from fedcil.methods.base import Method, Phase
-from fedcil.section import MethodSettings
+from fedcil.methods.settings import MethodSettings
 
 class Mine(MethodSettings):
     how: Callable[[int], int] | None = None  # no JSON schema has a word for it
@@ -115,7 +115,7 @@ def test_options_of_any_type_do_no_harm(mine: Any, tmp_path: Path) -> None:
 
 
 FIT = """
-from fedcil.messages import Contribution
+from fedcil.tensors import Contribution
 from fedcil.state import ServerState
 
 def fit(network, samples, task, images):

@@ -17,7 +17,7 @@ MODULE = """
 import os, time
 import torch
 from fedcil.methods.base import Method
-from fedcil.section import MethodSettings
+from fedcil.methods.settings import MethodSettings
 
 
 class Odd(MethodSettings):

@@ -22,11 +22,11 @@ import fedcil
 from fedcil.errors import MessageRefused, RunFailed, ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.fold import Fold
-from fedcil.messages import Contribution, Tensors, Total, content_hash
 from fedcil.record.summary import finish
 from fedcil.robust import admissible, distance, krum_order, median, multi_krum, trimmed_mean
 from fedcil.rule import PLAIN, Rule
 from fedcil.scenario_file import load_scenario
+from fedcil.tensors import Contribution, Tensors, Total, content_hash
 from fedcil.wire import pack, unpack
 from scenarios.reliability.loopback import LIMIT, LoopbackGrid, Weather, run_over, violations
 

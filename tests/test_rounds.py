@@ -17,13 +17,14 @@ import torch
 from fedcil.errors import InputError, RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment, make_timeline, open_experiment
 from fedcil.gather import Gathered
-from fedcil.messages import Contribution, Outcome, Payload, Report, Request, content_hash, count_bytes
+from fedcil.messages import Outcome, Payload, Report, Request
 from fedcil.methods.base import Boundary, Notice, Phase
 from fedcil.population import make_population
 from fedcil.port import ClientDone, StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.scenario_file import load_scenario
 from fedcil.state import Cursor, RunState, ServerState
+from fedcil.tensors import Contribution, content_hash, count_bytes
 from server.rounds import evaluation_due, run_tasks
 from server.session import open_session
 from server.verdict import round_status

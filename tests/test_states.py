@@ -9,7 +9,7 @@ import torch
 
 from client.states import StateStore
 from fedcil.errors import RunFailed
-from fedcil.messages import content_hash
+from fedcil.tensors import content_hash
 
 KEPT = {"images": torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4, 1), "labels": torch.tensor([1, 0])}
 

@@ -68,7 +68,7 @@ def test_a_terminal_without_a_character_shows_another(tmp_path: Path, monkeypatc
 
 TALKATIVE = """
 from fedcil.methods.base import Method
-from fedcil.section import MethodSettings
+from fedcil.methods.settings import MethodSettings
 from torch.nn import functional as F
 print("at import")
 

@@ -26,11 +26,12 @@ from fedcil.errors import Stopped
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.gradients import as_stored, gradients
 from fedcil.keys import Key
-from fedcil.messages import Answer, Broadcast, Contribution, Failure, Job, Report, Request, Tensors, content_hash
+from fedcil.messages import Answer, Broadcast, Failure, Job, Report, Request
 from fedcil.methods.base import Batch, Method, Phase, Samples
 from fedcil.models.network import Network, grow_head, snapshot, state_of
 from fedcil.scenario_file import load_scenario
 from fedcil.tables import TrainingSection
+from fedcil.tensors import Contribution, Tensors, content_hash
 from server.cohort import eligible
 
 # --- schedule ---------------------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcil.errors import MessageRefused
-from fedcil.messages import Broadcast, Contribution, Failure, Payload, Report, Tensors, content_hash
+from fedcil.messages import Broadcast, Failure, Payload, Report
 from fedcil.tensor_files import tensor_bytes
+from fedcil.tensors import Contribution, Tensors, content_hash
 from fedcil.wire import (
     DIGEST_BYTES,
     MAGIC,

@@ -15,10 +15,10 @@ from fedcil.engines.gpu import COPIES
 from fedcil.engines.workers import in_processes, worker_count
 from fedcil.experiment import Experiment
 from fedcil.keys import Key
-from fedcil.messages import Tensors, count_bytes
 from fedcil.methods.base import Phase
 from fedcil.models.network import count_parameters, grow_head
 from fedcil.stream import Task
+from fedcil.tensors import Tensors, count_bytes
 
 TORCH_MB = 570  # resident after the first step of a small network
 PROCESSES_MB = 460  # worker processes of a long run: a second torch, which all of them share

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedcil.messages import Tensors
+from fedcil.tensors import Tensors
 
 ALIGNED = 64  # bytes: where each tensor begins is a multiple of it
 LENGTH = struct.Struct("Q")  # before each header

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedcil.fold import Fold, Interval
-from fedcil.messages import Failure, Job, Reply, Report, Tensors, Total
+from fedcil.messages import Failure, Job, Reply, Report
+from fedcil.tensors import Tensors, Total
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from fedcil.engines.channel import Channel
 from fedcil.engines.flat import report_of_row, row_of_job, row_of_report
 from fedcil.engines.workers import CpuSeconds
 from fedcil.fold import Fold, Interval
-from fedcil.messages import Broadcast, Failure, Job, Payload, Reply, Request, Total
+from fedcil.messages import Broadcast, Failure, Job, Payload, Reply, Request
 from fedcil.rule import Rule
+from fedcil.tensors import Total
 from fedcil.wire import place_of
 
 

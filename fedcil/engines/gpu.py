@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from client.training import LocalSGD
 from fedcil.errors import ScenarioError
 from fedcil.experiment import Experiment
-from fedcil.messages import count_bytes
 from fedcil.models.network import trained_parameters
+from fedcil.tensors import count_bytes
 
 CONTEXT_BYTES = 600 << 20  # of a process, for CUDA itself and the code of its kernels
 MARGIN = 1.25  # what an allocator reserves over what is used

@@ -27,8 +27,9 @@ from fedcil.engines.forks import Fork, Forks
 from fedcil.engines.loaded_files import LoadedFiles
 from fedcil.engines.workers import in_processes, may_use_processes, worker_count
 from fedcil.gather import Gathered, cut
-from fedcil.messages import Outcome, Reply, Request, count_bytes
+from fedcil.messages import Outcome, Reply, Request
 from fedcil.port import ClientDone, Port, StopSignal, remaining
+from fedcil.tensors import count_bytes
 from fedcil.threads import Threads
 
 T = TypeVar("T")

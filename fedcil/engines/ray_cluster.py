@@ -18,8 +18,8 @@ from fedcil.engines.signals import ENDS, kept_from_children
 from fedcil.engines.workers import WorkerShare
 from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
-from fedcil.messages import count_bytes
 from fedcil.port import StopSignal
+from fedcil.tensors import count_bytes
 
 DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
 ANSWER_S = 10.0  # for somebody at an address to answer

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedcil.keys import Key
-from fedcil.messages import Contribution, Tensors, Total
 from fedcil.methods.base import Method, Phase, Samples, predict_with_head, replace_model
+from fedcil.methods.settings import MethodSettings
 from fedcil.models.network import Network
-from fedcil.section import Above0, MethodSettings
+from fedcil.section import Above0
 from fedcil.state import ServerState
 from fedcil.stream import Task
+from fedcil.tensors import Contribution, Tensors, Total
 
 BATCH = 512
 

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from fedcil.compute import Compute
 from fedcil.errors import RunFailed
 from fedcil.keys import Key
-from fedcil.messages import Contribution, Payload, Tensors, Total
+from fedcil.messages import Payload
 from fedcil.models.network import Network
 from fedcil.state import ServerState
 from fedcil.stream import Task
+from fedcil.tensors import Contribution, Tensors, Total
 
 Prepared = Any
 """Whatever a method's ``prepare`` returned; only that method looks inside."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fedcil.losses import cross_entropy_new
 from fedcil.methods.base import Batch, Draws, Method, Prepared
+from fedcil.methods.settings import MethodSettings
 from fedcil.models.network import Network
-from fedcil.section import MethodSettings
 
 
 class FedAvg(MethodSettings):

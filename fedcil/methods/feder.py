@@ -17,12 +17,13 @@ from torch.nn import functional as F
 
 from fedcil.compute import Compute
 from fedcil.losses import distillation
-from fedcil.messages import Tensors, count_bytes
 from fedcil.methods.base import Batch, ClientMemory, Draws, Method, Phase, Prepared, Samples
+from fedcil.methods.settings import MethodSettings
 from fedcil.methods.teacher import teacher_becomes_payload, teacher_from
 from fedcil.models.network import Network
-from fedcil.section import Above0, MethodSettings, NonNegative, Positive
+from fedcil.section import Above0, NonNegative, Positive
 from fedcil.stream import Task
+from fedcil.tensors import Tensors, count_bytes
 
 
 class FedER(MethodSettings):

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fedcil.compute import Compute
 from fedcil.losses import cross_entropy_new, distillation
-from fedcil.messages import Tensors, count_bytes
 from fedcil.methods.base import Batch, Draws, Method, Prepared
+from fedcil.methods.settings import MethodSettings
 from fedcil.methods.teacher import teacher_becomes_payload, teacher_from
 from fedcil.models.network import Network
-from fedcil.section import Above0, MethodSettings, NonNegative
+from fedcil.section import Above0, NonNegative
+from fedcil.tensors import Tensors, count_bytes
 
 
 class FedLwF(MethodSettings):

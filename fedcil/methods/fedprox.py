@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fedcil.losses import proximal
 from fedcil.methods.base import Batch, Draws, Method, Prepared, cross_entropy_seen
+from fedcil.methods.settings import MethodSettings
 from fedcil.models.network import Network
-from fedcil.section import MethodSettings, NonNegative
+from fedcil.section import NonNegative
 
 
 class FedProx(MethodSettings):

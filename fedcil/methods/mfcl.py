@@ -28,17 +28,19 @@ from fedcil.capture import repeatable
 from fedcil.compute import Compute
 from fedcil.errors import ScenarioError
 from fedcil.keys import Key
-from fedcil.messages import Payload, Tensors, count_bytes
+from fedcil.messages import Payload
 from fedcil.methods.adam import Adam
 from fedcil.methods.base import Batch, Boundary, Draws, Method, Notice, Prepared, Progress, part, prefixed
 from fedcil.methods.inversion import Weights, generator_loss, running_norms, to_floats
 from fedcil.methods.replay import Replay, draw_pool, drawn
+from fedcil.methods.settings import ExtraImages, MethodSettings
 from fedcil.models import Architecture
 from fedcil.models.generator import Generator, default_upsamplings
 from fedcil.models.network import Network, allocate, freeze, initialise, load_state, snapshot, state_of
-from fedcil.section import Above0, Count, ExtraImages, MethodSettings, NonNegative, Positive
+from fedcil.section import Above0, Count, NonNegative, Positive
 from fedcil.state import ServerState
 from fedcil.stream import Task
+from fedcil.tensors import Tensors, count_bytes
 
 COVERAGE_IMAGES = 4096  # drawn at a boundary to see which classes the generator makes
 

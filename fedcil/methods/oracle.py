@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fedcil.methods.base import Method
-from fedcil.section import MethodSettings
+from fedcil.methods.settings import MethodSettings
 
 
 class Oracle(MethodSettings):

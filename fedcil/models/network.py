@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fedcil.messages import Tensors
+from fedcil.tensors import Tensors
 
 Module = TypeVar("Module", bound=nn.Module)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)

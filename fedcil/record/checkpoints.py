@@ -17,9 +17,10 @@ import torch
 
 from fedcil.errors import NotResumable
 from fedcil.files import write_atomic
-from fedcil.messages import Payload, Tensors, Total, content_hash, moved
+from fedcil.messages import Payload
 from fedcil.state import Cursor, Pending, RunState, ServerState
 from fedcil.tensor_files import named_path, read_named, write_tensors
+from fedcil.tensors import Tensors, Total, content_hash, moved
 
 FORMAT = 1
 KEPT = 2

@@ -28,7 +28,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedcil.compute import Precision, apply_precision, resolve_device, resolve_precision
-from fedcil.messages import Tensors
+from fedcil.tensors import Tensors
 from scenarios.benchmarks import machine
 from scenarios.benchmarks.material import EXACT, PAPER, TINY, Material, Work, plain_networks
 from scenarios.benchmarks.rungs import POOLS, RUNGS, Round, Rung

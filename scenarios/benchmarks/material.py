@@ -17,13 +17,14 @@ from fedcil.compute import Compute, Precision
 from fedcil.data.augment import PAD, make_batch
 from fedcil.fold import Fold
 from fedcil.keys import Key
-from fedcil.messages import Contribution, Payload, Tensors
+from fedcil.messages import Payload
 from fedcil.methods.base import Samples, part
 from fedcil.methods.mfcl import MFCL
 from fedcil.models import make_architecture
 from fedcil.models.network import Network, initialise, snapshot
 from fedcil.stream import Task
 from fedcil.tables import ModelSection, TrainingSection
+from fedcil.tensors import Contribution, Tensors
 from scenarios.benchmarks.plain import MEAN, STD
 from scenarios.benchmarks.step import KEY, RELEASED, SHAPE, TASK, make_payload
 

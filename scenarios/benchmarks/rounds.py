@@ -25,10 +25,11 @@ from fedcil.data import Dataset, Split, digest_of
 from fedcil.engines import Setting
 from fedcil.engines.inline import InlinePort
 from fedcil.experiment import Experiment, open_experiment
-from fedcil.messages import Broadcast, Job, Request, Tensors
+from fedcil.messages import Broadcast, Job, Request
 from fedcil.port import StopSignal
 from fedcil.scenario_file import load_scenario
 from fedcil.state import Cursor
+from fedcil.tensors import Tensors
 from scenarios.benchmarks.nets import CLASSES, build
 from scenarios.benchmarks.peers.session import Session
 from scenarios.benchmarks.plain import BATCH, MEAN, RATE, STD, PlainLoop

@@ -17,12 +17,12 @@ from client.lanes import Lane, local_sgd_in_lanes, make_streams
 from client.training import LocalSGD, Recipe, local_sgd
 from fedcil.capture import repeatable
 from fedcil.compute import Precision
-from fedcil.messages import Tensors
 from fedcil.methods.adam import Adam
 from fedcil.methods.base import Batch, part
 from fedcil.methods.inversion import generator_loss
 from fedcil.methods.replay import Replay
 from fedcil.models.network import Network, initialise, load_state, set_norm_updates, snapshot, state_of
+from fedcil.tensors import Tensors
 from scenarios.benchmarks import authors_order
 from scenarios.benchmarks.material import KEY, TASK, Material, plain_networks
 from scenarios.benchmarks.stacked import WideTeachers, local_sgd_stacked

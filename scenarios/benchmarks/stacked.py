@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from client.training import LocalSGD, Recipe, Trained, cut_epoch, inputs
 from fedcil.compute import Compute
 from fedcil.keys import Key
-from fedcil.messages import Tensors
 from fedcil.methods.base import Samples
 from fedcil.models.network import Network, set_norm_updates, state_of
 from fedcil.tables import TrainingSection
+from fedcil.tensors import Tensors
 
 Loss = Callable[[Network, Tensor, Tensor, Any], Tensor]
 """(network, images, labels, draws) -> ()."""

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from fedcil.engines.workers import SMALL_BYTES
-from fedcil.messages import count_bytes
+from fedcil.tensors import count_bytes
 from scenarios.benchmarks.nets import build
 from scenarios.benchmarks.peers.session import children_cpu
 from scenarios.benchmarks.rounds import OurLoop, our_loop

@@ -15,8 +15,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from fedcil.messages import content_hash
 from fedcil.record.checkpoints import Checkpoint, CheckpointFolder
+from fedcil.tensors import content_hash
 from scenarios.reliability.common import (
     CLEAR,
     Command,

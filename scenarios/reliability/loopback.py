@@ -20,11 +20,11 @@ import fedcil
 from client.app import app
 from fedcil.experiment import Experiment
 from fedcil.fold import Fold
-from fedcil.messages import Contribution, content_hash
 from fedcil.packets import packet_of, packet_record
 from fedcil.port import StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.record.summary import finish
+from fedcil.tensors import Contribution, content_hash
 from fedcil.wire import unpack, unpack_broadcast
 from server.grid import GridPort
 from server.rounds import run_tasks

@@ -26,9 +26,10 @@ import torch
 
 from fedcil.errors import MessageRefused
 from fedcil.gather import Gathered
-from fedcil.messages import BORDER, Broadcast, Contribution, Failure, Job, Report, Request, Tensors, content_hash
+from fedcil.messages import BORDER, Broadcast, Failure, Job, Report, Request
 from fedcil.robust import distance
 from fedcil.rule import Rule
+from fedcil.tensors import Contribution, Tensors, content_hash
 from fedcil.wire import DIGEST_BYTES, PREFIX, Answer, Expected, admit, pack_answer, spec_of
 
 LIMIT = 1 << 20
