@@ -57,7 +57,7 @@ class Sweep:
 
 SWEEPS = (
     Sweep(
-        "borders",
+        "boundaries",
         "(i) replaced at each task boundary, % of 20 members",
         20,
         "replaced_per_task",
