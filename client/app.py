@@ -95,7 +95,7 @@ def find_payload(message: Message, name: str, home: Path) -> Payload | None:
         packet = packet_of(message.content["payload"])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, packet)
-        forget_old(path.parent)
+        forget_old(path.parent, but=path)
         return unpack_payload(packet, limit=LIMIT)
     try:
         payload = unpack_payload(path.read_bytes(), limit=LIMIT)
@@ -104,11 +104,12 @@ def find_payload(message: Message, name: str, home: Path) -> Payload | None:
     return payload if payload.hash == name else None
 
 
-def forget_old(folder: Path) -> None:
+def forget_old(folder: Path, but: Path) -> None:
     """A payload is for one task; whoever needs an old one again is sent it again. Simulated nodes share the folder: one
-    that forgets at the same time may be faster, and then there is nothing left to do.
+    that forgets at the same time may be faster, and then there is nothing left to do. ``but`` stays, whatever the
+    clock says of it.
     """
     with contextlib.suppress(FileNotFoundError):
-        newest = sorted(folder.glob("*.packet"), key=lambda path: path.stat().st_mtime_ns)
-        for path in newest[:-KEPT_PAYLOADS]:
+        others = sorted((path for path in folder.glob("*.packet") if path != but), key=lambda p: p.stat().st_mtime_ns)
+        for path in others[: 1 - KEPT_PAYLOADS]:
             path.unlink()

@@ -252,7 +252,10 @@ def finite(tensors: Tensors) -> bool:
 def _fit(network: Network, own: Samples, task: Task, shared: Shared) -> Contribution:
     network.eval()
     with torch.no_grad():
-        return shared.experiment.method.fit(network, own, task, shared.stored.normalised)
+        given = shared.experiment.method.fit(network, own, task, shared.stored.normalised)
+    if not all(tensor.isfinite().all() for tensor in given.tensors.values()):
+        raise ClientProblem("what it measured is not finite", where="fit")
+    return given
 
 
 def _remember(job: Job, network: Network, own: Samples, task: Task, shared: Shared) -> tuple[str, int]:

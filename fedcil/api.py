@@ -49,7 +49,6 @@ def run(
         load_engine(scenario.engine.name)
         experiment = open_experiment(scenario, root, show_progress=watcher is not None)
         folder, state = RunFolder.create(Path(output), experiment), experiment.first_state()
-    folder.checkpoint(state)  # from here on a run can be resumed, whatever the engine does
     return _carry_on(experiment, folder, state, root, figures, watcher, stop)
 
 
@@ -87,7 +86,6 @@ def resume(
             where=str(folder.path),
             next=f"continue it there, as with `fedcil deploy local {folder.path}`",
         )
-    state = state.to(experiment.compute.device)  # checkpoints are read on the CPU
     return _carry_on(experiment, folder, state, root, figures, watcher, stop)
 
 
@@ -113,6 +111,7 @@ def _carry_on(
         run_tasks(open_session(experiment, folder, port, watcher, stop), state)
 
     try:
+        folder.checkpoint(state)  # from here on a run can be resumed, whatever the engine does
         serve(setting, loop)
         with on_disk(folder.path):
             finished = finish(folder)

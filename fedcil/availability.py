@@ -6,7 +6,7 @@ is in fedcil/traces.py. Who is a member at all is another question (fedcil/popul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcil.traces import Clients, recorded, trace
+from fedcil.traces import recorded, trace
 
 if TYPE_CHECKING:
     from fedcil.keys import Key
@@ -26,12 +26,14 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """(task, phase, round) -> the clients that can be reached then. ``digest``: of what a file says, if one does."""
+    """(task, phase, round) -> who can be reached then, (clients,), to be read only. ``digest``: of what a file says, if
+    one does.
+    """
 
-    present: Callable[[int, int, int], Clients]
+    present: Callable[[int, int, int], Mask]
     digest: str | None = None
 
-    def __call__(self, task: int, phase: int, round: int) -> Clients:
+    def __call__(self, task: int, phase: int, round: int) -> Mask:
         return self.present(task, phase, round)
 
 
@@ -42,21 +44,25 @@ def make_availability(section: AvailabilitySection, clients: int, key: Key, time
     """
     key = key.at("availability")
     if section.name == "recorded":
-        return Availability(*recorded(Path(str(section.file)), clients, timeline.places()))
+        answered, digest = recorded(Path(str(section.file)), clients, timeline.places())
+        return Availability(lambda *place: mask_of(answered(*place), clients), digest)
     if section.name == "always":
-        everyone = frozenset(range(clients))
+        everyone = np.ones(clients, dtype=np.bool_)
         return Availability(lambda *_: everyone)
     if section.name == "bernoulli":
-        return Availability(lambda *place: _ids(key.at(*place).numpy().random(clients) < section.probability))
+        return Availability(lambda *place: key.at(*place).numpy().random(clients) < section.probability)
     if section.name == "trace":
         there, digest = trace(Path(str(section.file)), clients)
-        return Availability(lambda *place: there(timeline.round_number(*place)), digest)
+        return Availability(lambda *place: mask_of(there(timeline.round_number(*place)), clients), digest)
     model = Markov(section, clients, key) if section.name == "markov" else Diurnal(section, clients, key)
-    return Availability(lambda *place: _ids(model.at(timeline.round_number(*place))))
+    return Availability(lambda *place: model.at(timeline.round_number(*place)))
 
 
-def _ids(mask: Mask) -> Clients:
-    return frozenset(np.flatnonzero(mask).tolist())
+def mask_of(ids: Collection[int], clients: int) -> Mask:
+    """Which of the clients 0..clients - 1 are among ``ids``, (clients,)."""
+    mask = np.zeros(clients, dtype=np.bool_)
+    mask[np.fromiter(ids, dtype=np.int64, count=len(ids))] = True
+    return mask
 
 
 class Markov:

@@ -58,7 +58,12 @@ def described(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(OTHERS)] or frames
     place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {error}{place}"
+    return printable(f"{type(error).__name__}: {error}{place}")
+
+
+def printable(text: str) -> str:
+    """Without what no file and no terminal takes: halves of characters, as in a file's name that is not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 _ROOT = Path(__file__).parent.parent

@@ -116,9 +116,12 @@ def _scaled(tensors: list[Tensor], weight: float) -> Sequence[Tensor]:
     return torch._foreach_mul(tensors, torch.tensor(weight, dtype=torch.float32) if plain else weight)
 
 
-def misfit(what: str) -> RunFailed:
+class Misfit(RunFailed):
     """What a round cannot go on with: no client is more wrong than another."""
-    return RunFailed(
+
+
+def misfit(what: str) -> Misfit:
+    return Misfit(
         f"contributions that cannot be summed: {what}",
         where="method",
         allowed="the same names and shapes from every client of a round",

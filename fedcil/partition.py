@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from fedcil.dotted import load_dotted
 from fedcil.errors import InputError, ScenarioError, described
+from fedcil.files import write_atomic
 from fedcil.partitioners import PARTITIONERS, Ints, Partitioner, Rng
 
 if TYPE_CHECKING:
@@ -65,12 +67,13 @@ def make_partition(
 
 
 def save_partition(path: str | Path, parts: Sequence[TaskPartition]) -> None:
-    """Write ``task<i>_indices`` and ``task<i>_offsets`` of each task to an npz file, without pickle."""
+    """Write ``task<i>_indices`` and ``task<i>_offsets`` of each task to an npz file, whole or not at all."""
     arrays: dict[str, Any] = {}
     for task, part in enumerate(parts):
         arrays |= {f"task{task}_indices": part.indices, f"task{task}_offsets": part.offsets}
-    with Path(path).open("wb") as file:  # an open file keeps numpy from changing the name
-        np.savez(file, allow_pickle=False, **arrays)
+    content = BytesIO()
+    np.savez(content, **arrays)  # numbers: nothing to pickle
+    write_atomic(Path(path), content.getvalue())
 
 
 def load_partition(path: str | Path) -> tuple[TaskPartition, ...]:
@@ -78,7 +81,8 @@ def load_partition(path: str | Path) -> tuple[TaskPartition, ...]:
     try:
         with Path(path).open("rb") as file:
             arrays = np.load(file, allow_pickle=False)
-            return tuple(_load_task(arrays, task) for task in range((len(arrays.files) + 1) // 2))
+            tasks = sum(name.endswith("_offsets") for name in arrays.files)
+            return tuple(_load_task(arrays, task) for task in range(max(1, tasks)))
     except (OSError, EOFError, ValueError, KeyError, AttributeError, BadZipFile) as error:
         raise InputError(
             f"not a partition: {error}",

@@ -20,8 +20,8 @@ ClientDone = Callable[[int], None]
 class Port(Protocol):
     """An engine, as the round loop sees it."""
 
-    def reachable(self) -> frozenset[int]:
-        """The clients that could be asked now."""
+    def reachable(self) -> frozenset[int] | None:
+        """The clients that could be asked now; None: all of them."""
         ...
 
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:

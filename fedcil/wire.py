@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from fedcil.errors import MessageRefused
+from fedcil.errors import MessageRefused, printable
 from fedcil.messages import Answer, Broadcast, Failure, Payload, Report
 from fedcil.robust import admissible
 from fedcil.rule import PLAIN, Rule
@@ -173,7 +173,7 @@ def _failure(client: int, value: Any) -> Failure:
     stage, reason = value.get("stage"), value.get("reason")
     if not (isinstance(stage, str) and isinstance(reason, str)):
         raise MessageRefused("a failure without stage and reason")
-    return Failure(client, stage[:100], reason[:500])
+    return Failure(client, printable(stage[:100]), printable(reason[:500]))
 
 
 def _report(client: int, value: Any, tensors: Tensors, expected: Expected) -> Report:

@@ -74,7 +74,6 @@ def enter(path: Path, experiment: Experiment) -> tuple[RunFolder, RunState]:
 
 def serve(grid: Grid, experiment: Experiment, folder: RunFolder, state: RunState, min_clients: int) -> None:
     keep_freed_memory()
-    state = state.to(experiment.compute.device)  # checkpoints are read on the CPU
     try:
         port = GridPort(grid, experiment, folder.path.name, StopSignal(), state.nodes, min_clients)
         run_tasks(open_session(experiment, folder, port), state)

@@ -7,15 +7,20 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcil.availability import Mask, mask_of
 from fedcil.keys import Key
 from fedcil.methods.base import Phase
 
 
-def eligible(present: Collection[int], counts: NDArray[np.int64], least: int) -> NDArray[np.int64]:
-    """Clients that are there and have at least so many samples in this task, sorted."""
-    there = np.zeros(len(counts), dtype=np.bool_)
-    there[np.fromiter(present, dtype=np.int64, count=len(present))] = True
-    return np.flatnonzero(there & (counts >= least))
+def eligible(
+    here: Mask, reachable: Collection[int] | None, busy: Collection[int], counts: NDArray[np.int64], least: int
+) -> NDArray[np.int64]:
+    """Clients that are here, can be reached (None: all can), are free and have so many samples in this task, sorted."""
+    mask = here & (counts >= least)
+    if reachable is not None:
+        mask &= mask_of(reachable, len(mask))
+    mask[list(busy)] = False
+    return np.flatnonzero(mask)
 
 
 def choose(candidates: NDArray[np.int64], phase: Phase, per_round: int, key: Key) -> tuple[int, ...]:

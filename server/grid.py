@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from fedcil.stream import Task
 from fedcil.tensors import count_bytes, moved
 from fedcil.wire import Expected, admit, pack_broadcast, pack_payload, place_of, spec_of
 from server.nodes import Nodes
+from server.verdict import needed_answers
 
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.02, 0.5
 MEET_S = 180.0  # how long the first round waits for enough clients
@@ -67,7 +67,7 @@ class GridPort:
         """The clients whose nodes are here and owe nothing; waits a while for as many as a round needs."""
         scenario = self._experiment.scenario
         if self._met:
-            needed = max(1, math.ceil(scenario.server.quorum * scenario.clients.per_round))
+            needed = needed_answers(scenario.server.quorum, scenario.clients.per_round)
             self._wait_for(needed, scenario.server.deadline_s or RETURN_S)
         else:
             self._wait_for(self._first, MEET_S)

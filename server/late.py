@@ -8,7 +8,7 @@ from typing import Any
 
 from fedcil.clock import Schedule
 from fedcil.experiment import Experiment
-from fedcil.messages import Failure, Outcome
+from fedcil.messages import Attendance, Failure, Outcome
 from fedcil.methods.base import Phase
 from fedcil.port import remaining
 from fedcil.state import Pending, RunState
@@ -43,6 +43,7 @@ def take_in(
     failed += [failure for each in made for failure in each.failures]
     outcome = replace(
         with_failures(answered.outcome, failed),
+        attendance=latest([answered.outcome.attendance, *(each.attendance for each in made)]),
         total=with_late(answered.outcome.total, arrived, number, clock.staleness, state.server.model),
         wire_bytes=sum(each.wire_bytes for each in (answered.outcome, *made)),
         cpu_elsewhere=sum(each.cpu_elsewhere for each in (answered.outcome, *made)),
@@ -63,6 +64,12 @@ def simulated_line(answered: Answered, kept: tuple[Pending, ...], number: int, c
         line["pending"] = ids
         line["lost"] = [late.client for late in answered.pending if late.client not in ids]
     return line
+
+
+def latest(seen: Sequence[Attendance | None]) -> Attendance | None:
+    """Who serves whom after the last of several requests, with what happened in all of them."""
+    known = [each for each in seen if each]
+    return replace(known[-1], events=tuple(event for each in known for event in each.events)) if known else None
 
 
 def too_late(client: int, seconds: float, schedule: Schedule) -> Failure:

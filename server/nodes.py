@@ -54,21 +54,25 @@ class Nodes:
     def look(self) -> None:
         """Greet who came, hear what was said, note who left. Waits for nothing."""
         here = set(self._grid.get_node_ids())
-        for node in sorted(self._here - here):
+        gone = sorted(self._here - here)
+        for node in gone:
             self._leave(node)
+        if gone:  # what they served may be what somebody was refused
+            self._not_before.clear()
         self._here = here
         now = time.monotonic()
         self._asked = {name: asked for name, asked in self._asked.items() if now - asked.since < SILENT_S}
-        self._greet(sorted(node for node in here if self._to_be_asked(node, now)), now)
+        self._greet(self._to_be_asked(now), now)
         if self._asked:
             for reply in self._grid.pull_messages(list(self._asked)):
                 self._hear(reply)
 
-    def _to_be_asked(self, node: int, now: float) -> bool:
-        if node in self._welcome or node in {asked.node for asked in self._asked.values()}:
-            return False
-        due = now >= self._not_before.get(node, 0.0)
-        return due and (node not in self._spare or bool(self._roster.free(self._reserved())))
+    def _to_be_asked(self, now: float) -> list[int]:
+        strangers = self._here - self._welcome - {asked.node for asked in self._asked.values()}
+        due = {node for node in strangers if now >= self._not_before.get(node, 0.0)}
+        if due & self._spare and not self._roster.free(self._reserved()):
+            due -= self._spare
+        return sorted(due)
 
     def _reserved(self) -> set[int]:
         return {client for asked in self._asked.values() for client in asked.offer}
@@ -107,7 +111,6 @@ class Nodes:
     def _leave(self, node: int) -> None:
         self._welcome.discard(node)
         self._spare.discard(node)
-        self._not_before.pop(node, None)
         self._asked = {message: asked for message, asked in self._asked.items() if asked.node != node}
         self._owed = {message: owed for message, owed in self._owed.items() if owed[0] != node}
         self._note("left", node)

@@ -48,7 +48,8 @@ class Roster:
                 raise MessageRefused(f"node {other} serves {_some(taken)} already")
         mine = set(share)
         for other, theirs in self.shares.items():  # nodes that are away give way to the owner of a fixed share
-            self.shares[other] = tuple(client for client in theirs if client not in mine)
+            if not mine.isdisjoint(theirs):
+                self.shares[other] = tuple(client for client in theirs if client not in mine)
         self.shares[node] = share
         return share
 

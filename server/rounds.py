@@ -89,7 +89,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     log_refused(outcome)
     refuse_broken_method(outcome, answered.trained)
     if after.short_rounds >= scenario.server.patience:
-        session.folder.checkpoint(after)
+        session.folder.checkpoint(replace(after, short_rounds=0))  # who resumes has brought clients back
         raise too_few(after.short_rounds, task, scenario.server.quorum, outcome)
     if (cursor.round + 1) % scenario.server.checkpoint_every == 0 or after.cursor.round == 0:
         session.folder.checkpoint(after)
@@ -112,9 +112,8 @@ def choose_cohort(session: Session, state: RunState, task: Task, phase: Phase) -
     clients = experiment.scenario.clients
     here = experiment.conditions.availability(cursor.task, cursor.phase, cursor.round)
     busy = {late.client for late in state.pending}
-    present = (here & session.port.reachable()) - busy
-    counts = experiment.counts_at(task, experiment.round_number(cursor))
-    candidates = eligible(present, counts, experiment.least_samples(phase))
+    reachable, counts = session.port.reachable(), experiment.counts_at(task, experiment.round_number(cursor))
+    candidates = eligible(here, reachable, busy, counts, experiment.least_samples(phase))
     asked = asked_clients(clients.per_round, clients.over_sample)
     return choose(candidates, phase, asked, experiment.round_key(cursor).at("cohort"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 
 from fedcil.errors import RunFailed, TooFewClients
@@ -17,8 +18,12 @@ def round_status(answered: int, asked: int, quorum: float, least: int = 0) -> st
     """ok, empty (nobody was asked), or no_quorum: too few of the asked answered, or fewer than a robust fold needs."""
     if asked == answered == 0:
         return "empty"
-    enough = quorum * asked - 1e-9  # a share like 0.28 of 25 is not exact in binary
-    return "ok" if answered >= max(1, least, enough) else "no_quorum"
+    return "ok" if answered >= max(least, needed_answers(quorum, asked)) else "no_quorum"
+
+
+def needed_answers(quorum: float, asked: int) -> int:
+    """The least number that is this share of the asked, and not 0."""
+    return max(1, math.ceil(quorum * asked - 1e-9))  # 0.28 times 25 is more than 7 in binary
 
 
 def log_refused(outcome: Outcome) -> None:

@@ -85,7 +85,10 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.packets": (("fedcil.errors",), ("flwr", "numpy")),
     "fedcil.port": (("fedcil.errors", "fedcil.messages"), ()),
     "fedcil.stream": ((*BOTTOM, "fedcil.tables"), ("numpy",)),
-    "fedcil.partition": ((*BOTTOM, "fedcil.partitioners", "fedcil.stream", "fedcil.tables"), ("numpy",)),
+    "fedcil.partition": (
+        (*BOTTOM, "fedcil.files", "fedcil.partitioners", "fedcil.stream", "fedcil.tables"),
+        ("numpy",),
+    ),
     "fedcil.partitioners": (("fedcil.errors", "fedcil.tables"), ("numpy",)),
     "fedcil.timeline": ((), ()),
     "fedcil.population": ((*BOTTOM, "fedcil.tables", "fedcil.timeline"), ("numpy",)),

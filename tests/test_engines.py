@@ -220,6 +220,18 @@ def test_a_robust_fold_has_room_for_the_models_of_a_whole_round() -> None:
     assert store_bytes(robust, 1) - store_bytes(mean, 1) == (2 * 5 - 2 * 3) * model
 
 
+def test_statistics_of_everybody_have_room_too() -> None:
+    """AFCL on digits: all 20 clients are asked, and what they send is larger than the model."""
+    from fedcil.engines.ray_cluster import STORE_BYTES, store_bytes
+
+    afcl = open_experiment(load_scenario("digits_fedavg", ["method={name='afcl'}"]))
+    task, model = afcl.stream.tasks[0], afcl.first_state().server.model
+    (phase,) = afcl.phases(task)
+    statistics = count_bytes(afcl.sent(phase, task, model))
+    assert statistics > count_bytes(model)
+    assert store_bytes(afcl, 2) == STORE_BYTES + 2 * count_bytes(model) + 2 * 2 * 5 * statistics
+
+
 def test_a_worker_that_is_not_as_the_server_is_refused_with_the_difference(tmp_path: Path) -> None:
     from fedcil.engines.ray_crew import Crew
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fedcil import errors
-from fedcil.errors import FedcilError, InputError, ScenarioError, Stopped
+from fedcil.errors import FedcilError, InputError, ScenarioError, Stopped, described
 from fedcil.port import StopSignal, remaining
 
 with warnings.catch_warnings():
@@ -31,6 +31,10 @@ def kinds() -> list[type[FedcilError]]:
 
 def made(kind: type[FedcilError]) -> FedcilError:
     return kind(143) if kind is Stopped else kind("what", where="here", allowed="this", next="do that")  # type: ignore[arg-type]
+
+
+def test_an_error_of_somebody_s_own_code_is_text_that_can_be_written() -> None:
+    assert described(ValueError("gr\udcfc.png")) == "ValueError: gr\\udcfc.png"
 
 
 def test_an_error_says_what_where_allowed_and_next() -> None:

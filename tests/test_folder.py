@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 
+import fedcil
 from fedcil import cpu
-from fedcil.errors import FolderBusy, InputError, NotResumable, RunFailed
+from fedcil.errors import FolderBusy, InputError, NotResumable, RunFailed, Stopped
 from fedcil.experiment import Experiment, open_experiment
+from fedcil.port import StopSignal
 from fedcil.record.figures import partition_figure
 from fedcil.record.folder import PACKAGES, RunFolder
 from fedcil.record.run import open_run, ragged
@@ -278,6 +280,19 @@ def test_metrics_shorter_than_the_checkpoint_are_refused(folder: RunFolder) -> N
         with pytest.raises(NotResumable, match="shorter than its checkpoint"):
             RunFolder.reopen(folder.path, experiment())
         assert metrics.read_bytes() == content
+
+
+def test_the_two_checkpoints_are_of_two_rounds_after_a_resume_too(
+    tmp_path: Path, stopped_run: Callable[..., Path]
+) -> None:
+    """A resumed run that saved its first state once more would drop the only other one."""
+    folder = stopped_run(experiment().scenario, 3, tmp_path)
+    stop = StopSignal()
+    stop.set(130)
+    with pytest.raises(Stopped):
+        fedcil.resume(folder, figures=False, stop=stop)
+    one, two = (json.loads(path.read_text()) for path in sorted((folder / "checkpoints").glob("state-*.json")))
+    assert one["cursor"]["round"] + 1 == two["cursor"]["round"]
 
 
 def test_a_state_that_was_saved_is_not_saved_again(folder: RunFolder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from server import nodes as nodes_module
 from server.grid import GridPort
 from server.rounds import run_tasks
 from server.session import open_session
+from server.verdict import needed_answers, round_status
 
 Reply = Message | None
 SETTINGS: dict[str, Any] = {
@@ -314,6 +316,16 @@ def test_a_node_with_other_data_is_refused_with_the_reason(tmp_path: Path, monke
     assert rounds(lines)[0]["cohort"] == [0, 2, 3, 5]
 
 
+def test_who_comes_for_the_clients_of_a_node_that_is_dead_gets_them_when_that_is_noticed(tmp_path: Path) -> None:
+    """Flower takes most of a minute to notice: until then the newcomer is refused."""
+    dead = {7: Node({"client-ids": "0-2"}), 8: Node({"client-ids": "3-5"}), 9: Node({"client-ids": "0-2"})}
+    online = {1: (7, 8), 2: (7, 8, 9), 3: (7, 8, 9)}
+    lines, state = train(Nodes(dead, tmp_path / "home", lambda call: online.get(call, (8, 9))), tmp_path / "runs")
+    assert [event for event, node, _ in events(lines) if node == "9"] == ["refused", "joined"]
+    assert state.nodes["9"] == (0, 1, 2)
+    assert rounds(lines)[-1]["answered"] == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_node_of_clients_that_are_not_there_is_refused_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +363,22 @@ def test_a_payload_that_another_node_has_just_forgotten_is_no_failure(tmp_path: 
     for number in range(6):
         (tmp_path / f"{number}.packet").touch()
     (tmp_path / "gone.packet").symlink_to(tmp_path / "nowhere")
-    client_app.forget_old(tmp_path)
+    client_app.forget_old(tmp_path, but=tmp_path / "5.packet")
     (tmp_path / "gone.packet").unlink()
-    client_app.forget_old(tmp_path)
+    client_app.forget_old(tmp_path, but=tmp_path / "5.packet")
     assert len(list(tmp_path.iterdir())) == client_app.KEPT_PAYLOADS
+
+
+def test_a_payload_that_has_just_come_stays_though_the_clock_was_set_back(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"{number}.packet").touch()
+    os.utime(tmp_path / "5.packet", (0, 0))
+    client_app.forget_old(tmp_path, but=tmp_path / "5.packet")
+    assert len(list(tmp_path.iterdir())) == client_app.KEPT_PAYLOADS
+    assert (tmp_path / "5.packet").exists()
+
+
+def test_a_round_waits_for_no_more_nodes_than_its_quorum_needs() -> None:
+    """0.28 times 25 is more than 7 in binary, and 7 answers are enough."""
+    assert [needed_answers(0.28, 25), needed_answers(0.0, 25), needed_answers(0.5, 5)] == [7, 1, 3]
+    assert round_status(7, 25, 0.28) == "ok"

@@ -107,7 +107,7 @@ def test_a_client_that_exits_is_a_failure_and_does_not_end_the_run_in_silence(en
 
 
 class Statistics(MethodSettings):
-    """Clients send what they have measured, and some of them something else."""
+    """Clients send what they have measured, and some of them, who have an odd number of images, something else."""
 
     wrong: str = ""
 
@@ -116,7 +116,8 @@ class Statistics(MethodSettings):
             odd = len(own.labels) % 2
             name = "b" if odd and self.wrong == "names" else "a"
             size = 3 if odd and self.wrong == "shapes" else 2
-            tensors = {} if odd and self.wrong == "nothing" else {name: torch.ones(size)}
+            value = float("nan") if odd and self.wrong == "nan" else 1.0
+            tensors = {} if odd and self.wrong == "nothing" else {name: torch.full((size,), value)}
             return Contribution(tensors, 1.0)
 
         return Method(
@@ -146,6 +147,14 @@ def test_contributions_that_do_not_fit_together_end_the_run_with_a_reason(
         return
     with pytest.raises(RunFailed, match=says):
         begin()
+
+
+def test_statistics_that_are_not_finite_are_their_client_s_failure(tmp_path: Path) -> None:
+    method = {"method": {"name": f"{__name__}:Statistics", "wrong": "nan"}}
+    run = fedcil.run(scenario() | method, output=tmp_path, figures=False)
+    failures = [failure for line in run.kind("round") for failure in line["failures"]]
+    assert {(each["stage"], each["reason"]) for each in failures} == {("fit", "what it measured is not finite")}
+    assert all(line["status"] == "ok" and line["answered"] for line in run.kind("round"))
 
 
 @pytest.mark.parametrize("odd", [True, False])

@@ -13,13 +13,13 @@ import fedcil
 from fedcil.clock import asked_clients
 from fedcil.engines.inline import InlinePort
 from fedcil.errors import ScenarioError
-from fedcil.messages import Outcome, Request
+from fedcil.messages import Attendance, Outcome, Request
 from fedcil.port import ClientDone
 from fedcil.record.run import Run
 from fedcil.scenario_file import load_scenario
 from fedcil.state import Pending
 from fedcil.tensors import Total
-from server.late import stale_weight, with_late
+from server.late import latest, stale_weight, with_late
 
 Lines = list[dict[str, Any]]
 CLOCK = {"name": "lognormal", "samples_per_s": 10.0, "down_bytes_per_s": 1e4, "up_bytes_per_s": 1e4}
@@ -222,6 +222,12 @@ def test_a_rounds_real_deadline_is_one_for_all_that_it_asks(
         assert stages(late) == {"deadline"}
         reasons = {failure["reason"] for line in late.kind("round") for failure in line["failures"]}
         assert reasons == {"not asked: the round's time was up"}
+
+
+def test_what_nodes_did_during_late_requests_is_kept_too() -> None:
+    seen = [Attendance({"1": (0,)}, ({"event": "joined"},)), None, Attendance({"1": (0, 1)}, ({"event": "late"},))]
+    assert latest(seen) == Attendance({"1": (0, 1)}, ({"event": "joined"}, {"event": "late"}))
+    assert latest([None]) is None
 
 
 def test_late_updates_alone_are_a_round_too() -> None:

@@ -509,6 +509,27 @@ def test_the_same_partition_is_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_what_an_older_numpy_added_to_the_file_is_no_task(tmp_path: Path) -> None:
+    """Before 2.2 ``savez(allow_pickle=False)`` stored an array of that name, in runs that are still there."""
+    write_arrays(tmp_path / "a", task0_indices=np.arange(2), task0_offsets=np.array([0, 2]), more=np.array(0))
+    (task,) = load_partition(tmp_path / "a")
+    assert task.of(0).tolist() == [0, 1]
+    save_partition(tmp_path / "b", [task])
+    with np.load(tmp_path / "b") as arrays:
+        assert sorted(arrays.files) == ["task0_indices", "task0_offsets"]
+
+
+def test_half_a_file_is_never_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(file: Any, **arrays: Any) -> None:
+        file.write(b"PK")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez", half)
+    with pytest.raises(OSError, match="no space"):
+        save_partition(tmp_path / "a", [share(2, balanced(2, 2))])
+    assert not list(tmp_path.iterdir())
+
+
 def write_array(path: Path, array: Ints) -> None:
     with path.open("wb") as file:
         np.save(file, array)

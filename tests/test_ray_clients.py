@@ -16,8 +16,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 MODULE = """
 import os, time
 import torch
-from fedcil.methods.base import Method
+from fedcil.methods.base import Method, Phase
 from fedcil.methods.settings import MethodSettings
+from fedcil.tensors import Contribution
 
 
 class Odd(MethodSettings):
@@ -33,6 +34,18 @@ class Odd(MethodSettings):
             return torch.nn.functional.cross_entropy(model(batch.images), batch.labels)
 
         return Method(loss=loss)
+
+
+class Nothing(MethodSettings):
+    def build(self):
+        def fit(network, own, task, images):
+            return Contribution({} if len(own.labels) == 5 else {"a": torch.ones(2)}, 1.0)
+
+        return Method(
+            phases=lambda task, rounds: (Phase(name="statistics", rounds=rounds, work="fit"),),
+            fit=fit,
+            reduce=lambda state, phase, total: state,
+        )
 
 
 def share(labels, clients, section, rng):
@@ -83,6 +96,27 @@ def test_who_kills_its_worker_takes_no_other_along(tmp_path: Path) -> None:
     reasons = [each["reason"] for line in lines for each in line["failures"]]
     assert reasons == ["its worker died 3 times", "its worker died again"]
     assert (tmp_path / "killed").read_text() == "x" * 4
+
+
+def test_contributions_that_do_not_fit_together_end_the_run_as_they_do_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(MODULE)
+    words = [word for text in (*SETS, "method={name='odd:Nothing'}") for word in ("--set", text)]
+    for engine in ("inline", "ray"):
+        command = [
+            sys.executable,
+            "-m",
+            "fedcil",
+            "run",
+            "digits_fedavg",
+            *words,
+            "--engine",
+            engine,
+            "--output",
+            engine,
+        ]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
+        assert done.returncode == 1
+        assert "contributions that cannot be summed: a client gives no tensors" in done.stderr
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1", "127.0.0.1:notaport"])

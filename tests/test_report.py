@@ -216,6 +216,13 @@ def test_it_is_written_into_the_run_folder_or_elsewhere(run: Run, tmp_path: Path
         write_report(run, tmp_path / "nowhere" / "a.html")
 
 
+def test_half_a_character_does_not_cost_the_page(run: Run, tmp_path: Path) -> None:
+    """In the name of a file that is not UTF-8, say."""
+    lines = [round_line(0, 0, failures=[FAILURE | {"reason": "no image gr\udcfc.png"}])]
+    page = write_report(make_run(tmp_path / "run", lines, finished=False))
+    assert "gr\\udcfc.png" in page.read_text()
+
+
 def test_sizes_and_durations() -> None:
     assert [size(n) for n in (0, 999, 1000, 2_500_000, 3e12)] == ["0 B", "999 B", "1.0 kB", "2.5 MB", "3.0 TB"]
     assert [duration(s) for s in (0.04, 99.9, 600, 9000)] == ["0.0 s", "99.9 s", "10 min", "2.5 h"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -394,7 +395,7 @@ def test_too_few_clients_leave_a_checkpoint_to_go_on_from(start: Start) -> None:
     folder, state = RunFolder.reopen(ran.folder.path, opened)
     resumed = start(opened, Table(), state, folder)
     assert state.cursor == Cursor(0, 1, 0)
-    assert state.short_rounds == 2
+    assert state.short_rounds == 0  # who resumes has all of the patience again
     assert resumed.error is None
     assert [(line["task"], line["round"]) for line in resumed.rounds()] == [(t, r) for t in range(3) for r in range(3)]
 
@@ -589,7 +590,8 @@ def test_bernoulli_availability_is_a_matter_of_the_place(start: Start) -> None:
     opened = experiment("availability={name='bernoulli', probability=0.5}", "clients.per_round=6", "server.patience=99")
     whole = start(opened, Table())
     for line in reversed(whole.rounds()):
-        assert line["cohort"] == sorted(opened.conditions.availability(line["task"], line["phase"], line["round"]))
+        there = opened.conditions.availability(line["task"], line["phase"], line["round"])
+        assert line["cohort"] == np.flatnonzero(there).tolist()
     assert len({len(line["cohort"]) for line in whole.rounds()}) > 1
 
 

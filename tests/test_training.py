@@ -487,8 +487,9 @@ def test_who_has_one_sample_is_asked_for_statistics_and_not_for_training() -> No
     counts = np.array([0, 1, 2, 3])
     experiment = experiment_of()
     train, remember = Phase(name="train", rounds=1), Phase(name="remember", rounds=1, work="remember")
-    assert eligible({0, 1, 2, 3}, counts, experiment.least_samples(train)).tolist() == [2, 3]
-    assert eligible({0, 1, 2, 3}, counts, experiment.least_samples(remember)).tolist() == [1, 2, 3]
+    here = np.ones(4, dtype=np.bool_)
+    assert eligible(here, None, (), counts, experiment.least_samples(train)).tolist() == [2, 3]
+    assert eligible(here, None, (), counts, experiment.least_samples(remember)).tolist() == [1, 2, 3]
 
 
 def test_a_loss_that_is_not_finite_gives_nothing(tmp_path: Path) -> None:

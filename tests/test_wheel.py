@@ -7,12 +7,22 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+
+
+def test_a_deployment_installs_what_fedcil_needs() -> None:
+    """Its list is that of the package, but for what it says itself: no Ray, no torchvision, and what builds it."""
+    wanted = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    listed = {line for line in (ROOT / "deploy" / "requirements.txt").read_text().splitlines() if line[0] != "#"}
+    of_ray = {each for each in wanted if each.startswith(("flwr", "torchvision"))}
+    assert listed - (wanted - of_ray) == {"flwr==1.41.0", "hatchling>=1.25"}
+    assert wanted - listed == of_ray
 
 
 def test_a_scenario_runs_from_the_wheel(tmp_path: Path) -> None:

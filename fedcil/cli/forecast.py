@@ -108,8 +108,8 @@ def present_clients(experiment: Experiment, task: Task, phase: int, there: Avail
     found = []
     for round_ in range(timeline.lengths(task.index)[phase]):
         number = timeline.round_number(task.index, phase, round_)
-        ready = np.flatnonzero(experiment.population.present(number) & enough).tolist()
-        found.append(len(there(task.index, phase, round_).intersection(ready)))
+        ready = experiment.population.present(number) & enough & there(task.index, phase, round_)
+        found.append(int(np.count_nonzero(ready)))
     return found
 
 

@@ -16,6 +16,7 @@ def run_folder(target: str, overrides: Sequence[str], output: Path, nodes: int |
     """A run folder that is there, or a new one with the scenario in it, for so many nodes here. None: nodes and server
     are elsewhere, and an unfinished run is gone on with.
     """
+    from fedcil.files import write_atomic
     from fedcil.record.folder import METRICS, new_folder
     from fedcil.scenario_file import load_scenario, to_toml
 
@@ -31,7 +32,7 @@ def run_folder(target: str, overrides: Sequence[str], output: Path, nodes: int |
         return found
     folder = new_folder(output, f"{scenario.name}-{scenario.seed}")
     (folder / METRICS).touch()
-    (folder / "scenario.toml").write_text(to_toml(scenario))
+    write_atomic(folder / "scenario.toml", to_toml(scenario).encode())
     return folder
 
 

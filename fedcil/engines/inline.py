@@ -84,7 +84,6 @@ class InlinePort:
     def __init__(self, setting: Setting) -> None:
         scenario = setting.experiment.scenario
         self._setting = setting
-        self._clients = frozenset(range(scenario.clients.count))
         self._shared = Shared(setting.experiment, StateStore(setting.states))
         self._costs = Costs()
         self._idle: list[Worker] = []  # the last one used is the next
@@ -103,8 +102,8 @@ class InlinePort:
         if self._workers > 1:
             sys.setswitchinterval(SWITCH_S)
 
-    def reachable(self) -> frozenset[int]:
-        return self._clients
+    def reachable(self) -> None:
+        """All of them."""
 
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
         """As they come; what is late is not waited for, and its thread gives up at its next step."""

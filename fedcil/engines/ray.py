@@ -24,6 +24,7 @@ from fedcil.engines.ray_crew import Crew
 from fedcil.engines.ray_room import free_cpus
 from fedcil.engines.workers import worker_count
 from fedcil.errors import RunFailed
+from fedcil.fold import Misfit
 from fedcil.gather import Gathered, cut
 from fedcil.messages import Job, Outcome, Payload, Request
 from fedcil.port import ClientDone, Port, remaining
@@ -89,7 +90,6 @@ class RayPort:
     """The port over actors."""
 
     def __init__(self, setting: Setting, crew: Crew) -> None:
-        self._clients = frozenset(range(setting.experiment.scenario.clients.count))
         self._at_once = setting.experiment.execution.at_once
         self._stop = setting.stop
         self._crew = crew
@@ -99,8 +99,8 @@ class RayPort:
         self._asleep: dict[Any, Any] = {}
         self._wait_for(crew.newcomers())
 
-    def reachable(self) -> frozenset[int]:
-        return self._clients
+    def reachable(self) -> None:
+        """All of them."""
 
     def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
         gathered, lull, begun = Gathered(request, done), Lull(), False
@@ -182,11 +182,7 @@ class RayPort:
                     self._ask_again(worker)
                 return []
             idle.append(worker)
-            if len(piece.jobs) > 1:
-                return piece.apart()
-            for job in piece.jobs:
-                gathered.fail(job.client, "worker", str(getattr(error, "cause", error)))
-            return []
+            return self._raised(error, piece, gathered)
         if piece:
             reply = answer.reply()
             gathered.add(reply)
@@ -198,6 +194,17 @@ class RayPort:
                 self._go_on_without(worker, problem)
                 return []
         idle.append(worker)
+        return []
+
+    def _raised(self, error: RayError, piece: Piece, gathered: Gathered) -> list[Piece]:
+        """A worker lives, but gave an error instead of this piece."""
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, Misfit):  # no worker's problem, but the round's
+            raise cause from None
+        if len(piece.jobs) > 1:
+            return piece.apart()
+        for job in piece.jobs:
+            gathered.fail(job.client, "worker", str(cause))
         return []
 
     def _ask_again(self, worker: Any) -> None:

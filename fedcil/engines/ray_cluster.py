@@ -18,8 +18,10 @@ from fedcil.engines.signals import ENDS, kept_from_children
 from fedcil.engines.workers import WorkerShare
 from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
+from fedcil.methods.base import Phase
 from fedcil.port import StopSignal
-from fedcil.tensors import count_bytes
+from fedcil.stream import Task
+from fedcil.tensors import Tensors, count_bytes
 
 DIRECT_BYTES = 8 << 20  # answers up to this size come in the message itself: a fifth less CPU with models of 1 MB
 ANSWER_S = 10.0  # for somebody at an address to answer
@@ -33,15 +35,20 @@ def share_of_worker(experiment: Experiment, workers: int) -> WorkerShare:
 
 
 def store_bytes(experiment: Experiment, workers: int) -> int:
-    """An object store for two rounds' models, two tasks' payloads, and what workers may have on the way: partial sums,
-    or for a robust fold the models of a whole round, which stay there until it is over.
-    """
-    model = experiment.first_state().server.model
+    """An object store for two rounds' models, two tasks' payloads, and what workers may have on the way."""
+    model, task = experiment.first_state().server.model, experiment.stream.tasks[0]
     payload: int = experiment.scenario.method.payload_bytes(model, experiment.compute)
-    cohort = experiment.scenario.clients.per_round
+    way = max(_answer_bytes(experiment, phase, task, model, workers) for phase in experiment.phases(task))
+    return STORE_BYTES + 2 * (count_bytes(model) + payload) + way
+
+
+def _answer_bytes(experiment: Experiment, phase: Phase, task: Task, model: Tensors, workers: int) -> int:
+    """Of partial sums, or for a robust fold of a whole round's models, which stay until it is over."""
+    clients = experiment.scenario.clients
+    cohort = clients.count if phase.who == "all" else clients.per_round
     sums = 2 * max(1, cohort).bit_length()  # partial sums that one answer can hold
-    held = workers * sums if experiment.scenario.server.fold == "mean" else 2 * cohort
-    return STORE_BYTES + 2 * (count_bytes(model) + payload) + held * count_bytes(model)
+    robust = experiment.scenario.server.fold != "mean" and phase.sends_model
+    return (2 * cohort if robust else workers * sums) * count_bytes(experiment.sent(phase, task, model))
 
 
 @contextlib.contextmanager

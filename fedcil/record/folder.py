@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -77,7 +78,9 @@ class RunFolder:
             with on_disk(path):
                 save_partition(path / "partition.npz", experiment.partition)
                 if math.prod(experiment.label_counts_shape) <= MOST_COUNTS:
-                    np.save(path / "label_counts.npy", experiment.label_counts(), allow_pickle=False)
+                    counts = BytesIO()
+                    np.save(counts, experiment.label_counts(), allow_pickle=False)
+                    write_atomic(path / "label_counts.npy", counts.getvalue())
         except BaseException:
             folder.close()
             raise
@@ -95,8 +98,8 @@ class RunFolder:
         except BaseException:
             folder.close()
             raise
-        folder._saved = checkpoint.state
-        return folder, checkpoint.state
+        folder._saved = checkpoint.state.to(experiment.compute.device)  # it was read on the CPU
+        return folder, folder._saved
 
     @classmethod
     def enter(cls, path: Path, experiment: Experiment) -> tuple[Self, RunState]:

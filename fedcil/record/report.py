@@ -11,7 +11,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedcil import metrics
-from fedcil.errors import InputError
+from fedcil.errors import InputError, printable
+from fedcil.files import write_atomic
 from fedcil.record.drawing import png_bytes
 from fedcil.record.figures import class_names, run_figures
 from fedcil.record.run import Run, costs
@@ -40,7 +41,7 @@ def write_report(run: Run, path: Path | None = None) -> Path:
     """Write the page to ``path``, by default into the run's folder. Raises InputError if it cannot."""
     path = path or run.path / "report.html"
     try:
-        path.write_text(render_report(run), encoding="utf-8")
+        write_atomic(path, printable(render_report(run)).encode())
     except OSError as error:
         raise InputError(
             f"cannot write the report: {error.strerror}", where=str(path), next="give another path with --output"
