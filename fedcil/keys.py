@@ -37,7 +37,9 @@ class Key:
         return np.random.default_rng(np.random.SeedSequence((self.seed, *self.path)))
 
     def torch(self, device: torch.device | str = "cpu") -> torch.Generator:
-        """A fresh torch generator for this place, on ``device``."""
+        """A fresh torch generator for this place, on ``device``. On a CPU torch uses 32 bits of its seed: of 300,000
+        places some ten pairs draw the same numbers.
+        """
         digest = blake2b(repr((self.seed, self.path)).encode(), digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 

@@ -15,7 +15,7 @@ from fedcil.tensors import count_bytes
 def make_schedule(
     experiment: Experiment, state: RunState, task: Task, phase: Phase, cohort: tuple[int, ...]
 ) -> Schedule:
-    """What becomes of the cohort, from the place in the run alone."""
+    """Without a simulated clock nobody is late."""
     clients, clock, devices = experiment.scenario.clients, experiment.scenario.clock, experiment.conditions.devices
     broken = drop_outs(experiment, state, cohort, clients.dropout) if clients.dropout else {}
     if devices is None:

@@ -32,8 +32,8 @@ def compare_figure(groups: Sequence[Group]) -> Figure:
     bars.set_ylabel("percent")
     bars.tick_params(axis="x", length=0)
     bars.axhline(0, color=INK, linewidth=0.8)
-    clean_axes(lines, grid="y")
-    clean_axes(bars, grid="y")
+    clean_axes(lines)
+    clean_axes(bars)
     wide = max(len(group.label) for group in groups) > 30
     figure.legend(*lines.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=1 if wide else 3)
     if any(group.std for group in groups):

@@ -50,10 +50,10 @@ def png_bytes(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def clean_axes(axes: Any, grid: str) -> None:
-    """No frame at the top and on the right; faint lines behind the data, along one axis."""
+def clean_axes(axes: Any) -> None:
+    """No frame at the top and on the right; faint lines behind the data, from left to right."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color=FAINT, linewidth=0.7)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
 
 

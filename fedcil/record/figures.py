@@ -54,7 +54,7 @@ def accuracy_figure(run: Run) -> Figure | None:
     _draw_tasks(axes, places, trace)
     _draw_borders(axes, ends, places[-1])
     axes.set(xlabel="round, counted over all tasks", ylabel="test accuracy (%)", ylim=(-2, 102))
-    clean_axes(axes, grid="y")
+    clean_axes(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     _title(axes, run, pad=22)
     return figure
@@ -98,7 +98,7 @@ def samples_figure(run: Run) -> Figure | None:
     top = 1.08 * max(max(sizes) for sizes in counts)
     axes.set(xlabel="task", ylabel="training samples of a client", ylim=(-0.02 * top, top))
     integer_ticks(axes.yaxis)
-    clean_axes(axes, grid="y")
+    clean_axes(axes)
     _title(axes, run, f"{len(run.partition[0].counts())} clients (box: middle half, orange: median)")
     return figure
 
