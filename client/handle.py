@@ -30,6 +30,7 @@ from fedcil.robust import admissible
 from fedcil.rule import Rule
 from fedcil.stream import Task
 from fedcil.tensors import Contribution, Tensors, count_bytes
+from fedcil.wire import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,10 @@ def _fit(network: Network, own: Samples, task: Task, shared: Shared) -> Contribu
     network.eval()
     with torch.no_grad():
         given = shared.experiment.method.fit(network, own, task, shared.stored.normalised)
+    if not isinstance(given, Contribution):
+        raise TypeError(f"the method's fit gave a {type(given).__name__}, not a fedcil.tensors.Contribution")
+    if not (isinstance(given.weight, int | float) and WEIGHTS[0] <= given.weight <= WEIGHTS[1]):
+        raise ClientProblem(f"a weight of {given.weight!r}, not of {WEIGHTS[0]:g} to {WEIGHTS[1]:g}", where="fit")
     if not all(tensor.isfinite().all() for tensor in given.tensors.values()):
         raise ClientProblem("what it measured is not finite", where="fit")
     return given

@@ -118,7 +118,7 @@ def _carry_on(
             if figures:
                 draw(finished)
     except FedcilError as error:
-        raise in_folder(error, folder.path, "fedcil resume", data_root) from None
+        raise in_folder(error, folder.path, "fedcil resume", data_root or experiment.scenario.data.root) from None
     finally:
         folder.close()
     return finished
@@ -130,10 +130,10 @@ def draw(finished: Run) -> None:
     draw_figures(finished)
 
 
-def in_folder(error: FedcilError, path: Path, command: str, data_root: Path | None) -> FedcilError:
+def in_folder(error: FedcilError, path: Path, command: str, data_root: Path | str | None) -> FedcilError:
     """An error that ended a run says where the run is and how ``command`` goes on with it."""
     again = f"{command} {path}" + (f" --data-root {data_root}" if data_root else "")
     if not isinstance(error, NotResumable):
-        error.where = f"{error.where}, {path}" if error.where else str(path)
+        error.where = f"{error.where}, {path}" if error.where not in ("", str(path)) else str(path)
         error.next = error.next.replace("fedcil resume RUN", again).replace("RUN", str(path)) or f"`{again}`"
     return error

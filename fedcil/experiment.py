@@ -247,7 +247,7 @@ def build_method(scenario: Scenario, stream: Stream) -> Method:
             problem = wrong_phases(method, stream, scenario.training.rounds)
             if not problem:
                 return method
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if scenario.method.name in METHODS:
             raise
         problem = described(error)
@@ -264,6 +264,11 @@ def wrong_phases(method: Method, stream: Stream, rounds: int) -> str:
             return f"phases gave {phases!r:.100}, not a tuple of fedcil.methods.base.Phase"
         if not phases:
             return "phases gave none for a task"
+        if odd := [phase.rounds for phase in phases if type(phase.rounds) is not int]:
+            return f"phases gave one of {odd[0]!r:.100} rounds, not a whole number"
+        updates = method.norm_updates(task)
+        if type(updates) is not int or updates < 0:
+            return f"norm_updates gave {updates!r:.100}, not a whole number from 0 on"
         if method.client_memory is None and any(phase.work == "remember" for phase in phases):
             return "phases has one of work 'remember', but there is no client_memory"
     return ""

@@ -10,6 +10,10 @@ from fedcil.methods import METHODS
 from fedcil.methods.settings import MethodSettings
 
 
+class UnreadMethod(MethodSettings, extra="allow"):
+    """The settings of a person's own method whose module is not at hand: as they stand in a run's folder."""
+
+
 def read_method(value: object) -> object:
     """Lay the preset under the given options and let the named method's settings class check them."""
     if isinstance(value, MethodSettings):

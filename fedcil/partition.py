@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,15 @@ def save_partition(path: str | Path, parts: Sequence[TaskPartition]) -> None:
     content = BytesIO()
     np.savez(content, **arrays)  # numbers: nothing to pickle
     write_atomic(Path(path), content.getvalue())
+
+
+def digest_of_partition(parts: Sequence[TaskPartition]) -> str:
+    """Of who has which samples in which task."""
+    hasher = blake2b(digest_size=16)
+    for part in parts:
+        hasher.update(np.ascontiguousarray(part.indices).data)
+        hasher.update(np.ascontiguousarray(part.offsets).data)
+    return hasher.hexdigest()
 
 
 def load_partition(path: str | Path) -> tuple[TaskPartition, ...]:

@@ -37,7 +37,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 class Scenario(Section):
     """A whole run as a value. Two equal scenarios on the same data give the same ``metrics.jsonl``."""
 
-    name: Annotated[str, Field(pattern=NAME)] = Field(
+    name: Annotated[str, Field(pattern=NAME, max_length=100)] = Field(
         "run", description="of the run folder, and what seeds are grouped by"
     )
     seed: Count = Field(0, description="of everything that is drawn")

@@ -18,7 +18,7 @@ from pydantic import PydanticInvalidForJsonSchema, ValidationError
 
 from fedcil.allowed import allowed
 from fedcil.errors import ScenarioError, did_you_mean
-from fedcil.method_table import method_settings
+from fedcil.method_table import UnreadMethod, method_settings
 from fedcil.scenario import Scenario
 from fedcil.section import Section
 
@@ -34,11 +34,14 @@ def shipped_scenarios() -> list[str]:
 
 def load_scenario(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Scenario:
     """Read a scenario from a path, a shipped name or a mapping and lay ``key=value`` overrides over it."""
-    if isinstance(overrides, str | Mapping):
+    if isinstance(overrides, str | Mapping) or not all(isinstance(text, str) for text in overrides):
         example = '["training.rounds=20", "seed=1"]'
         raise ScenarioError(f"{overrides!r:.100} is no list of overrides", where="overrides", allowed=f"like {example}")
     if isinstance(source, Mapping):
         return parse_scenario(dict(source), overrides, where="scenario")
+    if not isinstance(source, str | Path):
+        kinds = "a Scenario, a path, a shipped name, or a mapping"
+        raise ScenarioError(f"{source!r:.100} is no scenario", where="scenario", allowed=kinds)
     path = find_scenario(source)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -47,6 +50,18 @@ def load_scenario(source: str | Path | Mapping[str, Any], overrides: Sequence[st
     except OSError as error:
         raise ScenarioError(f"cannot be read: {error.strerror}", where=str(path)) from None
     return parse_scenario(table, overrides, where=str(path))
+
+
+def read_scenario(path: Path) -> Scenario:
+    """Of a run that is there: also where a person's own method cannot be loaded. It can be read then, not run."""
+    try:
+        return load_scenario(path)
+    except ScenarioError:
+        table = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        method = table.get("method", {})
+        if ":" not in str(method.get("name")):
+            raise
+        return Scenario.model_validate(table | {"method": UnreadMethod.model_validate(method)})
 
 
 def find_scenario(source: str | Path) -> Path:

@@ -138,7 +138,9 @@ class PopulationSection(Section):
     @model_validator(mode="after")
     def _size_given(self) -> Self:
         if (self.name == "fixed") != (self.size is None):
-            raise ValueError(f"size is for name = 'turnover' and 'growing', which need it; name is {self.name!r}")
+            if self.size is None:
+                raise ValueError(f"name = {self.name!r} needs size = the number of members")
+            raise ValueError(f"size is for name = 'turnover' and 'growing'; name is {self.name!r}")
         return self
 
     def replaced(self, share: float) -> int:
@@ -173,7 +175,10 @@ class AvailabilitySection(Section):
     @model_validator(mode="after")
     def _file_given(self) -> Self:
         if (self.name in ("recorded", "trace")) != (self.file is not None):
-            raise ValueError(f"file is for name = 'recorded' and 'trace', which need it; name is {self.name!r}")
+            if self.file is None:
+                kind = "a metrics.jsonl to replay" if self.name == "recorded" else "a CSV file with client,from,to"
+                raise ValueError(f"name = {self.name!r} needs file = {kind}")
+            raise ValueError(f"file is for name = 'recorded' and 'trace'; name is {self.name!r}")
         if self.name == "diurnal" and not self.amplitude <= min(self.share, 1 - self.share) + 1e-9:
             raise ValueError("share - amplitude and share + amplitude must lie in 0 to 1")
         return self
@@ -203,7 +208,9 @@ class ClockSection(Section):
         if self.name == "lognormal" and None in medians:
             raise ValueError("lognormal needs samples_per_s, down_bytes_per_s and up_bytes_per_s")
         if (self.name == "tiers") != (self.tiers is not None):
-            raise ValueError(f"tiers is for name = 'tiers', which needs it; name is {self.name!r}")
+            if self.tiers is None:
+                raise ValueError("name = 'tiers' needs tiers = rows of [share, samples/s, bytes/s down, bytes/s up]")
+            raise ValueError(f"tiers is for name = 'tiers'; name is {self.name!r}")
         if self.name == "off" and (self.deadline_s or self.late != "drop"):
             raise ValueError("deadline_s and late need a clock; allowed: name = 'lognormal' or 'tiers'")
         return self

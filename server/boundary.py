@@ -9,10 +9,11 @@ from typing import Any
 
 from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
-from fedcil.methods.base import Boundary, Notice, Progress, returned
+from fedcil.methods.base import Notice, Progress
 from fedcil.models.network import grow_head
 from fedcil.state import ServerState
 from fedcil.stream import Task
+from server.method_calls import crossed, not_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +28,11 @@ def cross(state: ServerState, task: Task, experiment: Experiment, progress: Prog
     """Sees model and memory, never data. The method works on the head as it is; it grows afterwards, on the
     server, so that all clients of the next task start from the same new rows. RunFailed if what was made is not finite.
     """
-    key = experiment.key.at("boundary", task.index)
-    made = returned(experiment.method.boundary(state, task, key, experiment.compute, progress), Boundary, "boundary")
-    refuse_diverged(made.state, task)
+    made = crossed(experiment, state, task, progress)
+    refuse_diverged(made.state, state, task)
     after = experiment.stream.tasks[task.index + 1]
-    model = grow_head(made.state.model, after.seen, key.at("head").torch())
+    key = experiment.key.at("boundary", task.index, "head")
+    model = grow_head(made.state.model, after.seen, key.torch())
     names = [experiment.data.class_names[place] for place in experiment.stream.order]
     line = {
         "kind": "boundary",
@@ -66,9 +67,8 @@ def refuse_unrecordable(log: Mapping[str, Any], line: Mapping[str, Any]) -> None
         )
 
 
-def refuse_diverged(state: ServerState, task: Task) -> None:
-    groups = (state.model, state.memory, state.payload.tensors if state.payload else {})
-    broken = [name for tensors in groups for name, tensor in tensors.items() if not tensor.isfinite().all()]
+def refuse_diverged(state: ServerState, before: ServerState, task: Task) -> None:
+    broken = not_finite(state, before)
     if broken:
         raise RunFailed(
             f"the boundary after task {task.index + 1} diverged: {', '.join(broken[:3])} are not finite",

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from fedcil.data.store import StoredSplit
-from fedcil.errors import RunFailed
 from fedcil.experiment import Experiment
+from fedcil.methods.base import predict_with_head, returned
 from fedcil.models.network import Network, load_state
 from fedcil.state import ServerState
 from fedcil.stream import Task
 from fedcil.tensors import Tensors
+from server.method_calls import calling, failed
 
 BATCH = 256
 
@@ -69,7 +70,10 @@ class Evaluator:
     def evaluate(self, state: ServerState, task: Task) -> Evaluation:
         """Scores over all classes seen so far; task-aware: the best among the image's own task's classes."""
         seen, tasks = self._ready_for(task, state.model), task.index + 1
-        guess, aware = torch.cat([self._guess(state, seen, rows) for rows in seen.rows.split(BATCH)], dim=1)
+        with calling("predict", self.experiment):
+            guess, aware = torch.cat([self._guess(state, seen, rows) for rows in seen.rows.split(BATCH)], dim=1)
+        if (guess < 0).any():
+            raise failed("predict", "gave scores that are not numbers")
         labels = self.stored.labels[seen.rows]
         own = seen.task_of[labels]
         pairs = own * tasks + seen.task_of[guess]
@@ -86,18 +90,19 @@ class Evaluator:
         )
 
     def _guess(self, state: ServerState, seen: Seen, rows: Tensor) -> Tensor:
-        """(2, n): the best of all classes, and of those of the image's own task. Nothing here waits for the device."""
+        """(2, n): the best of all classes, -1 if an own ``predict`` gives NaN, and the best of those of the image's own
+        task. Nothing here waits for the device.
+        """
         images = self.stored.normalised(self.stored.images(rows))
-        scores = self.experiment.method.predict(seen.network, state.memory, images)
-        if scores.shape != (len(images), seen.task.seen):
-            raise RunFailed(
-                f"predict gave scores of shape {tuple(scores.shape)} for {len(images)} images",
-                where=f"the method, task {seen.task.index + 1}",
-                allowed=f"(images, classes seen), here ({len(images)}, {seen.task.seen})",
-                next="mend the method's predict and `fedcil resume RUN`",
-            )
+        scores = returned(self.experiment.method.predict(seen.network, state.memory, images), Tensor, "predict")
+        wanted = (len(images), seen.task.seen)
+        if scores.shape != wanted:
+            raise failed("predict", f"gave scores of shape {tuple(scores.shape)}, not {wanted}: (images, classes seen)")
         elsewhere = seen.task_of[None, :] != seen.task_of[self.stored.labels[rows]][:, None]
-        return torch.stack([scores.argmax(1), scores.masked_fill(elsewhere, -torch.inf).argmax(1)])
+        best = scores.argmax(1)
+        if self.experiment.method.predict is not predict_with_head:  # the head of a model that diverged may
+            best = best.masked_fill(scores.isnan().any(1), -1)
+        return torch.stack([best, scores.masked_fill(elsewhere, -torch.inf).argmax(1)])
 
 
 def _shares(part: Tensor, whole: Tensor) -> list[float]:

@@ -15,7 +15,7 @@ import torch
 from fedcil.clock import asked_clients
 from fedcil.errors import Stopped
 from fedcil.experiment import Experiment
-from fedcil.methods.base import Phase, returned
+from fedcil.methods.base import Phase
 from fedcil.state import Cursor, RunState, ServerState
 from fedcil.stream import Task
 from server import boundary
@@ -24,6 +24,7 @@ from server.cohort import choose, eligible
 from server.cost import Stopwatch, forget_peak
 from server.late import simulated_line, take_in
 from server.lines import round_line, task_line
+from server.method_calls import reduced
 from server.schedule import make_schedule, wanted_answers
 from server.session import Session
 from server.verdict import log_refused, refuse_broken_method, round_status, too_few
@@ -68,8 +69,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     status = round_status(answered.count, wanted, scenario.server.quorum, rule_of(experiment, phase).least)
     server = state.server
     if status == "ok":
-        reduced = returned(experiment.method.reduce(server, phase, outcome.total), ServerState, "reduce")
-        server = unchanged(reduced, server, experiment.frozen)
+        server = unchanged(reduced(experiment, server, phase, outcome.total), server, experiment.frozen)
     else:
         answered = answered.held_back()
     stopwatch.stage("reduce")

@@ -12,6 +12,13 @@ from fedcil.stream import Task
 
 LOG = logging.getLogger("fedcil.border")
 BRING_BACK = "bring clients back and `fedcil resume RUN`"
+DECIDED_BY = {
+    "dropout": "clients.dropout",
+    "late": "clock.deadline_s",
+    "deadline": "server.deadline_s",
+    BORDER: "server.norm_limit",
+}
+"""The key behind a simulated failure, by its stage."""
 
 
 def round_status(answered: int, asked: int, quorum: float, least: int = 0) -> str:
@@ -46,10 +53,20 @@ def refuse_broken_method(outcome: Outcome, asked: int) -> None:
 
 def too_few(rounds: int, task: Task, quorum: float, outcome: Outcome) -> TooFewClients:
     reasons = Counter(f"{failure.stage}: {failure.reason}" for failure in outcome.failures).most_common(1)
-    diverged = bool(outcome.failures) and all(failure.stage == "training" for failure in outcome.failures)
     return TooFewClients(
         f"{rounds} rounds in a row without enough clients" + "".join(f" ({reason})" for reason, _ in reasons),
         where=f"task {task.index + 1}",
         allowed=f"at least one answer and server.quorum = {quorum:g} of the answers wanted",
-        next="mend the loss, or begin anew with a lower training.lr" if diverged else BRING_BACK,
+        next=_way_out(outcome),
     )
+
+
+def _way_out(outcome: Outcome) -> str:
+    stages = Counter(failure.stage for failure in outcome.failures)
+    if stages and stages["training"] == stages.total():
+        return "mend the loss, or begin anew with a lower training.lr"
+    if outcome.attendance is not None:  # real nodes
+        return BRING_BACK
+    ((stage, _),) = stages.most_common(1) or [("", 0)]
+    key = DECIDED_BY.get(stage, "availability")
+    return f"begin anew with another {key} or server.quorum; `fedcil resume RUN` tries as many rounds once more"

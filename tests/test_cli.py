@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fedcil
@@ -51,6 +53,47 @@ def call(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedPro
     assert done.returncode == expect, done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def test_the_command_that_is_printed_goes_on_where_the_scenario_says_where_its_data_are(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    np.savez(tmp_path / "files" / "set.npz", images=np.zeros((40, 8, 8, 1), np.uint8), labels=np.arange(40) % 4)
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\nfrom fedcil.data import Dataset, Split, digest_of\n"
+        "def load(section, root):\n"
+        "    with np.load(root / 'set.npz') as file:\n"
+        "        split = Split(file['images'], file['labels'])\n"
+        "    return Dataset(name='mine', train=split, test=split, mean=(0.5,), std=(0.5,), class_names=tuple('abcd'),"
+        " digest=digest_of(split, split))\n"
+    )
+    sets = ["data={name='mine:load', root='files'}", "stream.tasks=2", "clients={count=2, per_round=2}"]
+    words = [f"--set={text}" for text in sets]
+    stopped = call("run", "digits_fedavg", *words, "--no-figures", "--max-seconds=0", cwd=tmp_path, expect=5)
+    printed = stopped.stderr.rpartition("`fedcil ")[2].split("`")[0]
+    call(*shlex.split(printed), "--no-figures", cwd=tmp_path)
+
+
+def test_a_folder_of_runs_can_be_compared_with_a_picture_beside_them(tmp_path: Path) -> None:
+    call("run", "digits_fedavg", *SMALL, "--seeds=0,1", "--output=runs", "--figure=runs/comparison.png", cwd=tmp_path)
+    whole = json.loads(call("compare", "runs", "--json", cwd=tmp_path).stdout)
+    each = [f"runs/{path.name}" for path in sorted((tmp_path / "runs").iterdir())]
+    assert any(path.endswith("comparison.png") for path in each)
+    assert json.loads(call("compare", *each, "--json", cwd=tmp_path).stdout) == whole
+    assert whole[0]["seeds"] == [0, 1]
+    call("compare", "runs/comparison.png", cwd=tmp_path, expect=2)
+
+
+def test_a_plan_counts_what_no_machine_can_hold(tmp_path: Path) -> None:
+    facts = call("plan", "digits_mfcl", "--set=method.generator_width=65536", "--json", cwd=tmp_path)
+    assert json.loads(facts.stdout)["tasks"][1]["payload_bytes_down"] > 10**12
+
+
+def test_a_record_that_lost_its_end_is_said(tmp_path: Path) -> None:
+    call("run", "digits_fedavg", *SMALL, "--output=runs", cwd=tmp_path)
+    (record,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+    record.write_bytes(record.read_bytes()[:300])
+    done = call("report", str(record.parent), cwd=tmp_path, expect=2)
+    assert "rounds are in it" in done.stderr
 
 
 def test_a_warning_is_told_without_lines_of_the_program(tmp_path: Path) -> None:
@@ -206,7 +249,8 @@ def test_too_few_clients_is_exit_code_4_and_can_be_resumed(tmp_path: Path) -> No
     assert len(fedcil.load(folder).lines) == 2
     call("resume", str(folder), "--json", cwd=tmp_path, expect=4)
     rounds = [(line["task"], line.get("round")) for line in fedcil.load(folder).lines]
-    assert rounds == [(0, 0), (0, 1), (0, None), (0, None), (1, 0)]  # nothing twice: the task ended, one more round
+    # Nothing twice: the task ended, and as many rounds were tried again.
+    assert rounds == [(0, 0), (0, 1), (0, None), (0, None), (1, 0), (1, 1)]
 
 
 def test_a_changed_scenario_is_not_resumed(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ TOO_FEW = [
     ({"name": "turnover", "size": 20, "replaced_per_task": 1.0}, "needs 60"),
     ({"name": "turnover", "size": 30, "replaced_per_task": 0.5, "replaced_per_round": 0.1}, "needs at least 60"),
     ({"name": "growing", "size": 30, "newcomers": 10}, "needs 50"),
-    ({"name": "turnover"}, "size is for"),
+    ({"name": "turnover"}, "needs size"),
     ({"size": 3}, "size is for"),
     ({"name": "turnover", "size": 2}, "clients.per_round = 3 is more than population.size = 2"),
 ]

@@ -74,7 +74,14 @@ def task_line(task: int, accuracy: list[float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-BOUNDARY = {"kind": "boundary", "task": 0, "warnings": [f"vanished {HOSTILE}"], "histogram": [3, 1], "cost": COST}
+BOUNDARY = {
+    "kind": "boundary",
+    "task": 0,
+    "classes": [0, 1],
+    "warnings": [f"vanished {HOSTILE}"],
+    "histogram": [3, 1],
+    "cost": COST,
+}
 FAILURE = {"client": 1, "stage": "train", "reason": HOSTILE}
 LINES = [
     round_line(0, 0, accuracy=[0.5]),

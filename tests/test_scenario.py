@@ -554,9 +554,9 @@ def test_any_override_is_a_scenario_or_a_scenario_error(key: str, raw: str) -> N
         ({"width": 3}, "unknown key width (did you mean model.width?)"),
         (
             {"availability": {"name": "trace"}},
-            "file is for name = 'recorded' and 'trace', which need it; name is 'trace'",
+            "name = 'trace' needs file = a CSV file",
         ),
-        ({"population": {"name": "turnover"}}, "size is for name = 'turnover' and 'growing', which need it; name is"),
+        ({"population": {"name": "turnover"}}, "name = 'turnover' needs size = the number of members"),
     ],
 )
 def test_a_key_in_the_wrong_place_or_missing_is_said_where_it_belongs(given_: dict[str, Any], says: str) -> None:
@@ -565,7 +565,13 @@ def test_a_key_in_the_wrong_place_or_missing_is_said_where_it_belongs(given_: di
     assert says in caught.value.what
 
 
-@pytest.mark.parametrize("overrides", ["training.rounds=2", {"training.rounds": 2}])
+@pytest.mark.parametrize("source", [5, None, b"digits_fedavg"])
+def test_what_is_no_scenario_is_said(source: Any) -> None:
+    with pytest.raises(ScenarioError, match="is no scenario"):
+        load_scenario(source)
+
+
+@pytest.mark.parametrize("overrides", ["training.rounds=2", {"training.rounds": 2}, [5]])
 def test_overrides_that_are_no_list_are_said(overrides: Any) -> None:
     with pytest.raises(ScenarioError, match="is no list of overrides") as caught:
         load_scenario("digits_fedavg", overrides)

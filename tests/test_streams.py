@@ -67,6 +67,8 @@ def test_a_terminal_without_a_character_shows_another(tmp_path: Path, monkeypatc
 
 
 TALKATIVE = """
+import os
+from contextlib import suppress
 from fedcil.methods.base import Method
 from fedcil.methods.settings import MethodSettings
 from torch.nn import functional as F
@@ -79,11 +81,15 @@ class Talkative(MethodSettings):
 
 def loss(model, prepared, batch, draws):
     print("in a step")
+    with suppress(OSError):  # a disk that is full
+        os.write(1, b"past Python\\n")
     return F.cross_entropy(model(batch.images), batch.labels)
 """
 
 
-@pytest.mark.parametrize(("command", "said"), [("run", ["at import", "in build", "in a step"]), ("plan", ["in build"])])
+@pytest.mark.parametrize(
+    ("command", "said"), [("run", ["at import", "in build", "in a step", "past Python"]), ("plan", ["in build"])]
+)
 def test_what_own_code_prints_is_no_result(command: str, said: list[str], tmp_path: Path) -> None:
     (tmp_path / "talkative.py").write_text(TALKATIVE)
     words = [command, *RUN[1:-1], "--set=method={name='talkative:Talkative'}", "--json"]

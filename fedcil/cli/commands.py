@@ -14,7 +14,7 @@ from fedcil import __version__
 from fedcil.cli import deploy
 from fedcil.cli.guard import guarded, stoppable
 from fedcil.cli.options import RUNS, DataRoot, Figures, Json, MaxSeconds, Output, Sets
-from fedcil.cli.runs import Options, continue_run, new_run, print_runs, refuse_idle, reuse, wanted_runs
+from fedcil.cli.runs import Options, continue_run, new_run, print_runs, reuse, wanted_runs
 from fedcil.cli.streams import to_stderr
 from fedcil.errors import InputError, located
 
@@ -40,7 +40,7 @@ app.add_typer(deploy.app, name="deploy")
 
 Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end.")]
 Engine = Annotated[str | None, typer.Option(help="inline, ray or flower.")]
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of them.")]
 Figure = Annotated[Path | None, typer.Option(help="Draw the comparison into this PNG.")]
 ScenarioName = Annotated[str, typer.Argument(metavar="SCENARIO", help="A TOML file or a shipped name.")]
 
@@ -80,10 +80,9 @@ def run(
             identities = [each.identity(data_root) for each in wanted]  # all are checked before the first one runs
             for each, identity in zip(wanted, identities, strict=True):
                 done.append(reuse(each, identity, output, options))
-    print_runs(done, json=json)
     if figure:
         _draw_comparison(done, figure)
-    refuse_idle(done)
+    print_runs(done, json=json)
 
 
 @app.command()
@@ -104,7 +103,6 @@ def resume(
         options = Options(data_root, figures, stop, json, (*(overrides or []), *_engine_override(engine)))
         finished = continue_run(open_run(run), options)
     print_runs([finished], json=json)
-    refuse_idle([finished])
 
 
 @app.command()
@@ -121,7 +119,7 @@ def compare(
 
     _check_picture(figure)
     with to_stderr():
-        opened = _finished([open_run(path) for path in runs])
+        opened = _finished([open_run(path) for path in _run_folders(runs)])
         groups = group(opened)
     if json:
         print(jsonlib.dumps(to_json(groups)))
@@ -208,6 +206,13 @@ def schema(
     print(reference() if tables else jsonlib.dumps(scenario_schema(), indent=1))
 
 
+def _run_folders(paths: Sequence[Path]) -> list[Path]:
+    """A folder of runs stands for them; a file that a wildcard brought along is passed over, if there is more."""
+    folders = [path for path in paths if not path.is_file()] or paths
+    within = {path: [file.parent for file in sorted(path.glob("*/scenario.toml"))] for path in folders}
+    return [run for path in folders for run in (within[path] or [path])]
+
+
 def _finished(runs: Sequence[Run]) -> list[Run]:
     """Those that are, if any is; what is left out is said."""
     finished = [run for run in runs if run.finished]
@@ -218,7 +223,7 @@ def _finished(runs: Sequence[Run]) -> list[Run]:
 
 
 def _engine_override(engine: str | None) -> list[str]:
-    return [f"engine.name={engine}"] if engine else []
+    return [] if engine is None else [f"engine.name={engine}"]
 
 
 def _check_picture(path: Path | None) -> None:

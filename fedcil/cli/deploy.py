@@ -13,7 +13,7 @@ import typer
 from fedcil.cli.guard import guarded, stoppable
 from fedcil.cli.options import RUNS, DataRoot, Figures, Json, MaxSeconds, Output, Sets
 from fedcil.cli.run_folders import run_folder
-from fedcil.cli.runs import print_runs, refuse_idle
+from fedcil.cli.runs import print_runs
 from fedcil.cli.streams import to_stderr
 from fedcil.errors import FedcilError
 
@@ -175,4 +175,3 @@ def conclude(
     if figures:
         draw(run)
     print_runs([run], json=json)
-    refuse_idle([run])

@@ -50,8 +50,9 @@ def explained(error: Exception) -> FedcilError:
     what = f"{type(error).__name__}: {error}"
     no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if no_memory or "can't allocate memory" in what:  # torch says so of a CPU's in a RuntimeError
-        lower = "`fedcil resume RUN --set engine.workers=1`, or a new run with smaller batches or fewer engine.lanes"
-        return FedcilError(what, allowed="what the machine has; `fedcil plan` says how much a run needs", next=lower)
+        lower = "fewer engine.workers or engine.lanes (a begun run goes on with them: `fedcil resume FOLDER --set ...`)"
+        smaller = f"{lower}, or a new run with smaller images, networks or batches"
+        return FedcilError(what, allowed="what the machine has; `fedcil plan` says how much a run needs", next=smaller)
     traceback.print_exc()
     return FedcilError(what, next="this is a bug in fedcil or in your own code; the trace above says where")
 

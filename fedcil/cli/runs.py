@@ -132,15 +132,21 @@ def continue_run(unfinished: Run, options: Options) -> Run:
 
 
 def print_runs(done: Sequence[Run], *, json: bool) -> None:
-    """One object for one run, a list for several; a table for people."""
+    """One object for one run, a list for several; a table for people. RunFailed, or where it is JSON the exit code of
+    that, if the numbers of a run are none.
+    """
     from fedcil.record.compare import compare as group
     from fedcil.record.compare import run_entry, to_table
 
     for run in done:
         _warn_of_failures(run)
+    idle = [run for run in done if run.summary["short_rounds"] == run.summary["rounds"]]
     if json:
-        rows = [run_entry(run) for run in done]
+        rows = [run_entry(run) | ({"error": untrained([run]).as_dict()} if run in idle else {}) for run in done]
         print(jsonlib.dumps(rows[0] if len(rows) == 1 else rows))
+        if idle:
+            print(f"error: {untrained(idle)}", file=sys.stderr)
+            sys.exit(untrained(idle).exit_code)
         return
     from rich.console import Console
 
@@ -149,17 +155,17 @@ def print_runs(done: Sequence[Run], *, json: bool) -> None:
         print(f"run folder: {run.path}")
         if (run.path / "figures").is_dir():
             print(f"  pictures: {', '.join(p.name for p in sorted((run.path / 'figures').glob('*.png')))}")
-
-
-def refuse_idle(done: Sequence[Run]) -> None:
-    """Numbers of a model that nobody has trained are no result."""
-    idle = [str(run.path) for run in done if run.summary["short_rounds"] == run.summary["rounds"]]
     if idle:
-        raise RunFailed(
-            "no round changed the model: its accuracies are those of a model that nobody has trained",
-            where=", ".join(idle),
-            next=f"`fedcil report {idle[0]}` shows who failed in each round, and why",
-        )
+        raise untrained(idle)
+
+
+def untrained(runs: Sequence[Run]) -> RunFailed:
+    """Numbers of a model that nobody has trained are no result."""
+    return RunFailed(
+        "no round changed the model: its accuracies are those of a model that nobody has trained",
+        where=", ".join(str(run.path) for run in runs),
+        next=f"`fedcil report {runs[0].path}` shows who failed in each round, and why",
+    )
 
 
 def _warn_of_failures(run: Run) -> None:

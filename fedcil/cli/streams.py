@@ -79,9 +79,25 @@ def put_in_place() -> None:
 
 @contextlib.contextmanager
 def to_stderr() -> Iterator[None]:
-    """What anybody prints meanwhile, a person's own code or Ray, is no result of the command."""
-    with contextlib.redirect_stdout(sys.stderr):
+    """What anybody prints meanwhile, a person's own code, a library of theirs or Ray, is no result of the command."""
+    with contextlib.redirect_stdout(sys.stderr), _descriptor_to_stderr():
         yield
+
+
+@contextlib.contextmanager
+def _descriptor_to_stderr() -> Iterator[None]:
+    """The same for those who do not write through Python's stream, and for processes that are started meanwhile."""
+    try:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # somebody has closed one of the two
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def wrapped(stream: Any, first: Any, kind: type[io.FileIO]) -> Any:

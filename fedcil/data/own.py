@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -93,10 +92,11 @@ def _split_problems(name: str, split: object, classes: int) -> Iterator[str]:
 
 def _scale_problems(given: Dataset, channels: int) -> Iterator[str]:
     for name, values in (("mean", given.mean), ("std", given.std)):
-        if len(values) != channels or not all(math.isfinite(value) for value in values):
-            yield f"{name} is {values}, not {channels} finite numbers"
-    if any(value <= 0 for value in given.std):
-        yield f"std is {given.std}, not above 0"
+        numbers = np.asarray(values)
+        if numbers.shape != (channels,) or numbers.dtype.kind not in "iuf" or not np.isfinite(numbers).all():
+            yield f"{name} is {values!r:.100}, not {channels} finite numbers"
+        elif name == "std" and (numbers <= 0).any():
+            yield f"std is {values}, not above 0"
 
 
 def _described(value: object) -> str:

@@ -155,7 +155,7 @@ class MFCL(MethodSettings):
             )
 
     def payload_bytes(self, model: Tensors, compute: Compute) -> int:
-        return count_bytes(model) + count_bytes(state_of(self.make_generator(compute)))
+        return count_bytes(model) + count_bytes(state_of(self._generator_without_memory(compute)))
 
     def build(self) -> Method:
         return Method(
@@ -179,9 +179,12 @@ class MFCL(MethodSettings):
 
     def make_generator(self, compute: Compute) -> Generator:
         """On the CPU, in uninitialised memory."""
+        return allocate(self._generator_without_memory(compute))
+
+    def _generator_without_memory(self, compute: Compute) -> Generator:
         channels, size, _ = compute.architecture.image
         with torch.device("meta"):
-            generator = Generator(
+            return Generator(
                 channels=channels,
                 size=size,
                 latent=self.latent,
@@ -189,7 +192,6 @@ class MFCL(MethodSettings):
                 upsamplings=self.upsamplings,
                 precision=compute.autocast,
             )
-        return allocate(generator)
 
     def place(self, generator: Generator, compute: Compute) -> Generator:
         return generator.to(compute.device).to(memory_format=torch.channels_last)

@@ -55,6 +55,8 @@ def _problem(network: Network, image: tuple[int, ...]) -> str | None:
         return f"{strange[0]} is not of real numbers, which are all that can be averaged"
     if strange := [name for name, each in state_of(network).items() if not each.isfinite().all()]:
         return f"{strange[0]} would be sent and is not finite (a buffer that is not: persistent=False)"
+    if network.backbone.width < 1:
+        return f"its width is {network.backbone.width}, not at least 1"
     features = _features(network.eval(), image)
     wanted = (2, network.backbone.width)
     if not isinstance(features, Tensor) or features.shape != wanted:

@@ -143,7 +143,7 @@ def _settings(run: Run) -> dict[str, Any]:
     """The scenario as dotted keys, without what leaves a result as it is and without the seed; and a person's own
     modules, as digests.
     """
-    files = {f"{module}.py": digest[:8] for module, digest in run.own_code.items()}
+    files = {f"{module}.py": "+".join(each[:8] for each in said.split("+")) for module, said in run.own_code.items()}
     if file := run.scenario.availability.file:  # by what is in it
         files["availability.file"] = run.environment.get("identity", {}).get("availability", file)[:8]
     return {key: value for key, value in run.scenario.deciding().items() if key != "seed"} | files

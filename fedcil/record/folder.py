@@ -95,6 +95,7 @@ class RunFolder:
             refuse_changes(checkpoint.identity, folder._identity, path)
             with on_disk(path):
                 folder._cut_metrics(checkpoint.metrics_length)
+                folder._note_own_code(experiment.scenario.own_code())
         except BaseException:
             folder.close()
             raise
@@ -144,6 +145,16 @@ class RunFolder:
             if path.stem not in named:
                 path.unlink()
         self._named_states = named
+
+    def _note_own_code(self, now: Mapping[str, str]) -> None:
+        """A run that goes on with other modules is by both: the record names the old digest and the new one."""
+        path = self.path / "environment.json"
+        environment = json.loads(path.read_bytes()) if path.is_file() else {}
+        known: dict[str, str] = environment.get("own_code", {})
+        other = {name: digest for name, digest in now.items() if name in known and digest not in known[name].split("+")}
+        if other:
+            both = {name: f"{known[name]}+{digest}" for name, digest in other.items()}
+            self.write("environment.json", json.dumps(environment | {"own_code": known | both}, indent=1))
 
     def _cut_metrics(self, length: int) -> None:
         """Rounds after the checkpoint are repeated; what they had written is kept beside."""

@@ -11,6 +11,7 @@ import torch
 
 from fedcil.errors import NotResumable
 from fedcil.experiment import Experiment
+from fedcil.partition import digest_of_partition
 from fedcil.scenario import flatten
 from fedcil.sources import program
 
@@ -18,12 +19,15 @@ Identity = Mapping[str, Any]
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
-    """What must be the same wherever a run's clients are trained."""
+    """What must be the same wherever a run's clients are trained. A shipped partition follows from the scenario; a
+    person's own may not, by mistake.
+    """
+    own = ":" in experiment.scenario.partition.name
     return {
         "scenario": experiment.scenario.deciding(),
         "data": experiment.data.digest,
         "numeric": experiment.numeric(),
-    }
+    } | ({"partition": digest_of_partition(experiment.partition)} if own else {})
 
 
 def run_identity(experiment: Experiment) -> dict[str, Any]:

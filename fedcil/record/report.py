@@ -146,11 +146,19 @@ def _task_row(run: Run, task: int) -> dict[str, Any]:
 
 def _has_coverage(line: Mapping[str, Any]) -> bool:
     """A method without a generator has neither."""
-    return bool(line.get("histogram") or line["warnings"])
+    return bool(_histogram(line) or line["warnings"])
+
+
+def _histogram(line: Mapping[str, Any]) -> list[float]:
+    """By class; an own method may mean something else by the name."""
+    found = line.get("histogram")
+    if not isinstance(found, list) or len(found) != len(line["classes"]):
+        return []
+    return found if all(type(each) in (int, float) and each >= 0 for each in found) else []
 
 
 def _boundary(run: Run, line: Mapping[str, Any]) -> dict[str, Any]:
-    histogram = line.get("histogram") or []
+    histogram = _histogram(line)
     total = sum(histogram) or 1
     names = class_names(run, len(histogram))
     most = max([*histogram, 1])

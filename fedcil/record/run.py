@@ -18,7 +18,7 @@ from fedcil.metrics import Matrix
 from fedcil.partition import TaskPartition, load_partition
 from fedcil.record.folder import METRICS
 from fedcil.scenario import Scenario
-from fedcil.scenario_file import load_scenario
+from fedcil.scenario_file import read_scenario
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,20 @@ class Run:
 
     @cached_property
     def scenario(self) -> Scenario:
-        return load_scenario(self.path / "scenario.toml")
+        return read_scenario(self.path / "scenario.toml")
 
     @cached_property
     def lines(self) -> tuple[dict[str, Any], ...]:
         """Whole lines only: a run that is being written to, or was killed, may end in half a line."""
         path = self.path / METRICS
         *whole, _ = path.read_bytes().split(b"\n")
-        return tuple(_read_table(line, f"{path}:{number}") for number, line in enumerate(whole, start=1))
+        lines = tuple(_read_table(line, f"{path}:{number}") for number, line in enumerate(whole, start=1))
+        there, all_ = sum(line.get("kind") == "round" for line in lines), self.summary.get("rounds", 0)
+        if there < all_:
+            raise InputError(
+                f"{there} of {all_} rounds are in it", where=str(path), next="this file is damaged; use another run"
+            )
+        return lines
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -80,11 +86,13 @@ class Run:
 
     @property
     def own_code(self) -> dict[str, str]:
-        """Digests of a person's own modules as they were when it was begun (``Scenario.own_code``)."""
+        """Digests of a person's own modules as they were when it was begun (``Scenario.own_code``); where it went on
+        with others, those too: ``a1+b2``.
+        """
         return dict(self.environment.get("own_code", {}))
 
     def changed_code(self, scenario: Scenario) -> list[str]:
-        """Own modules of a scenario that were others when this was begun, as far as that was recorded."""
+        """Own modules of a scenario that were others while this was made, as far as that was recorded."""
         return [name for name, digest in scenario.own_code().items() if self.own_code.get(name, digest) != digest]
 
     @cached_property

@@ -1,0 +1,123 @@
+"""The functions of a method that the server calls: what they raise, or give and must not, ends the run before anything
+of it is saved, so that a mended method can go on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fedcil.errors import FedcilError, RunFailed, described
+from fedcil.experiment import Experiment
+from fedcil.messages import Payload
+from fedcil.methods import METHODS
+from fedcil.methods.base import Boundary, Notice, Phase, Progress, replace_model, returned
+from fedcil.state import ServerState
+from fedcil.stream import Task
+from fedcil.tensors import Tensors, Total
+
+SIGNALLED = 128  # exit codes above it are a signal's (fedcil/cli/guard.py)
+
+
+@contextmanager
+def calling(function: str, experiment: Experiment) -> Iterator[None]:
+    """What a person's own function raises, or exits with, is told as theirs; a shipped one's is a bug of ours."""
+    try:
+        yield
+    except FedcilError:
+        raise
+    except (Exception, SystemExit) as error:
+        if experiment.scenario.method.name in METHODS or _is_signal(error):
+            raise
+        raise failed(function, f"raised {described(error)}") from error
+
+
+def reduced(experiment: Experiment, state: ServerState, phase: Phase, total: Total | None) -> ServerState:
+    """The state after a round. RunFailed for one that is not of the same form, or not finite."""
+    with calling("reduce", experiment):
+        made = returned(experiment.method.reduce(state, phase, total), ServerState, "reduce")
+        if problem := _problem(made, state):
+            own = " (a phase without local training needs a reduce of its own)"
+            hint = own if experiment.method.reduce is replace_model and not phase.sends_model else ""
+            raise failed("reduce", f"gave {problem}{hint}")
+    return made
+
+
+def crossed(experiment: Experiment, state: ServerState, task: Task, progress: Progress) -> Boundary:
+    """What the end of a task made. RunFailed for a state that is not of the same form."""
+    key = experiment.key.at("boundary", task.index)
+    with calling("boundary", experiment):
+        made = returned(
+            experiment.method.boundary(state, task, key, experiment.compute, progress), Boundary, "boundary"
+        )
+        problem = _form(returned(made.state, ServerState, "boundary"), state)
+        if not (isinstance(made.warnings, tuple) and all(isinstance(each, Notice) for each in made.warnings)):
+            problem = "warnings that are no tuple of fedcil.methods.base.Notice"
+        if problem:
+            raise failed("boundary", f"gave {problem}")
+    return made
+
+
+def failed(function: str, what: str) -> RunFailed:
+    return RunFailed(
+        f"the method's {function} {what}",
+        where="method",
+        allowed="what docs/extending.md says of it",
+        next="mend it, then `fedcil resume RUN`",
+    )
+
+
+def _is_signal(error: BaseException) -> bool:
+    return isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > SIGNALLED
+
+
+def _problem(after: ServerState, before: ServerState) -> str:
+    """Why the server cannot go on with it; empty if it can."""
+    return _form(after, before) or next((f"{name} that is not finite" for name in not_finite(after, before)), "")
+
+
+def _form(after: ServerState, before: ServerState) -> str:
+    if problem := _other_model(after.model, before.model):
+        return problem
+    if after.payload is not None and not isinstance(after.payload, Payload):
+        return f"a payload that is a {type(after.payload).__name__}, not a fedcil.messages.Payload"
+    for where, tensors in (("memory", after.memory), ("the payload", after.payload and after.payload.tensors)):
+        if tensors is not None and not _named_tensors(tensors):
+            return f"{where} that is not tensors by name"
+    return ""
+
+
+def _named_tensors(tensors: object) -> bool:
+    return isinstance(tensors, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    )
+
+
+def _other_model(model: object, before: Tensors) -> str:
+    if not isinstance(model, Mapping):
+        return f"a model that is a {type(model).__name__}, not tensors by name"
+    if model.keys() != before.keys():
+        lacking, more = sorted(before.keys() - model.keys()), sorted(map(str, model.keys() - before.keys()))
+        return f"a model without {lacking[:3]}" if lacking else f"a model with {more[:3]}, which it does not have"
+    for name, old in before.items():
+        new = model[name]
+        if not isinstance(new, Tensor):
+            return f"{name} as a {type(new).__name__}, not as a tensor"
+        if new.shape != old.shape or new.dtype != old.dtype:
+            return f"{name} as {new.dtype} {tuple(new.shape)}, not {old.dtype} {tuple(old.shape)}"
+    return ""
+
+
+def not_finite(after: ServerState, before: ServerState) -> list[str]:
+    """Names of tensors with NaN or infinity, among those that are not the same as before; waits once for a device."""
+    groups = [(after.model, before.model), (after.memory, before.memory)]
+    if after.payload is not None and after.payload is not before.payload:
+        groups.append((after.payload.tensors, {}))
+    new = [(name, each) for now, old in groups for name, each in now.items() if each is not old.get(name)]
+    if not new:
+        return []
+    finite = torch.stack([tensor.isfinite().all() for _, tensor in new]).tolist()
+    return [name for (name, _), well in zip(new, finite, strict=True) if not well]
