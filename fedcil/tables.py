@@ -194,7 +194,9 @@ class ClockSection(Section):
     up_bytes_per_s: Above0 | None = Field(None, description="lognormal: median rate from a client")
     network_sigma: NonNegative = Field(1.0, description="lognormal: deviation of the logarithm of rates")
     tiers: Tiers | None = Field(
-        None, description="tiers: rows of [share of clients, samples a second, bytes down a second, bytes up a second]"
+        None,
+        description="tiers: rows of [share of clients, samples a second, bytes down a second, bytes up a second];"
+        " shares are of their sum",
     )
     deadline_s: Above0 | None = Field(None, description="simulated seconds after which a round closes")
     late: Literal["drop", "fold"] = Field(

@@ -199,3 +199,14 @@ def test_runs_by_other_code_of_fedcil_are_said(tmp_path: Path) -> None:
     for run, program in zip(runs, "ab", strict=True):
         (run.path / "environment.json").write_text(json.dumps({"program": program}))
     assert any("not all are by the same code of fedcil" in note for note in differences(compare(runs)))
+
+
+def test_namesakes_have_numbers_in_the_table_and_the_notes(tmp_path: Path) -> None:
+    """A note does not repeat all that tells them apart."""
+    texts = [f"[training]\nrounds = {rounds}\nepochs = {epochs}\n" for rounds, epochs in ((3, 1), (4, 2), (4, 3))]
+    groups = compare([make_run(tmp_path / str(place), text) for place, text in enumerate(texts)])
+    assert differences(groups) == [
+        "training.rounds differs: 3 in trial #1; 4 in trial #2, trial #3",
+        "training.epochs differs: 1 in trial #1; 2 in trial #2; 3 in trial #3",
+    ]
+    assert list(to_table(groups).columns[1].cells)[1].plain == "trial #2 (training.rounds=4, training.epochs=2)"  # type: ignore[union-attr]

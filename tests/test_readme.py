@@ -45,7 +45,7 @@ def test_files_that_the_readme_points_to_exist() -> None:
 def test_the_method_of_the_docs_forgets_less(tmp_path: Path) -> None:
     docs = (ROOT / "docs" / "extending.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", docs, flags=re.DOTALL) if "boundary" in block]
-    (command,) = [line for line in docs.splitlines() if line.startswith("fedcil run")]
+    (command,) = [line for line in docs.splitlines() if line.startswith("fedcil run") and "teacher:" in line]
     (tmp_path / "teacher.py").write_text(code)
     forgotten = []
     for words in (shlex.split(command), ["fedcil", "run", "digits_fedavg"]):
@@ -61,6 +61,17 @@ def test_the_method_of_the_docs_forgets_less(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         forgotten.append(json.loads(done.stdout)["forgetting"])
     assert forgotten[0] < forgotten[1]
+
+
+def test_the_method_of_the_docs_that_trains_nothing_knows_all_classes(tmp_path: Path) -> None:
+    docs = (ROOT / "docs" / "extending.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", docs, flags=re.DOTALL) if "means.py" in block]
+    (command,) = [line for line in docs.splitlines() if line.startswith("fedcil run") and "means:" in line]
+    (tmp_path / "means.py").write_text(code)
+    words = [sys.executable, "-m", *shlex.split(command), "--no-figures", "--json"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(run["average_incremental_accuracy"] > 0.8 for run in json.loads(done.stdout))
 
 
 def test_own_data_and_model_of_the_docs_run(tmp_path: Path) -> None:

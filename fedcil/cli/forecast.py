@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,11 +39,12 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         tasks.append(forecast_task(experiment, task, model, payload, there))
         payload = scenario.method.payload_bytes(model, experiment.compute)
     network = experiment.compute.architecture.build(experiment.stream.tasks[-1].seen)
+    memory = predicted_memory(experiment, count_bytes(model))
     return {
         "name": scenario.name,
         "method": scenario.method.name,
         "engine": scenario.engine.name,
-        "availability": "always there" if scenario.availability.name == "always" else scenario.availability.name,
+        "availability": scenario.availability.name,
         "population": scenario.population.name,
         "numeric_configuration": experiment.numeric(),
         "parameters": count_parameters(network),
@@ -49,10 +52,16 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         "train_images": len(experiment.data.train.labels),
         "test_images": len(experiment.data.test.labels),
         "tasks": tasks,
-        "predicted_memory_mb": predicted_memory(experiment, count_bytes(model)),
+        "predicted_memory_mb": memory,
         "processes_memory_mb": processes_memory(experiment, count_bytes(model)),
-        "notes": [*experiment.notes, *idle_clients(experiment)],
+        "notes": [*experiment.notes, *idle_clients(experiment), *too_large(memory)],
     }
+
+
+def too_large(memory_mb: int) -> list[str]:
+    """Where a system may end a run without a word."""
+    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    return [f"{memory_mb:,} MB are more than the {here:,} MB of this machine"] if memory_mb > here else []
 
 
 def idle_clients(experiment: Experiment) -> list[str]:
@@ -191,18 +200,19 @@ def print_forecast(facts: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(table)
-    console.print(
+    console.print(_in_words(facts))
+    for note in facts["notes"]:
+        console.print(f"note: {note}", markup=False)
+
+
+def _in_words(facts: Mapping[str, Any]) -> str:
+    more, there = facts["processes_memory_mb"], facts["availability"]
+    return (
         f"{facts['parameters']:,} parameters, {facts['model_bytes'] / 1e6:.1f} MB a model; "
         f"{facts['train_images']:,} training and {facts['test_images']:,} test images; "
         f"about {facts['predicted_memory_mb']:,} MB of memory"
-        + (
-            f" ({facts['processes_memory_mb']} more in a long run, for worker processes)"
-            if facts["processes_memory_mb"]
-            else ""
-        )
+        + (f" ({more} more in a long run, for worker processes)" if more else "")
         + f"; engine {facts['engine']}; "
-        f"clients are {facts['availability']}"
+        + ("clients are always there" if there == "always" else f"clients are there by availability.name = {there}")
         + (f", population {facts['population']}" if facts["population"] != "fixed" else "")
     )
-    for note in facts["notes"]:
-        console.print(f"note: {note}", markup=False)

@@ -79,7 +79,7 @@ class CheckpointFolder:
         raise NotResumable(
             "no intact checkpoint" + (f" ({'; '.join(problems)})" if problems else ""),
             where=str(self.folder),
-            next="start the run anew with `fedcil run`; the metrics of this folder can still be compared",
+            next="start the run anew with `fedcil run`; what metrics.jsonl has of this one stays",
         )
 
     def _read(self, path: Path) -> Checkpoint:

@@ -97,8 +97,8 @@ def to_table(groups: Sequence[Group]) -> Table:
     table.add_column("seeds", overflow="fold")
     for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
-    for group in groups:
-        table.add_row(*map(Text, _cells(group)))  # Text: a name is no markup
+    for group, handle in zip(groups, _handles(groups), strict=True):
+        table.add_row(*map(Text, _cells(group, handle)))  # Text: a name is no markup
     return table
 
 
@@ -114,7 +114,7 @@ def differences(groups: Sequence[Group]) -> list[str]:
     settings = [_settings(group.runs[0]) for group in groups]
     one_method = len({group.method for group in groups}) == 1
     keys = [key for key in _varying(settings) if key != "name" and (one_method or not key.startswith("method."))]
-    notes = [_difference(key, groups, settings) for key in keys]
+    notes = [_difference(key, _handles(groups), settings) for key in keys]
     engines = sorted({run.scenario.engine.name for group in groups for run in group.runs})
     if len(engines) > 1:
         notes.append(f"seconds are from several engines ({', '.join(engines)}): do not compare them")
@@ -231,13 +231,22 @@ def _element(group: Group) -> dict[str, Any]:
     }
 
 
-def _cells(group: Group) -> list[str]:
+def _handles(groups: Sequence[Group]) -> list[str]:
+    """A short name for each: the scenario's, with a number where several have it."""
+    names = [group.name for group in groups]
+    return [
+        f"{name} #{names[:place].count(name) + 1}" if names.count(name) > 1 else name
+        for place, name in enumerate(names)
+    ]
+
+
+def _cells(group: Group, handle: str) -> list[str]:
     seeds = ",".join(map(str, group.seeds))
     parts = (("average_incremental_accuracy", 100, 1), ("final_accuracy", 100, 1), ("forgetting", 100, 1))
     costs = (("bytes_up", 1e-6, 1), ("bytes_down", 1e-6, 1), ("seconds", 1, 0))
     return [
         group.method,
-        group.label,
+        handle + group.label.removeprefix(group.name),
         seeds,
         *(_cell(group, *part, deviation=True) for part in parts),
         *(_cell(group, *cost, deviation=False) for cost in costs),
@@ -253,12 +262,11 @@ def _cell(group: Group, name: str, factor: float, digits: int, *, deviation: boo
     return text if std is None else f"{text} ± {std * factor:.{digits}f}"
 
 
-def _difference(key: str, groups: Sequence[Group], settings: Sequence[Mapping[str, Any]]) -> str:
-    """``key differs: value in name, name; value in name``; where names are equal, labels tell them apart."""
-    holders: dict[str, dict[str, None]] = {}
-    for group, each in zip(groups, settings, strict=True):
-        name = group.label if [other.name for other in groups].count(group.name) > 1 else group.name
-        holders.setdefault(_show(each.get(key)), {})[name] = None
+def _difference(key: str, handles: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> str:
+    """``key differs: value in name, name; value in name``."""
+    holders: dict[str, list[str]] = {}
+    for handle, each in zip(handles, settings, strict=True):
+        holders.setdefault(_show(each.get(key)), []).append(handle)
     return f"{key} differs: " + "; ".join(f"{value} in {', '.join(who)}" for value, who in holders.items())
 
 
