@@ -58,12 +58,21 @@ def described(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(OTHERS)] or frames
     place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    return printable(f"{type(error).__name__}: {error}{place}")
+    try:
+        said = str(error)
+    except Exception:  # that is somebody's own, too
+        said = "without words"
+    return printable(f"{type(error).__name__}: {said[:LONGEST]}{place}")
+
+
+LONGEST = 400  # characters of what somebody else's error says
 
 
 def printable(text: str) -> str:
-    """Without what no file and no terminal takes: halves of characters, as in a file's name that is not UTF-8."""
-    return text.encode(errors="backslashreplace").decode()
+    """Without what a file or a terminal cannot take as text: halves of characters, as in a file's name that is not
+    UTF-8, and commands for terminals.
+    """
+    return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
 _ROOT = Path(__file__).parent.parent

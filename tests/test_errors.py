@@ -35,6 +35,14 @@ def made(kind: type[FedcilError]) -> FedcilError:
 
 def test_an_error_of_somebody_s_own_code_is_text_that_can_be_written() -> None:
     assert described(ValueError("gr\udcfc.png")) == "ValueError: gr\\udcfc.png"
+    assert described(ValueError("\x1b[31mred\n\tgrün")) == "ValueError: \\x1b[31mred\n\tgrün"
+    assert len(described(ValueError("x" * 10**6))) < 500
+
+    class Speechless(Exception):
+        def __str__(self) -> str:
+            raise TypeError
+
+    assert described(Speechless()) == "Speechless: without words"
 
 
 def test_an_error_says_what_where_allowed_and_next() -> None:

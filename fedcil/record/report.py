@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedcil import metrics
-from fedcil.errors import InputError, printable
+from fedcil.errors import InputError
 from fedcil.files import write_atomic
 from fedcil.record.drawing import png_bytes
 from fedcil.record.figures import class_names, run_figures
@@ -41,7 +41,7 @@ def write_report(run: Run, path: Path | None = None) -> Path:
     """Write the page to ``path``, by default into the run's folder. Raises InputError if it cannot."""
     path = path or run.path / "report.html"
     try:
-        write_atomic(path, printable(render_report(run)).encode())
+        write_atomic(path, render_report(run).encode(errors="backslashreplace"))
     except OSError as error:
         raise InputError(
             f"cannot write the report: {error.strerror}", where=str(path), next="give another path with --output"
