@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import fedcil
 
@@ -86,6 +87,27 @@ def test_a_folder_of_runs_can_be_compared_with_a_picture_beside_them(tmp_path: P
 def test_a_plan_counts_what_no_machine_can_hold(tmp_path: Path) -> None:
     facts = call("plan", "digits_mfcl", "--set=method.generator_width=65536", "--json", cwd=tmp_path)
     assert json.loads(facts.stdout)["tasks"][1]["payload_bytes_down"] > 10**12
+
+
+def test_a_hint_is_given_once(tmp_path: Path) -> None:
+    done = call("export", cwd=tmp_path, expect=2)
+    assert done.stderr.count("Did you mean 'report'?") == 1
+
+
+def test_a_warning_of_a_report_is_told_without_lines_of_the_program(tmp_path: Path) -> None:
+    """A name that the figures' font cannot show."""
+    folder = tmp_path / "pictures"
+    for split in ("train", "test"):
+        for name in ("one", "\u732b"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("L", (8, 8), number).save(folder / split / name / f"{number}.png")
+    data = f"data={{name='folder', root='{folder}'}}"
+    more = ["--set=stream.tasks=2", "--set=clients={count=2, per_round=2}", "--set=training={rounds=1, epochs=1}"]
+    call("run", "digits_fedavg", f"--set={data}", *more, "--no-figures", cwd=tmp_path)
+    (run,) = (tmp_path / "runs").iterdir()
+    done = call("report", str(run), "--output=page.html", cwd=tmp_path)
+    assert {line.split(" ")[0] for line in done.stderr.splitlines()} == {"warning:"}
 
 
 def test_a_record_that_lost_its_end_is_said(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ def main() -> None:
     """Entry point of ``fedcil``. A scenario may name a user's own module, so this folder is searched too, last."""
     sys.path.append(str(Path.cwd()))
     put_in_place()
+    # Python's own would say in which line of the program it was.
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         code = exit_code()
         sys.stdout.flush()
@@ -65,7 +69,8 @@ def wrong_usage(error: Any) -> int:
     if not hasattr(error, "format_message"):
         raise error
     usage = error.ctx.command_path if getattr(error, "ctx", None) else "fedcil"
-    problem = InputError(error.format_message(), where=usage, next=f"`{usage} --help` lists the options")
+    said = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", error.format_message())  # typer's hint, and click's
+    problem = InputError(said, where=usage, next=f"`{usage} --help` lists the options")
     show_error(problem, as_json="--json" in sys.argv)
     return problem.exit_code
 
