@@ -342,3 +342,15 @@ def test_a_broken_trace_leaves_no_run_behind(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         fedcil.run(TINY, overrides=follow(tmp_path / "none.csv"), output=tmp_path / "runs", figures=False)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("later", [1, 2, 9])
+def test_a_chain_can_be_asked_for_an_earlier_round(later: int) -> None:
+    """Chains that the same draws move soon meet, so only many clients show one that goes back to a wrong state."""
+    timeline = Timeline.of([[10]])
+    forwards = make_availability(MODELS["markov"], 200, Key(0), timeline)
+    rows = [forwards(0, 0, number).copy() for number in range(10)]
+    for number in range(later):
+        asked = make_availability(MODELS["markov"], 200, Key(0), timeline)
+        asked(0, 0, later)
+        assert np.array_equal(asked(0, 0, number), rows[number])

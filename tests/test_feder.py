@@ -228,3 +228,10 @@ def test_clients_train_and_then_all_of_them_remember() -> None:
     train, remember_ = FedER().build().phases(Task(0, 0, 2), 7)
     assert (train.work, train.rounds, train.who) == ("train", 7, "sampled")
     assert (remember_.work, remember_.rounds, remember_.who) == ("remember", 1, "all")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_of_new_classes_that_do_not_all_fit_the_first_are_kept(small: Any, size: int) -> None:
+    """As they came in the stream, and not as a set of numbers happens to be walked through."""
+    kept = remember(small, FedER(memory=size), stored([9, 16, 7, 8] * 3), None)
+    assert sorted(kept["labels"].tolist()) == [7, 8, 9, 16][:size]

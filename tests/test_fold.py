@@ -295,3 +295,17 @@ def test_what_was_given_or_lies_in_the_memory_of_others_is_never_written_to() ->
     again = fold.total()
     assert again is not None
     assert torch.equal(again.tensors["x"], total.tensors["x"])
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 3, 4, 5, 8, 9])
+def test_a_leaf_of_a_whole_cohort_counts_once(leaves: int) -> None:
+    """All have answered: the largest sums are held, and no answer that comes again joins them."""
+    fold = Fold.empty(leaves)
+    for leaf in range(leaves):
+        fold.add(leaf, Contribution({"x": torch.ones(2)}, 1.0))
+    for leaf in range(leaves):
+        with pytest.raises(ValueError, match="counted already"):
+            fold.add(leaf, Contribution({"x": torch.ones(2)}, 1.0))
+    total = fold.total()
+    assert total is not None
+    assert total.weight == leaves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import fedcil
 from fedcil.clock import asked_clients
 from fedcil.engines.inline import InlinePort
 from fedcil.errors import ScenarioError
-from fedcil.messages import Attendance, Outcome, Request
+from fedcil.messages import Attendance, Failure, Outcome, Request
 from fedcil.port import ClientDone
 from fedcil.record.run import Run
 from fedcil.scenario_file import load_scenario
@@ -368,3 +369,40 @@ def test_the_timeline_in_the_docs_is_what_happens(stopped_run: Any, tmp_path: Pa
     assert weights == {1: 0.58, 5: 0.71, 12: 0.71, 14: 0.71}
     for client in (0, 1, 5, 9, 10, 14, 17, 19):
         assert f"client {client:2d} " in example
+
+
+def test_a_late_client_that_fails_is_a_failure_of_its_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A late one is asked alone, so nothing at all comes of its request."""
+    alone: list[int] = []
+
+    def failing(port: InlinePort, request: Request, deadline: float, done: ClientDone) -> Outcome:
+        if len(request.jobs) > 1:
+            return answer(port, request, deadline, done)
+        alone.append(request.jobs[0].client)
+        return Outcome(None, (), (Failure(request.jobs[0].client, "training", "broke"),))
+
+    answer = InlinePort.run
+    monkeypatch.setattr(InlinePort, "run", failing)
+    finished = run(tmp_path, clients=OVER, clock=FOLD)
+    assert stages(finished) == {"training"}
+    assert [each["client"] for line in finished.kind("round") for each in line["failures"]]
+    assert len(alone) == finished.summary["client_failures"] > 0
+    assert all(not line["arrived"] and not line["pending"] for line in finished.kind("round"))
+
+
+def test_what_late_requests_cost_is_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[tuple[int, int], int] = {}
+
+    def costly(port: InlinePort, request: Request, deadline: float, done: ClientDone) -> Outcome:
+        place = (request.broadcast.task, request.broadcast.round)
+        asked[place] = asked.get(place, 0) + 1
+        return replace(answer(port, request, deadline, done), wire_bytes=10, cpu_elsewhere=1000.0)
+
+    answer = InlinePort.run
+    monkeypatch.setattr(InlinePort, "run", costly)
+    finished = run(tmp_path, clients=OVER, clock=FOLD)
+    assert max(asked.values()) > 1
+    for line in finished.kind("round"):
+        requests = asked[line["task"], line["round"]]
+        assert line["cost"]["wire_bytes"] == 10 * requests
+        assert 1000.0 * requests <= line["cost"]["cpu_seconds"] < 1000.0 * requests + 500.0

@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import product
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -654,3 +656,19 @@ def test_a_generator_that_cannot_be_trained_is_refused_before_any_training(
 
 def test_without_its_norm_term_a_model_needs_no_batch_norm() -> None:
     MFCL(synthetic=4, w_bn=0.0).check_model(Architecture(lambda: NoNorm(3, ModelSection()), (3, 8, 8)))
+
+
+CLIENT = ("w_ce", "w_ft", "w_kd")
+SERVER = ("w_label", "w_ie", "w_bn", "w_prior", "w_act")
+
+
+@pytest.mark.parametrize("names", [CLIENT, SERVER])
+def test_any_terms_may_be_switched_off_but_not_all(names: tuple[str, ...]) -> None:
+    """Ablations: each weight 0 or 1, in all combinations."""
+    for weights in product((0.0, 1.0), repeat=len(names)):
+        chosen = dict(zip(names, weights, strict=True))
+        if any(weights):
+            MFCL(synthetic=4, **chosen)  # type: ignore[arg-type]
+        else:
+            with pytest.raises(ValidationError, match="would learn nothing"):
+                MFCL(synthetic=4, **chosen)  # type: ignore[arg-type]

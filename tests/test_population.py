@@ -241,3 +241,12 @@ def test_who_stays_behind_trains_on_old_samples_if_the_method_can() -> None:
         for client in behind if asked else ():
             assert opened.indices(client, task).tolist() == opened.partition[0].of(client).tolist()
             assert counts[client] == len(opened.partition[0].of(client))
+
+
+def test_turnover_at_boundaries_and_inside_tasks_is_counted_together() -> None:
+    """10 members, 5 replaced at 2 boundaries, 3 before rounds 2 and 3 of 3 tasks: 10 + 2 * 5 + 6 * 3 = 38."""
+    population = tables(name="turnover", size=10, replaced_per_task=0.5, replaced_per_round=0.3)
+    with pytest.raises(ScenarioError, match="needs 38 over the run"):
+        open_experiment(load_scenario(population | {"clients": {"count": 37, "per_round": 3}}))
+    opened = open_experiment(load_scenario(population | {"clients": {"count": 38, "per_round": 3}}))
+    assert [int(opened.population.present(number).sum()) for number in range(9)] == [10] * 9

@@ -23,7 +23,7 @@ from fedcil.errors import MessageRefused, RunFailed, ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.fold import Fold
 from fedcil.record.summary import finish
-from fedcil.robust import admissible, distance, krum_order, median, multi_krum, trimmed_mean
+from fedcil.robust import admissible, combined, distance, krum_order, median, multi_krum, trimmed_mean
 from fedcil.rule import PLAIN, Rule
 from fedcil.scenario_file import load_scenario
 from fedcil.tensors import Contribution, Tensors, Total, content_hash
@@ -479,3 +479,17 @@ def test_a_disk_that_fails_when_all_rounds_are_over_is_a_clear_error(
         monkeypatch.setattr("fedcil.api.draw", full)
     with pytest.raises(RunFailed, match="cannot write: No s"):
         fedcil.run(TABLES, output=tmp_path)
+
+
+@pytest.mark.parametrize("byzantine", [0, 1, 2, 3])
+def test_krum_takes_one_and_multi_krum_all_but_so_many(byzantine: int) -> None:
+    """By their names, as a round has them."""
+    generator = torch.Generator().manual_seed(0)
+    given = [{"w": torch.randn(5, generator=generator)} for _ in range(9)]
+    for rule, keep in ((Rule("krum", byzantine), 1), (Rule("multi_krum", byzantine), 9 - byzantine)):
+        total = combined(given, rule)
+        assert total is not None
+        assert torch.equal(total.tensors["w"], multi_krum(given, byzantine, keep)["w"])
+    krum = combined(given, Rule("krum", byzantine))
+    assert krum is not None
+    assert any(torch.equal(krum.tensors["w"], each["w"]) for each in given)

@@ -18,17 +18,18 @@ import torch
 from fedcil.errors import InputError, RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment, make_timeline, open_experiment
 from fedcil.gather import Gathered
-from fedcil.messages import Outcome, Payload, Report, Request
+from fedcil.messages import Attendance, Failure, Outcome, Payload, Report, Request
 from fedcil.methods.base import Boundary, Notice, Phase
 from fedcil.population import make_population
 from fedcil.port import ClientDone, StopSignal
 from fedcil.record.folder import RunFolder
 from fedcil.scenario_file import load_scenario
 from fedcil.state import Cursor, RunState, ServerState
+from fedcil.stream import Task
 from fedcil.tensors import Contribution, content_hash, count_bytes
 from server.rounds import evaluation_due, run_tasks
 from server.session import open_session
-from server.verdict import round_status
+from server.verdict import BRING_BACK, round_status, too_few
 
 CLIENTS = frozenset(range(6))
 Place = tuple[int, int, int]
@@ -616,3 +617,56 @@ def test_a_record_that_is_too_short_begins_no_run(start: Start) -> None:
     with pytest.raises(InputError, match="task 1, phase 0, round 0 was not recorded") as caught:
         start(experiment(f"availability={{name='recorded', file='{metrics}'}}"), Table())
     assert caught.value.where == str(metrics)
+
+
+class Silent(Table):
+    """In task 1, client 2 remembers without saying what: the border lets a report without a state through."""
+
+    def run(self, request: Request, deadline_s: float | None, done: ClientDone) -> Outcome:
+        outcome = super().run(request, deadline_s, done)
+        if (request.broadcast.task, request.broadcast.phase) != (1, 1):
+            return outcome
+        reports = (replace(r, state=None, state_bytes=0) if r.client == 2 else r for r in outcome.reports)
+        return replace(outcome, reports=tuple(reports))
+
+
+def test_who_remembers_nothing_new_keeps_what_it_had(start: Start) -> None:
+    port = Silent(remember=1)
+    ran = start(phased(experiment("clients.per_round=6"), *TWO_PHASES), port)
+    assert ran.error is None
+    states = {
+        request.broadcast.task: {job.client: job.state for job in request.jobs}
+        for request in port.requests
+        if request.broadcast.phase == 0
+    }
+    assert states[1][2] == states[2][2] == f"{2:016x}{0:016x}"
+    assert states[2][3] == f"{3:016x}{1:016x}"
+
+
+DIVERGED, AWAY = Failure(0, "training", "the loss is nan"), Failure(1, "deadline", "no answer")
+
+
+NODES = Attendance({}, ())
+
+
+@pytest.mark.parametrize(
+    ("failures", "nodes", "reason", "advice"),
+    [
+        ((), NODES, "", BRING_BACK),
+        ((AWAY,), NODES, " (deadline: no answer)", BRING_BACK),
+        ((DIVERGED, AWAY, AWAY), NODES, " (deadline: no answer)", BRING_BACK),
+        ((DIVERGED, DIVERGED), NODES, " (training: the loss is nan)", "lower training.lr"),
+        ((), None, "", "begin anew with another availability or server.quorum"),
+        ((DIVERGED, AWAY, AWAY), None, " (deadline: no answer)", "begin anew with another server.deadline_s or"),
+        ((DIVERGED,), None, " (training: the loss is nan)", "lower training.lr"),
+    ],
+)
+def test_too_few_clients_say_why_and_what_to_do(
+    failures: tuple[Failure, ...], nodes: Attendance | None, reason: str, advice: str
+) -> None:
+    """Nodes can be brought back, a simulation is what its scenario says. Only where every failure is a loss that
+    diverged is it the method's doing.
+    """
+    error = too_few(3, Task(0, 0, 2), 0.5, Outcome(None, (), failures, attendance=nodes))
+    assert error.what == f"3 rounds in a row without enough clients{reason}"
+    assert advice in str(error.next)

@@ -540,3 +540,12 @@ def test_a_stop_goes_through(tmp_path: Path) -> None:
     worker = Worker(Shared(experiment, StateStore(tmp_path)), check=stop)
     with pytest.raises(Stopped):
         handle.handle(Request(broadcast_of(experiment), (Job(0, 0),), cohort=1), worker)
+
+
+def test_a_network_that_was_looked_at_is_trained_like_a_new_one(small: Any) -> None:
+    """A phase of work "fit" or "remember" leaves a worker's network in eval mode; the next may train it."""
+    new, used = small.network(3), small.network(3)
+    used.eval()
+    for network in (new, used):
+        train(small, network, TrainingSection(epochs=1, batch_size=4))
+    assert content_hash(state_of(used)) == content_hash(state_of(new))

@@ -491,3 +491,10 @@ resumed = taken()
 pickle.loads(pickle.dumps(pathlib.PosixPath("x")))
 print(json.dumps([inline, wire, resumed, taken()]))
 """
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_json_does_not_know_is_not_packed(number: float) -> None:
+    """A packet can be read by any JSON parser, not by Python's alone."""
+    with pytest.raises(ValueError, match="JSON compliant"):
+        pack({"loss": number}, {})
