@@ -30,9 +30,8 @@ def test_the_tables_of_a_finished_run_say_what_its_record_says(tmp_path: Path) -
     rounds, (first, second, last) = run.kind("round"), run.kind("task")
     assert summary["client_state_bytes"] == max(line["client_state_bytes"] for line in rounds) > 0
     assert summary["peak_memory_mb"] == max(line["cost"]["peak_memory_mb"] for line in rounds)
-    assert summary["final_task_aware_accuracy"] == pytest.approx(
-        sum(last["task_aware"]) / 3
-    )  # as many test images in each
+    aware = sum(last["task_aware"]) / 3  # of as many test images each
+    assert summary["final_task_aware_accuracy"] == pytest.approx(aware)
     header, values = csv.reader((run.path / "summary.csv").read_text().splitlines())
     assert header == list(summary)
     assert values == ["" if value is None else str(value) for value in summary.values()]
