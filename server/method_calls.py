@@ -112,12 +112,16 @@ def _other_model(model: object, before: Tensors) -> str:
 
 
 def not_finite(after: ServerState, before: ServerState) -> list[str]:
-    """Names of tensors with NaN or infinity, among those that are not the same as before; waits once for a device."""
+    """Names of tensors with NaN or infinity, among those that are not the same as before. A norm of numbers is a number
+    (unless their squares are too large), and is found in a tenth of the time; waits once for a device.
+    """
     groups = [(after.model, before.model), (after.memory, before.memory)]
     if after.payload is not None and after.payload is not before.payload:
         groups.append((after.payload.tensors, {}))
     new = [(name, each) for now, old in groups for name, each in now.items() if each is not old.get(name)]
+    new = [(name, each) for name, each in new if each.is_floating_point()]
     if not new:
         return []
-    finite = torch.stack([tensor.isfinite().all() for _, tensor in new]).tolist()
-    return [name for (name, _), well in zip(new, finite, strict=True) if not well]
+    well = torch.stack(torch._foreach_norm([each for _, each in new])).isfinite().tolist()
+    doubtful = [pair for pair, is_well in zip(new, well, strict=True) if not is_well]
+    return [name for name, each in doubtful if not each.isfinite().all()]

@@ -30,6 +30,7 @@ from fedcil.models.network import Network
 from fedcil.state import ServerState
 from fedcil.stream import Task
 from fedcil.tensors import Contribution, Tensors, Total
+from server.method_calls import not_finite
 
 SCENARIO: dict[str, Any] = {
     "data": {"name": "synthetic", "classes": 4, "samples_per_class": 8},
@@ -147,6 +148,16 @@ def test_what_is_wrong_is_said_and_mended_the_run_goes_on(
     assert f"fedcil resume {folder}" in caught.value.next
     WRONG.clear()
     assert fedcil.resume(folder, figures=False).results == whole.results
+
+
+def test_large_numbers_and_whole_ones_are_numbers() -> None:
+    """Of which the squares are too large, of 64 bits beside 32, without any number, and of integers."""
+    large = torch.full((3,), 1e30)
+    memory = {"large": large, "double": large.double() ** 5, "none": torch.zeros(0), "counts": torch.ones(2).long()}
+    before = ServerState(model={"x": torch.ones(1)})
+    assert not_finite(replace(before, memory=memory), before) == []
+    memory |= {"nan": torch.tensor([1.0, float("nan")]), "inf": torch.tensor([float("-inf")])}
+    assert not_finite(replace(before, memory=memory), before) == ["nan", "inf"]
 
 
 def test_scores_may_leave_classes_out(tmp_path: Path) -> None:
