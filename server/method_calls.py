@@ -36,12 +36,14 @@ def calling(function: str, experiment: Experiment) -> Iterator[None]:
 
 
 def reduced(experiment: Experiment, state: ServerState, phase: Phase, total: Total | None) -> ServerState:
-    """The state after a round. RunFailed for one that is not of the same form, or not finite."""
+    """The state after a round. RunFailed for one that is not of the same form, or not finite. A mean of models needs no
+    look: each of them had one.
+    """
+    default = experiment.method.reduce is replace_model
     with calling("reduce", experiment):
         made = returned(experiment.method.reduce(state, phase, total), ServerState, "reduce")
-        if problem := _problem(made, state):
-            own = " (a phase without local training needs a reduce of its own)"
-            hint = own if experiment.method.reduce is replace_model and not phase.sends_model else ""
+        if not (default and phase.sends_model) and (problem := _problem(made, state)):
+            hint = " (a phase without local training needs a reduce of its own)" if default else ""
             raise failed("reduce", f"gave {problem}{hint}")
     return made
 
