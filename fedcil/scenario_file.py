@@ -18,7 +18,7 @@ from pydantic import PydanticInvalidForJsonSchema, ValidationError
 
 from fedcil.allowed import allowed
 from fedcil.errors import ScenarioError, did_you_mean
-from fedcil.method_table import UnreadMethod, method_settings
+from fedcil.method_table import UnreadMethod, method_settings, read_method
 from fedcil.scenario import Scenario
 from fedcil.section import Section
 
@@ -43,25 +43,28 @@ def load_scenario(source: str | Path | Mapping[str, Any], overrides: Sequence[st
         kinds = "a Scenario, a path, a shipped name, or a mapping"
         raise ScenarioError(f"{source!r:.100} is no scenario", where="scenario", allowed=kinds)
     path = find_scenario(source)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of 5000 digits, 1000 brackets
-        raise ScenarioError(f"not a TOML file: {error}", where=str(path), next="mend the line that is named") from None
-    except OSError as error:
-        raise ScenarioError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    return parse_scenario(table, overrides, where=str(path))
+    return parse_scenario(_read_toml(path), overrides, where=str(path))
 
 
 def read_scenario(path: Path) -> Scenario:
     """Of a run that is there: also where a person's own method cannot be loaded. It can be read then, not run."""
+    table = _read_toml(path)
+    method = table.get("method")
+    if isinstance(method, dict) and ":" in str(method.get("name")):
+        try:
+            table["method"] = read_method(method)
+        except ValueError:
+            table["method"] = UnreadMethod.model_construct(**method)
+    return parse_scenario(table, where=str(path))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return load_scenario(path)
-    except ScenarioError:
-        table = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        method = table.get("method", {})
-        if ":" not in str(method.get("name")):
-            raise
-        return Scenario.model_validate(table | {"method": UnreadMethod.model_validate(method)})
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of 5000 digits, 1000 brackets
+        raise ScenarioError(f"not a TOML file: {error}", where=str(path), next="mend the line that is named") from None
+    except OSError as error:
+        raise ScenarioError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
 def find_scenario(source: str | Path) -> Path:

@@ -209,4 +209,4 @@ def test_namesakes_have_numbers_in_the_table_and_the_notes(tmp_path: Path) -> No
         "training.rounds differs: 3 in trial #1; 4 in trial #2, trial #3",
         "training.epochs differs: 1 in trial #1; 2 in trial #2; 3 in trial #3",
     ]
-    assert list(to_table(groups).columns[1].cells)[1].plain == "trial #2 (training.rounds=4, training.epochs=2)"  # type: ignore[union-attr]
+    assert list(to_table(groups).columns[1].cells)[1].plain == "trial #2 (training.rounds=4, training.epochs=2)"

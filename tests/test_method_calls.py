@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_own_code import SCENARIO as SMALL
 from torch import Tensor
 
 import fedcil
@@ -32,14 +33,7 @@ from fedcil.stream import Task
 from fedcil.tensors import Contribution, Tensors, Total
 from server.method_calls import not_finite
 
-SCENARIO: dict[str, Any] = {
-    "data": {"name": "synthetic", "classes": 4, "samples_per_class": 8},
-    "stream": {"tasks": 2},
-    "partition": {"name": "iid"},
-    "clients": {"count": 2, "per_round": 2},
-    "training": {"rounds": 2, "epochs": 1, "batch_size": 4},
-    "method": {"name": f"{__name__}:Breakable"},
-}
+SCENARIO = SMALL | {"method": {"name": f"{__name__}:Breakable"}}
 State = Callable[[ServerState], object]
 WRONG: dict[str, Any] = {}
 """What a function does now instead of its work, by its name; a mended method has nothing here."""
@@ -114,9 +108,9 @@ BOUNDARY: dict[str, tuple[Callable[[Boundary], object], str]] = {
     "raises": (lambda made: 1 / 0, "boundary raised ZeroDivisionError"),
     "exits": (leave, "boundary raised SystemExit: enough"),
     "a state": (lambda made: made.state, "boundary returned ServerState, not a fedcil.methods.base.Boundary"),
-    "no state": (lambda made: Boundary(None), "boundary returned NoneType, not a fedcil.state.ServerState"),  # type: ignore[arg-type]
+    "no state": (lambda made: Boundary(None), "boundary returned NoneType, not a fedcil.state.ServerState"),
     "missing": (lambda made: Boundary(without_bias(made.state)), "boundary gave a model without"),
-    "warnings": (lambda made: Boundary(made.state, warnings=("vanished",)), "boundary gave warnings that are no"),  # type: ignore[arg-type]
+    "warnings": (lambda made: Boundary(made.state, warnings=("vanished",)), "boundary gave warnings that are no"),
 }
 PREDICT: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "raises": (lambda scores: 1 / 0, "predict raised ZeroDivisionError"),
@@ -219,7 +213,7 @@ def test_a_contribution_that_is_none_is_its_client_s_failure(
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ({"phases": lambda task, rounds: (Phase(name="a", rounds=1.5),)}, "phases gave one of 1.5 rounds"),  # type: ignore[arg-type]
+        ({"phases": lambda task, rounds: (Phase(name="a", rounds=1.5),)}, "phases gave one of 1.5 rounds"),
         ({"phases": leave}, "TypeError"),
         ({"norm_updates": lambda task: -1}, "norm_updates gave -1, not a whole number from 0 on"),
         ({"norm_updates": lambda task: "a"}, "norm_updates gave 'a', not a whole number"),

@@ -668,7 +668,7 @@ def test_any_terms_may_be_switched_off_but_not_all(names: tuple[str, ...]) -> No
     for weights in product((0.0, 1.0), repeat=len(names)):
         chosen = dict(zip(names, weights, strict=True))
         if any(weights):
-            MFCL(synthetic=4, **chosen)  # type: ignore[arg-type]
+            MFCL(synthetic=4, **chosen)
         else:
             with pytest.raises(ValidationError, match="would learn nothing"):
-                MFCL(synthetic=4, **chosen)  # type: ignore[arg-type]
+                MFCL(synthetic=4, **chosen)

@@ -251,6 +251,11 @@ def test_a_run_can_be_read_where_its_method_is_not(mine: Any, tmp_path: Path) ->
     (run / "summary.json").unlink()
     with pytest.raises(ScenarioError, match="module 'mine' cannot be imported"):
         fedcil.resume(run, figures=False)
+    stored = (run / "scenario.toml").read_text()
+    for damaged, says in ((stored + "\n[training", "not a TOML file"), ("rounds = 1\n" + stored, "unknown key rounds")):
+        (run / "scenario.toml").write_text(damaged)
+        with pytest.raises(ScenarioError, match=says):
+            _ = fedcil.load(run).scenario
 
 
 CAPRICE = """
