@@ -295,6 +295,17 @@ def test_the_two_checkpoints_are_of_two_rounds_after_a_resume_too(
     assert one["cursor"]["round"] + 1 == two["cursor"]["round"]
 
 
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"{")])
+def test_a_run_goes_on_without_its_environment(folder: RunFolder, harm: Callable[[Path], object]) -> None:
+    """What it says is for people; the checkpoint knows what decides."""
+    folder.checkpoint(state(1))
+    folder.close()
+    harm(folder.path / "environment.json")
+    again, found = RunFolder.reopen(folder.path, experiment())
+    again.close()
+    assert found.cursor == Cursor(0, 0, 1)
+
+
 def test_a_state_that_was_saved_is_not_saved_again(folder: RunFolder) -> None:
     """Its metrics length is that of the first time: what was written after it is repeated."""
     one = state(1)

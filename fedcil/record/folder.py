@@ -147,9 +147,12 @@ class RunFolder:
         self._named_states = named
 
     def _note_own_code(self, now: Mapping[str, str]) -> None:
-        """A run that goes on with other modules is by both: the record names the old digest and the new one."""
-        path = self.path / "environment.json"
-        environment = json.loads(path.read_bytes()) if path.is_file() else {}
+        """A run that goes on with other modules is by both: the record names the old digest and the new one, where that
+        can be read.
+        """
+        environment: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            environment = json.loads((self.path / "environment.json").read_bytes())
         known: dict[str, str] = environment.get("own_code", {})
         other = {name: digest for name, digest in now.items() if name in known and digest not in known[name].split("+")}
         if other:
