@@ -76,8 +76,9 @@ def resume(
         return old
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)
+    changed = old.changed_code(scenario)  # reads the folder: before it is taken
     folder, state = RunFolder.reopen(old.path, experiment)
-    if changed := old.changed_code(scenario):
+    if changed:
         warnings.warn(f"{', '.join(changed)} changed since this run began: its parts are by other code", stacklevel=2)
     if state.client_states and not (folder.path / CLIENT_STATES).is_dir() and not scenario.engine.address:
         folder.close()

@@ -56,11 +56,9 @@ class Compute:
         return ()
 
     @property
-    def by_products(self) -> bool:
-        """Whether large convolutions over small maps are matrix products: where oneDNN's own take longer."""
-        if self.device.type != "cpu":
-            return False
-        return cpu.fast_bf16() if self.precision == "bf16" else cpu.fp32_products_pay()
+    def products(self) -> cpu.Products:
+        """What of large convolutions over small maps is done by matrix products: where oneDNN's own take longer."""
+        return cpu.products(self.precision) if self.device.type == "cpu" else "none"
 
     def network(self, classes: int) -> Network:
         """A network with uninitialised memory, channels last."""
@@ -102,8 +100,8 @@ class Compute:
         return network.to(memory_format=torch.channels_last)
 
     def _hasten(self, backbone: nn.Module) -> None:
-        if self.by_products:
-            convolve_small_maps_by_products(backbone)
+        if self.products != "none":
+            convolve_small_maps_by_products(backbone, all_passes=self.products == "all")
 
 
 def resolve_device(wanted: str) -> torch.device:
@@ -224,8 +222,8 @@ def numeric_configuration(
 def _convolutions(compute: Compute) -> dict[str, str]:
     """What a CPU computes convolutions by beyond its instruction set."""
     found = {}
-    if compute.by_products:
-        found["small_maps"] = "products"
+    if compute.products != "none":
+        found["small_maps"] = "products" if compute.products == "all" else "products for the gradient of weights"
     if compute.precision == "bf16" and compute.device.type == "cpu":
         found["bf16_instructions"] = " ".join(cpu.bf16_instructions()) or "none"
     return found

@@ -108,16 +108,39 @@ def test_auto_is_bf16_where_that_is_fast(amx: bool, intel: bool, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("text", "intel"),
+    ("text", "intel", "zen_4"),
     [
-        ("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: QEMU Virtual CPU\n", True),
-        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: no GenuineIntel\n", False),
-        ("processor\t: 0\nBogoMIPS\t: 243.75\n", False),  # Arm
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel name\t: QEMU Virtual CPU\n", True, False),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel name\t: no GenuineIntel, family 25\n", False, False),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n", False, True),
+        ("vendor_id\t: HygonGenuine\ncpu family\t: 25\n", False, False),
+        ("processor\t: 0\nBogoMIPS\t: 243.75\n", False, False),  # Arm
     ],
 )
-def test_linux_tells_who_made_the_cpu(text: str, intel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cpuinfo").write_text(text)
+def test_linux_tells_who_made_the_cpu(
+    text: str, intel: bool, zen_4: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + text)
     monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
-    cpu.made_by_intel.cache_clear()
-    assert cpu.made_by_intel() == intel
-    cpu.made_by_intel.cache_clear()
+    cpu._named.cache_clear()
+    assert (cpu.made_by_intel(), cpu.is_zen_4()) == (intel, zen_4)
+    cpu._named.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "intel", "zen_4"),
+    [
+        ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", False, True),
+        ("AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD", False, False),
+        ("Intel64 Family 6 Model 183 Stepping 1, GenuineIntel", True, False),
+        ("arm", False, False),
+    ],
+)
+def test_where_there_is_no_linux_python_tells(
+    name: str, intel: bool, zen_4: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "nothing")
+    monkeypatch.setattr(cpu.platform, "processor", lambda: name)
+    cpu._named.cache_clear()
+    assert (cpu.made_by_intel(), cpu.is_zen_4()) == (intel, zen_4)
+    cpu._named.cache_clear()

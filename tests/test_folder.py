@@ -346,7 +346,7 @@ def test_what_was_made_differently_is_refused_with_the_differences(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(cpu, "bf16_instructions", lambda: ("AVX512_BF16",))
-    monkeypatch.setattr(cpu, "made_by_intel", lambda: False)
+    monkeypatch.setattr(cpu, "_named", lambda: "AuthenticAMD family 26")
     two_rounds(folder)
     with pytest.raises(NotResumable, match="made differently") as caught:
         RunFolder.reopen(folder.path, experiment(*overrides))

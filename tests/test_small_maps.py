@@ -24,8 +24,8 @@ from fedcil.models.resnet import resnet18
 from fedcil.models.small_maps import SmallMapConvolution, convolve_small_maps_by_products
 
 
-def convolved(images: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    output: Tensor = SmallMapConvolution.apply(images, weight, stride, padding)
+def convolved(images: Tensor, weight: Tensor, stride: int, padding: int, all_passes: bool = True) -> Tensor:
+    output: Tensor = SmallMapConvolution.apply(images, weight, stride, padding, all_passes)
     return output
 
 
@@ -37,9 +37,10 @@ def convolved(images: Tensor, weight: Tensor, stride: int, padding: int) -> Tens
     height=st.integers(1, 8),
     width=st.integers(1, 8),
     batch=st.integers(1, 3),
+    all_passes=st.booleans(),
 )
 def test_it_is_the_convolution_and_so_are_its_gradients(
-    kernel: int, stride: int, padding: int, height: int, width: int, batch: int
+    kernel: int, stride: int, padding: int, height: int, width: int, batch: int, all_passes: bool
 ) -> None:
     padding = min(padding, kernel - 1)
     height, width = (max(size, kernel - 2 * padding) for size in (height, width))
@@ -48,7 +49,7 @@ def test_it_is_the_convolution_and_so_are_its_gradients(
     weight = torch.randn(2, 3, kernel, kernel, generator=draws, dtype=torch.float64, requires_grad=True)
     expected, found = (
         F.conv2d(images, weight, stride=stride, padding=padding),
-        convolved(images, weight, stride, padding),
+        convolved(images, weight, stride, padding, all_passes),
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     of_output = torch.randn(expected.shape, generator=draws, dtype=torch.float64)
@@ -60,19 +61,20 @@ def test_it_is_the_convolution_and_so_are_its_gradients(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-def test_torch_func_sees_through_them() -> None:
+@pytest.mark.parametrize("all_passes", [True, False])
+def test_torch_func_sees_through_them(all_passes: bool) -> None:
     """Gradients of several kernels at once."""
     images, weight = torch.randn(5, 2, 3, 4, 4).double(), torch.randn(5, 6, 3, 3, 3).double()
 
     def energy(convolve: Any) -> Any:
         return lambda x, w: (convolve(x, w) ** 2).sum()
 
-    ours = vmap(grad(energy(lambda x, w: convolved(x, w, 1, 1)), (0, 1)))(images, weight)
+    ours = vmap(grad(energy(lambda x, w: convolved(x, w, 1, 1, all_passes)), (0, 1)))(images, weight)
     theirs = vmap(grad(energy(lambda x, w: F.conv2d(x, w, padding=1)), (0, 1)))(images, weight)
     for found, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
     one, other = images.clone().requires_grad_(), weight.clone().requires_grad_()
-    stacked = vmap(energy(lambda x, w: convolved(x, w, 1, 1)))(one, other).sum()
+    stacked = vmap(energy(lambda x, w: convolved(x, w, 1, 1, all_passes)))(one, other).sum()
     for found, expected in zip(torch.autograd.grad(stacked, (one, other)), theirs, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
@@ -80,7 +82,7 @@ def test_torch_func_sees_through_them() -> None:
 def test_a_network_is_freed_as_soon_as_nobody_has_it() -> None:
     """Networks come and go with tasks; a cycle would keep 30 MB until the garbage collector looks."""
     layer = nn.Conv2d(512, 512, 3, padding=1)
-    convolve_small_maps_by_products(layer)
+    convolve_small_maps_by_products(layer, all_passes=True)
     seen = weakref.ref(layer)
     gc.disable()
     try:
@@ -92,7 +94,7 @@ def test_a_network_is_freed_as_soon_as_nobody_has_it() -> None:
 
 def test_no_images_and_a_single_one_are_torchs_affair(calls: list[tuple[int, ...]]) -> None:
     layer = nn.Conv2d(512, 512, 3, padding=1)
-    convolve_small_maps_by_products(layer)
+    convolve_small_maps_by_products(layer, all_passes=True)
     with torch.no_grad():
         assert layer(torch.randn(0, 512, 4, 4)).shape == (0, 512, 4, 4)
         assert layer(torch.randn(512, 4, 4)).shape == (512, 4, 4)
@@ -114,11 +116,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def on_a_cpu_with(monkeypatch: pytest.MonkeyPatch, capability: str, *, bf16: bool, intel: bool = False) -> None:
+INTEL, ZEN_4, ZEN_5 = "GenuineIntel 6", "AuthenticAMD family 25", "AuthenticAMD family 26"
+
+
+def on_a_cpu_with(monkeypatch: pytest.MonkeyPatch, capability: str, *, bf16: bool, name: str = ZEN_5) -> None:
     """Which convolutions are products is asked of the machine; torch computes them on all."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(cpu, "bf16_instructions", lambda: ("AVX512_BF16",) if bf16 else ())
-    monkeypatch.setattr(cpu, "made_by_intel", lambda: intel)
+    monkeypatch.setattr(cpu, "_named", lambda: name)
 
 
 @pytest.fixture(autouse=True)
@@ -131,22 +136,24 @@ def resnet(precision: Any) -> Compute:
 
 
 @pytest.mark.parametrize(
-    ("capability", "bf16", "intel", "products"),
+    ("capability", "bf16", "name", "products"),
     [
-        ("AVX512", True, False, {"bf16"}),
-        ("AVX512", True, True, {"fp32"}),
-        ("AVX512", False, False, set()),
-        ("AVX512", False, True, {"fp32"}),
-        ("AVX2", False, False, {"fp32"}),
-        ("DEFAULT", False, True, set()),
+        ("AVX512", True, ZEN_5, {"fp32": "none", "bf16": "all"}),
+        ("AVX512", True, ZEN_4, {"fp32": "weights", "bf16": "weights"}),
+        ("AVX512", False, ZEN_4, {"fp32": "weights", "bf16": "none"}),
+        ("AVX512", True, INTEL, {"fp32": "all", "bf16": "none"}),
+        ("AVX512", False, ZEN_5, {"fp32": "none", "bf16": "none"}),
+        ("AVX512", False, INTEL, {"fp32": "all", "bf16": "none"}),
+        ("AVX2", False, ZEN_4, {"fp32": "all", "bf16": "none"}),  # Zen 3, or torch told to do without AVX-512
+        ("DEFAULT", False, INTEL, {"fp32": "none", "bf16": "none"}),
     ],
 )
 def test_products_are_for_what_the_machine_does_faster_by_them(
-    capability: str, bf16: bool, intel: bool, products: set[str], monkeypatch: pytest.MonkeyPatch
+    capability: str, bf16: bool, name: str, products: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_a_cpu_with(monkeypatch, capability, bf16=bf16, intel=intel)
-    assert {precision for precision in ("fp32", "bf16") if resnet(precision).by_products} == products
-    assert not Compute(resnet("fp32").architecture, torch.device("cuda"), "fp32").by_products
+    on_a_cpu_with(monkeypatch, capability, bf16=bf16, name=name)
+    assert {precision: resnet(precision).products for precision in ("fp32", "bf16")} == products
+    assert Compute(resnet("fp32").architecture, torch.device("cuda"), "fp32").products == "none"
 
 
 @pytest.mark.parametrize(("capability", "precision", "within"), [("AVX512", "bf16", 0.05), ("AVX2", "fp32", 1e-4)])
@@ -165,6 +172,32 @@ def test_only_the_last_stage_of_a_resnet18(
         found = network.eval()(images)
     assert calls == [(2, 256, 8, 8)] + 3 * [(2, 512, 4, 4)]
     torch.testing.assert_close(found, expected, rtol=within, atol=within)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_zen_4_only_a_network_that_learns_meets_products(
+    precision: str, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its products gain in the gradient of the weights alone; all else is torch's convolution, bit by bit."""
+    images, plain = torch.randn(2, 3, 32, 32), resnet("fp32").network(3)
+    initialise(plain, Key(0).torch())
+    on_a_cpu_with(monkeypatch, "AVX512", bf16=True, name=ZEN_4)
+    compute = resnet(precision)
+    network = compute.network(3)
+    load_state(network, state_of(plain))
+    with torch.no_grad():
+        compute.teacher(snapshot(network))(images)
+        compute.frozen(snapshot(network))(images)
+        assert calls == []
+    found = network.eval()(images)
+    assert len(calls) == 4
+    if precision == "fp32":
+        expected = plain.eval()(images)
+        assert torch.equal(found, expected)
+        gradients = (
+            torch.autograd.grad(each.sum(), list(of.parameters())) for each, of in ((found, network), (expected, plain))
+        )
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
 def test_a_teachers_norms_are_folded_and_its_last_stage_is_products(calls: list[tuple[int, ...]]) -> None:
@@ -195,7 +228,7 @@ def test_a_teachers_norms_are_folded_and_its_last_stage_is_products(calls: list[
 def test_whatever_is_not_a_large_plain_kernel_on_a_small_map_stays(
     layer: nn.Conv2d, size: int, calls: list[tuple[int, ...]]
 ) -> None:
-    convolve_small_maps_by_products(layer)
+    convolve_small_maps_by_products(layer, all_passes=True)
     with torch.no_grad():
         layer(torch.randn(1, layer.in_channels, size, size))
     assert calls == []
@@ -204,7 +237,7 @@ def test_whatever_is_not_a_large_plain_kernel_on_a_small_map_stays(
 def test_bias_and_copies(calls: list[tuple[int, ...]]) -> None:
     """A copy of a layer computes with its own weights, in the type of autocast where that is on."""
     layer = nn.Conv2d(512, 512, 3, padding=1)
-    convolve_small_maps_by_products(layer)
+    convolve_small_maps_by_products(layer, all_passes=True)
     other = copy.deepcopy(layer)
     images = torch.randn(1, 512, 4, 4)
     with torch.no_grad():
