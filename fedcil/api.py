@@ -70,7 +70,8 @@ def resume(
     scenario = load_scenario(old.path / "scenario.toml", overrides)
     if old.finished:
         key, file, was = "availability.file", scenario.availability.file, old.scenario.availability.file
-        refuse_changes(old.identity["scenario"] | {key: was}, scenario.deciding() | {key: file}, old.path)
+        made = old.identity.get("scenario") or old.scenario.deciding()
+        refuse_changes(made | {key: was}, scenario.deciding() | {key: file}, old.path)
         if figures and not (old.path / "figures").is_dir():
             draw(old)
         return old

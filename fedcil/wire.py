@@ -187,7 +187,7 @@ def _report(client: int, value: Any, tensors: Tensors, expected: Expected) -> Re
     if not (state is None or (isinstance(state, str) and HASH.fullmatch(state))):
         raise MessageRefused("a client state that is no hash")
     state_bytes, seconds = value.get("state_bytes"), value.get("seconds")
-    if type(state_bytes) is not int or not _is_number(seconds) or min(state_bytes, seconds) < 0:
+    if type(state_bytes) is not int or not (0 <= state_bytes <= LARGEST and _is_number(seconds) and seconds >= 0):
         raise MessageRefused("costs that are no numbers from 0 on")
     return Report(
         client=client,

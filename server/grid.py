@@ -22,6 +22,7 @@ from fedcil.port import ClientDone, StopSignal, remaining
 from fedcil.stream import Task
 from fedcil.tensors import count_bytes, moved
 from fedcil.wire import Expected, admit, pack_broadcast, pack_payload, place_of, spec_of
+from server.mail import pull
 from server.nodes import Nodes
 from server.verdict import needed_answers
 
@@ -37,7 +38,8 @@ Sent = dict[str, tuple[int, tuple[Job, ...]]]
 class GridPort:
     """Clients are served by nodes, which come and go. ``known``: the shares of nodes met before, by node id.
 
-    The first round waits for ``min_clients`` clients (0: all of them), every other one for a quorum.
+    The first round waits for ``min_clients`` clients (0: all of them), every other one for a quorum, and so does, in
+    the end, the first one of a run that goes on.
     """
 
     def __init__(
@@ -60,15 +62,16 @@ class GridPort:
         self._nodes = Nodes(grid, experiment, self._scenario, shares)
         self._serving: dict[int, int] = {}
         self._holds: dict[int, str] = {}  # node -> hash of the payload it was sent last
-        self._first = min_clients or experiment.scenario.clients.count
+        count, server = experiment.scenario.clients.count, experiment.scenario.server
+        self._first = min(min_clients or count, count)
+        self._quorum = min(self._first, needed_answers(server.quorum, experiment.scenario.clients.per_round))
+        self._least = self._quorum if shares else self._first
         self._met = False
 
     def reachable(self) -> frozenset[int]:
         """The clients whose nodes are here and owe nothing; waits a while for as many as a round needs."""
-        scenario = self._experiment.scenario
         if self._met:
-            needed = needed_answers(scenario.server.quorum, scenario.clients.per_round)
-            self._wait_for(needed, scenario.server.deadline_s or RETURN_S)
+            self._wait_for(self._quorum, self._experiment.scenario.server.deadline_s or RETURN_S)
         else:
             self._wait_for(self._first, MEET_S)
             self._refuse_too_few()
@@ -80,9 +83,11 @@ class GridPort:
         lacking = set[int]()
         open_messages = self._send(request, lacking, gathered)
         started = time.monotonic()
-        while open_messages and remaining(deadline_s, started) != 0.0:
+        late = False
+        while open_messages and not late:
             self._stop.check()
-            for reply in self._grid.pull_messages([*open_messages, *self._nodes.owed]):
+            late = remaining(deadline_s, started) == 0.0  # one more look: what has come by now is in time
+            for reply in pull(self._grid, [*open_messages, *self._nodes.owed]):
                 message = reply.metadata.reply_to_message_id
                 if message not in open_messages:
                     self._nodes.paid(message)
@@ -93,7 +98,8 @@ class GridPort:
                     open_messages |= self._send(replace(request, jobs=jobs), lacking, gathered)
                 else:
                     take(reply, jobs, expected, gathered)
-            pause(started)
+            if open_messages and not late:
+                pause(started)
         for message, (node, _) in open_messages.items():
             self._nodes.owe(message, node)
         return replace(gathered.outcome(), attendance=self._nodes.attendance())
@@ -106,7 +112,7 @@ class GridPort:
         started = time.monotonic()
         while True:
             self._stop.check()
-            for reply in self._grid.pull_messages(self._nodes.owed) if self._nodes.owed else ():
+            for reply in pull(self._grid, self._nodes.owed):
                 self._nodes.paid(reply.metadata.reply_to_message_id)
             self._nodes.look()
             self._serving = self._nodes.serving()
@@ -115,9 +121,9 @@ class GridPort:
             pause(started)
 
     def _refuse_too_few(self) -> None:
-        if len(self._serving) < self._first:
+        if len(self._serving) < self._least:
             raise TooFewClients(
-                f"after {MEET_S:.0f} s {len(self._serving)} clients are served, {self._first} are needed to begin "
+                f"after {MEET_S:.0f} s {len(self._serving)} clients are served, {self._least} are needed "
                 f"({self._nodes.counts()})",
                 where="clients.count",
                 next="start the missing nodes, then go on with the run",

@@ -17,6 +17,7 @@ from fedcil.experiment import Experiment
 from fedcil.hello import Share, unpack_hello
 from fedcil.messages import Attendance
 from fedcil.packets import packet_of
+from server.mail import pull
 from server.roster import Roster
 
 log = logging.getLogger("fedcil")
@@ -45,6 +46,7 @@ class Nodes:
         self._roster = Roster(samples, experiment.data.digest, experiment.compute.precision, known)
         self._here: set[int] = set()
         self._welcome: set[int] = set()  # nodes that said what they serve
+        self._full: set[int] = set()  # of these, who took less than all that it was offered, or named its own
         self._spare: set[int] = set()  # nodes that are here for clients that nobody serves yet
         self._asked: dict[str, Asked] = {}  # by message
         self._not_before: dict[int, float] = {}  # when a node may be asked again
@@ -60,19 +62,23 @@ class Nodes:
         if gone:  # what they served may be what somebody was refused
             self._not_before.clear()
         self._here = here
+        self._listen()  # before anybody's time is up: a look may come long after the last
         now = time.monotonic()
         self._asked = {name: asked for name, asked in self._asked.items() if now - asked.since < SILENT_S}
         self._greet(self._to_be_asked(now), now)
-        if self._asked:
-            for reply in self._grid.pull_messages(list(self._asked)):
-                self._hear(reply)
+        self._listen()
+
+    def _listen(self) -> None:
+        for reply in pull(self._grid, list(self._asked)):
+            self._hear(reply)
 
     def _to_be_asked(self, now: float) -> list[int]:
-        strangers = self._here - self._welcome - {asked.node for asked in self._asked.values()}
-        due = {node for node in strangers if now >= self._not_before.get(node, 0.0)}
-        if due & self._spare and not self._roster.free(self._reserved()):
-            due -= self._spare
-        return sorted(due)
+        """Strangers; if there are none, who serves some clients and may have room for those that are left."""
+        asked, free = {asked.node for asked in self._asked.values()}, self._roster.free(self._reserved())
+        due = sorted(node for node in self._here - asked if now >= self._not_before.get(node, 0.0))
+        strangers = [node for node in due if node not in self._welcome and (free or node not in self._spare)]
+        roomy = [node for node in due if node in self._welcome - self._full]
+        return strangers or ([] if asked else roomy[: len(free)])
 
     def _reserved(self) -> set[int]:
         return {client for asked in self._asked.values() for client in asked.offer}
@@ -105,12 +111,12 @@ class Nodes:
         return Attendance(shares, events)
 
     def counts(self) -> str:
-        refused = sum(when == NEVER for when in self._not_before.values())
+        refused = sum(when == NEVER for node, when in self._not_before.items() if node not in self._spare)
         return f"{len(self._here)} nodes here, {len(self._welcome)} serve, {len(self._spare)} spare, {refused} refused"
 
     def _leave(self, node: int) -> None:
-        self._welcome.discard(node)
-        self._spare.discard(node)
+        for nodes in (self._welcome, self._full, self._spare):
+            nodes.discard(node)
         self._asked = {message: asked for message, asked in self._asked.items() if asked.node != node}
         self._owed = {message: owed for message, owed in self._owed.items() if owed[0] != node}
         self._note("left", node)
@@ -130,21 +136,27 @@ class Nodes:
         return Message(RecordDict({"hello": content}), dst_node_id=node, message_type="query.hello")
 
     def _hear(self, reply: Message) -> None:
-        asked, now = self._asked.pop(reply.metadata.reply_to_message_id), time.monotonic()
+        asked, now = self._asked.pop(reply.metadata.reply_to_message_id, None), time.monotonic()
+        if asked is None:  # the node says that it answers something else
+            return None
         node = asked.node
         if reply.has_error():  # it may do better next time
             self._not_before[node] = now + AGAIN_S
             return self._note("silent", node, reason=f"Flower error {reply.error.code}: {reply.error.reason}")
+        served = self._roster.shares.get(node) if node in self._welcome else None
         try:
             hello = unpack_hello(packet_of(reply.content.get("hello")), tasks=self._tasks, limit=HELLO_BYTES)
             share = self._roster.welcome(node, hello, asked.offer, self._here & self._welcome)
         except MessageRefused as error:
             self._not_before[node] = NEVER
+            self._welcome.discard(node)
             return self._note("refused", node, reason=error.what)
+        if hello.fixed or set(hello.clients) != set(asked.offer):
+            self._full.add(node)
         if share:
             self._welcome.add(node)
             self._spare.discard(node)
-            return self._note("joined", node)
+            return None if share == served else self._note("joined", node)
         self._not_before[node] = NEVER if hello.fixed else now + AGAIN_S
         if node not in self._spare:
             self._spare.add(node)

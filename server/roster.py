@@ -24,34 +24,38 @@ class Roster:
         self.shares: dict[int, Share] = dict(shares)
 
     def offers(self, nodes: Collection[int], reserved: Collection[int] = ()) -> dict[int, Share]:
-        """What each of the nodes that come now may take: its old share, or an even part of the clients that nobody
-        serves and that are not ``reserved``: offered to a node that has not answered yet.
+        """What each of these nodes may take, the first ones first: its old share, and an even part of the clients that
+        nobody serves and that are not ``reserved``: offered to a node that has not answered yet. Nodes without a share
+        come before others.
         """
-        new = [node for node in sorted(nodes) if not self.shares.get(node)]
+        takers = [node for node in sorted(nodes) if not self.shares.get(node)] or sorted(nodes)
         free = self.free(reserved)
-        parts = {node: tuple(free[place :: len(new)]) for place, node in enumerate(new)}
-        return {node: self.shares.get(node) or parts[node] for node in nodes}
+        parts = {node: tuple(free[place :: len(takers)]) for place, node in enumerate(takers)}
+        return {node: self.shares.get(node, ()) + parts.get(node, ()) for node in nodes}
 
     def welcome(self, node: int, hello: Hello, offer: Share, present: Collection[int]) -> Share:
-        """Give it what it asks for. MessageRefused, with the reason, for a node that cannot take part."""
-        share = hello.clients
+        """Give it what it asks for; of what it was offered, what nobody has taken since. MessageRefused, with the
+        reason, for a node that cannot take part.
+        """
         if hello.data != self._data:
             raise MessageRefused(f"it has other data: digest {short(hello.data)}, {short(self._data)} here")
         if hello.precision != self._precision:
             here = f"the server in {self._precision}: give training.precision a name"
             raise MessageRefused(f"it computes in {short(hello.precision)}, {here}")
         self._refuse_strangers(hello)
-        if not hello.fixed and not set(share) <= set(offer):
-            raise MessageRefused(f"it takes {_some(set(share) - set(offer))}, which it was not offered")
+        mine = set(hello.clients)
+        if not hello.fixed and not mine <= set(offer):
+            raise MessageRefused(f"it takes {_some(mine - set(offer))}, which it was not offered")
         for other in sorted(set(present) - {node}):
-            if taken := set(self.shares.get(other, ())) & set(share):
-                raise MessageRefused(f"node {other} serves {_some(taken)} already")
-        mine = set(share)
+            if taken := mine.intersection(self.shares.get(other, ())):
+                if hello.fixed:
+                    raise MessageRefused(f"node {other} serves {_some(taken)} already")
+                mine -= taken
         for other, theirs in self.shares.items():  # nodes that are away give way to the owner of a fixed share
             if not mine.isdisjoint(theirs):
                 self.shares[other] = tuple(client for client in theirs if client not in mine)
-        self.shares[node] = share
-        return share
+        self.shares[node] = tuple(sorted(mine))
+        return self.shares[node]
 
     def free(self, reserved: Collection[int] = ()) -> list[int]:
         taken = {client for share in self.shares.values() for client in share} | set(reserved)

@@ -175,6 +175,16 @@ def stopped_run() -> Callable[..., Path]:
 
 
 @pytest.fixture
+def inside_a_flower_run() -> Iterator[None]:
+    """Messages can be made only inside a run: Flower's own identity of this process."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+    yield
+    TaskIdentity._run_id = TaskIdentity._task_id = TaskIdentity._node_id = None
+
+
+@pytest.fixture
 def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Fails if a process that this test has started is still there after so many seconds, whoever its parent is by
     then: it is known by a mark in its environment.

@@ -142,6 +142,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*EXPERIMENT, "fedcil.wire", "fedcil.hello", "fedcil.packets", "server"),
         ("flwr", "torch"),
     ),
+    "server.mail": ((), ("flwr",)),
     "server.nodes": ((*EXPERIMENT, "fedcil.hello", "fedcil.packets", "server"), ("flwr",)),
     "server.roster": (("fedcil.errors", "fedcil.hello"), ()),
     "client": ((*EXPERIMENT, "fedcil.wire", "client"), ("torch",)),

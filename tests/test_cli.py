@@ -371,6 +371,8 @@ def test_a_finished_run_by_other_code_is_reused_and_named_as_that(tmp_path: Path
     again = call(*words, cwd=tmp_path).stderr
     assert "finished already" in again
     assert "by other code of fedcil; delete it" in again
+    path.unlink()  # whether it is alike is not known now
+    assert "finished already" not in call(*words, cwd=tmp_path).stderr
 
 
 def test_a_task_without_test_images_is_refused_before_it_trains(tmp_path: Path) -> None:

@@ -231,6 +231,25 @@ def test_a_server_that_dies_again_and_again_is_not_started_for_ever(tmp_path: Pa
         supervise(tmp_path, [(True, "finished:failed")] * 50)
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("before", [0, 1])
+def test_what_flower_refuses_is_said_once_and_is_no_attempt(tmp_path: Path, before: int) -> None:
+    class Refusing(Fake):
+        refusals = 9
+
+        def submit(self, config: object) -> str:
+            if len(self.done) >= before and self.refusals:
+                self.refusals -= 1
+                raise ControlFailed("no such federation")
+            return super().submit(config)
+
+    said: list[str] = []
+    fake = Refusing(tmp_path, [(True, "finished:failed")] * before)
+    Supervisor(fake, tmp_path, 0, said.append).run(StopSignal(), lambda: None, lambda: None)  # type: ignore[arg-type]
+    assert fake.done == ["submit"] * (before + 1)
+    assert said[before:] == ["the run cannot be submitted (no such federation); trying again"]
+
+
 def test_a_tail_reads_whole_new_lines_and_follows_a_file_that_was_cut_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     tail = Tail(path)

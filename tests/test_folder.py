@@ -26,6 +26,7 @@ from fedcil.port import StopSignal
 from fedcil.record.figures import partition_figure
 from fedcil.record.folder import PACKAGES, RunFolder
 from fedcil.record.run import open_run, ragged
+from fedcil.scenario import Scenario
 from fedcil.scenario_file import load_scenario
 from fedcil.sources import revision
 from fedcil.state import Cursor, RunState, ServerState
@@ -47,6 +48,14 @@ def experiment(*overrides: str) -> Experiment:
 
 def state(number: int) -> RunState:
     return RunState(server=ServerState(model={"x": torch.full((2,), float(number))}), cursor=Cursor(0, 0, number))
+
+
+@pytest.fixture
+def zen_5(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run records of its CPU is that of this one, wherever the tests run."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(cpu, "bf16_instructions", lambda: ("AVX512_BF16",))
+    monkeypatch.setattr(cpu, "_named", lambda: "AuthenticAMD family 26")
 
 
 @pytest.fixture
@@ -306,6 +315,34 @@ def test_a_run_goes_on_without_its_environment(folder: RunFolder, harm: Callable
     assert found.cursor == Cursor(0, 0, 1)
 
 
+def test_a_resume_that_cannot_read_the_environment_leaves_the_run_free(
+    tmp_path: Path, stopped_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for a run's own modules."""
+    folder = stopped_run(experiment().scenario, 3, tmp_path)
+    path = folder / "environment.json"
+    monkeypatch.setattr(Scenario, "own_code", lambda _: {"mine": "0" * 16})
+    path.write_bytes(b"{")
+    with pytest.raises(InputError, match="not JSON") as caught:
+        fedcil.resume(folder, figures=False)
+    assert "delete it" in caught.value.next
+    path.unlink()
+    assert fedcil.resume(folder, figures=False).finished
+
+
+def test_a_finished_run_without_environment_or_summary_is_what_it_was(tmp_path: Path) -> None:
+    run = fedcil.run(experiment().scenario, output=tmp_path, figures=False)
+    (run.path / "environment.json").unlink()
+    assert fedcil.resume(run.path, figures=False).summary == run.summary
+    with pytest.raises(NotResumable, match=r"seed was 0, now 1"):
+        fedcil.resume(run.path, overrides=["seed=1"], figures=False)
+    again = open_run(run.path)
+    assert (again.identity, again.versions) == ({}, {})
+    (run.path / "summary.json").unlink()
+    assert fedcil.resume(run.path, figures=False).summary.keys() == run.summary.keys()
+    np.testing.assert_array_equal(open_run(run.path).accuracy_matrix, run.accuracy_matrix)
+
+
 def test_a_state_that_was_saved_is_not_saved_again(folder: RunFolder) -> None:
     """Its metrics length is that of the first time: what was written after it is repeated."""
     one = state(1)
@@ -341,12 +378,10 @@ def test_a_state_that_was_saved_is_not_saved_again(folder: RunFolder) -> None:
         ),
     ],
 )
+@pytest.mark.usefixtures("zen_5")
 def test_what_was_made_differently_is_refused_with_the_differences(
-    folder: RunFolder, overrides: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch
+    folder: RunFolder, overrides: list[str], names: list[str]
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(cpu, "bf16_instructions", lambda: ("AVX512_BF16",))
-    monkeypatch.setattr(cpu, "_named", lambda: "AuthenticAMD family 26")
     two_rounds(folder)
     with pytest.raises(NotResumable, match="made differently") as caught:
         RunFolder.reopen(folder.path, experiment(*overrides))
@@ -398,6 +433,7 @@ def test_a_damaged_summary_is_named(folder: RunFolder) -> None:
     with pytest.raises(InputError, match="not JSON") as caught:
         _ = open_run(folder.path).finished
     assert caught.value.where.endswith("summary.json")
+    assert f"`fedcil resume {folder.path}` writes it anew" in caught.value.next
 
 
 @pytest.mark.parametrize("missing", ["scenario.toml", "metrics.jsonl"])

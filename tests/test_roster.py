@@ -67,16 +67,15 @@ def test_a_node_that_does_not_fit_is_refused(said: Hello, reason: str) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 3), st.booleans()), max_size=30))
 def test_no_client_ever_has_two_nodes_and_nobody_forgets_its_own(visits: list[tuple[int, int, bool]]) -> None:
-    """Nodes come, take up to ``room`` clients, and go; a node's share only ever changes from none to some."""
+    """Nodes come, take up to ``room`` clients, and go; the share of one that has room for it only grows."""
     book, present = roster(), set[int]()
     for node, room, leaves in visits:
         offer = book.offers([node])[node]
         before = dict(book.shares)
-        share = book.welcome(
-            node, hello(*offer[: room or None]) if not before.get(node) else hello(*offer), offer, present
-        )
+        taken = offer[: max(room, len(before.get(node, ()))) or None]
+        share = book.welcome(node, hello(*taken), offer, present)
         present = present - {node} if leaves else present | {node}
-        assert not before.get(node) or share == before[node]
+        assert set(before.get(node, ())) <= set(share)
         served = [client for each in book.shares.values() for client in each]
         assert len(served) == len(set(served))
 
@@ -111,3 +110,28 @@ def test_a_node_has_no_room_for_a_story_in_the_record() -> None:
 def test_counts_of_another_number_of_tasks_are_refused() -> None:
     with pytest.raises(MessageRefused, match="3 counts"):
         unpack_hello(pack_hello(hello(0)), tasks=3, limit=1 << 24)
+
+
+def test_who_returns_with_less_room_leaves_the_rest_to_others() -> None:
+    book = roster(n9=(0, 1, 2))
+    assert book.welcome(9, hello(0, 1), (0, 1, 2), set()) == (0, 1)
+    assert book.shares == {9: (0, 1)}
+    assert book.free() == [2, 3, 4, 5]
+
+
+def test_of_many_clients_that_are_taken_five_are_named() -> None:
+    with pytest.raises(MessageRefused, match=r"node 9 serves client 0, 1, 2, 3, 4 and more already"):
+        roster(n9=(0, 1, 2, 3, 4, 5)).welcome(7, hello(0, 1, 2, 3, 4, 5, fixed=True), (), {9})
+
+
+def test_of_what_it_was_offered_a_node_gets_what_nobody_took_meanwhile() -> None:
+    book = roster(n9=(0, 1))
+    assert book.welcome(7, hello(0, 2), (0, 2, 4), {9}) == (2,)
+    assert book.welcome(8, hello(1), (1,), {9}) == ()
+    assert book.shares == {9: (0, 1), 7: (2,), 8: ()}
+
+
+def test_who_has_clients_is_offered_more_when_nobody_has_none() -> None:
+    book = roster(n9=(0, 3), n8=(1,))
+    assert book.offers([8, 9]) == {8: (1, 2, 5), 9: (0, 3, 4)}
+    assert book.offers([7, 8, 9]) == {7: (2, 4, 5), 8: (1,), 9: (0, 3)}

@@ -228,6 +228,7 @@ def without(name: str) -> dict[str, Any]:
         ({"report": {**REPORT, "state": "0" * 33}}, "no hash"),
         ({"report": {**REPORT, "state_bytes": -1}}, "costs"),
         ({"report": {**REPORT, "state_bytes": 0.5}}, "costs"),
+        ({"report": {**REPORT, "state_bytes": 10**4299}}, "costs"),  # a sum of two could not be written down
         ({"report": {**REPORT, "seconds": -0.1}}, "costs"),
         ({"report": {**REPORT, "seconds": None}}, "costs"),
         ({"report": {**REPORT, "seconds": float("inf")}}, "costs"),

@@ -46,6 +46,7 @@ class Supervisor:
         self._config: dict[str, str | int] = {"folder": str(folder.absolute()), "min-clients": min_clients}
         self._say = say
         self._attempt = self._earlier_attempt()
+        self._refused = ""  # why the last submission was, as it was said
         self._fruitless, self._seen = 0, self._size()
         self._last_size, self._grew = self._seen, -QUIET_S
 
@@ -86,6 +87,9 @@ class Supervisor:
             return status
         except ControlFailed as error:
             self._lose(error.what)
+            if self._attempt is None and error.what != self._refused:
+                self._say(f"the run cannot be submitted ({error.what}); trying again")
+                self._refused = error.what
             return None
 
     def _growing(self) -> bool:
@@ -102,10 +106,11 @@ class Supervisor:
 
     def _submit(self, status: str | None, going_on: bool) -> None:
         if self._attempt is not None:
-            self._count_attempt()
-            self._say(f"the run was cut off ({status}); submitting it again")
             if going_on:
                 self._control.stop(self._attempt.run)
+            self._count_attempt()
+            self._say(f"the run was cut off ({status}); submitting it again")
+            self._attempt = None  # counted once, however often Flower refuses the next one
         self._attempt = Attempt(self._control.submit(self._config))
         write_atomic(self._folder / SUBMISSION, json.dumps({"run": self._attempt.run}).encode())
 

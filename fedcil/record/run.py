@@ -20,6 +20,8 @@ from fedcil.record.folder import METRICS
 from fedcil.scenario import Scenario
 from fedcil.scenario_file import read_scenario
 
+DAMAGED = "this file is damaged; use another run"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -43,9 +45,7 @@ class Run:
         lines = tuple(_read_table(line, f"{path}:{number}") for number, line in enumerate(whole, start=1))
         there, all_ = sum(line.get("kind") == "round" for line in lines), self.summary.get("rounds", 0)
         if there < all_:
-            raise InputError(
-                f"{there} of {all_} rounds are in it", where=str(path), next="this file is damaged; use another run"
-            )
+            raise InputError(f"{there} of {all_} rounds are in it", where=str(path), next=DAMAGED)
         return lines
 
     @property
@@ -56,7 +56,8 @@ class Run:
     @cached_property
     def summary(self) -> dict[str, Any]:
         path = self.path / "summary.json"
-        return _read_table(path.read_bytes(), str(path)) if path.is_file() else {}
+        anew = f"delete it; `fedcil resume {self.path}` writes it anew"
+        return _read_table(path.read_bytes(), str(path), anew) if path.is_file() else {}
 
     @property
     def finished(self) -> bool:
@@ -65,7 +66,7 @@ class Run:
     @cached_property
     def versions(self) -> dict[str, str | None]:
         """Versions of the packages that the run was begun with."""
-        return dict(self.environment["versions"])
+        return dict(self.environment.get("versions", {}))
 
     @property
     def revision(self) -> str | None:
@@ -75,8 +76,10 @@ class Run:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decided the run's result: scenario by key, data digest, numeric configuration."""
-        return dict(self.environment["identity"])
+        """What decided the run's result: scenario by key, data digest, numeric configuration; nothing if the folder
+        does not say.
+        """
+        return dict(self.environment.get("identity", {}))
 
     @property
     def program(self) -> str | None:
@@ -99,7 +102,8 @@ class Run:
     def environment(self) -> dict[str, Any]:
         """With what and on what machine it was begun."""
         path = self.path / "environment.json"
-        return _read_table(path.read_bytes(), str(path)) if path.is_file() else {}
+        without = "delete it; a run goes on, and is compared, without what it says"
+        return _read_table(path.read_bytes(), str(path), without) if path.is_file() else {}
 
     @cached_property
     def partition(self) -> tuple[TaskPartition, ...]:
@@ -166,13 +170,13 @@ def costs(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _read_table(content: bytes, where: str) -> dict[str, Any]:
+def _read_table(content: bytes, where: str, next_: str = DAMAGED) -> dict[str, Any]:
     try:
         table = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {error}", where=where, next="this file is damaged; use another run") from None
+        raise InputError(f"not JSON: {error}", where=where, next=next_) from None
     if not isinstance(table, dict):
-        raise InputError("not a JSON object", where=where, next="this file is damaged; use another run")
+        raise InputError("not a JSON object", where=where, next=next_)
     return table
 
 

@@ -1,0 +1,26 @@
+"""What nodes have sent, fetched from Flower's Grid."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+log = logging.getLogger("fedcil")
+UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError)  # Flower's ways to say so
+
+
+def pull(grid: Grid, messages: Sequence[str]) -> Iterable[Message]:
+    """Replies to these messages that are there. One that Flower cannot read takes those that came with it along, whose
+    nodes are late then: what a node sends must not end the run.
+    """
+    if not messages:
+        return ()
+    try:
+        found: Iterable[Message] = grid.pull_messages(messages)
+        return found
+    except UNREADABLE as error:
+        log.warning("a reply that cannot be read: %s: %s", type(error).__name__, error)
+        return ()
