@@ -13,7 +13,7 @@ from scenarios.benchmarks.bars import FULL
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINES: dict[str, dict[str, Any]] = {
-    name: json.loads((ROOT / "docs" / f"bench_{name}.json").read_text()) for name in ("zen5", "intel", "avx2")
+    name: json.loads((ROOT / "docs" / f"bench_{name}.json").read_text()) for name in ("zen4", "zen5", "intel", "avx2")
 }
 KEPT = ("", "_vs_kept")
 STEPS = [
@@ -26,7 +26,15 @@ SIDES = ("plain", "plain_kept", "flower", "pfl", "fedlab", "blazefl")
 ROUNDS = [f"round_{net}_{{}}_vs_{side}" for net in ("lenet", "cnn4", "resnet18") for side in SIDES]
 RATIOS = [*STEPS, *(f"boundary_{{}}{kept}" for kept in KEPT), *ROUNDS]
 """Rows of the table in docs/performance.md, by the precision in its place."""
-COLUMNS = [("zen5", "fp32"), ("zen5", "bf16"), ("intel", "fp32"), ("intel", "bf16"), ("avx2", "fp32")]
+COLUMNS = [
+    ("zen4", "fp32"),
+    ("zen4", "bf16"),
+    ("zen5", "fp32"),
+    ("zen5", "bf16"),
+    ("intel", "fp32"),
+    ("intel", "bf16"),
+    ("avx2", "fp32"),
+]
 
 SHORT = {  # rows of the README's table
     "MFCL client step, ResNet-18": ["step_32_128_{}_fresh"],
@@ -75,14 +83,14 @@ def test_the_table_of_ratios_is_what_was_measured() -> None:
 
 @pytest.mark.parametrize("row", SHORT)
 def test_the_readme_says_the_same(row: str) -> None:
-    (cells,) = [cells for cells in rows("README.md", "what | Zen 5, fp32") if cells[0].startswith(row)]
-    for cell, (machine, precision) in zip(cells[1:], COLUMNS[:3], strict=True):
+    (cells,) = [cells for cells in rows("README.md", "what | Zen 4, fp32") if cells[0].startswith(row)]
+    for cell, (machine, precision) in zip(cells[1:], COLUMNS[:5], strict=True):
         expected = [shown(machine, name.format(precision)).strip("*") for name in SHORT[row]]
         assert re.findall(r"\d\.\d\d", cell) == expected, (row, machine, precision)
 
 
 def test_the_engines_of_the_readme_are_those_measured() -> None:
-    (cells,) = [cells for cells in rows("README.md", "what | Zen 5, fp32") if cells[0].startswith("engine alone")]
-    for cell, machine in ((cells[1], "zen5"), (cells[3], "intel")):
+    (cells,) = [cells for cells in rows("README.md", "what | Zen 4, fp32") if cells[0].startswith("engine alone")]
+    for cell, machine in ((cells[1], "zen4"), (cells[3], "zen5"), (cells[5], "intel")):
         of_flower = [ratio(machine, f"engine_{name}_1mb_100_vs_flower") or 0.0 for name in ("inline", "ray")]
         assert cell == ", ".join(f"1/{1 / each:.0f}" for each in of_flower)
