@@ -24,9 +24,9 @@ class Roster:
         self.shares: dict[int, Share] = dict(shares)
 
     def offers(self, nodes: Collection[int], reserved: Collection[int] = ()) -> dict[int, Share]:
-        """What each of these nodes may take, the first ones first: its old share, and an even part of the clients that
-        nobody serves and that are not ``reserved``: offered to a node that has not answered yet. Nodes without a share
-        come before others.
+        """What each of these nodes may take: first its old share, then an even part of the clients that nobody serves
+        and that are not ``reserved`` (offered to a node that has not answered yet). Of those, nodes without a share get
+        all, if there are any.
         """
         takers = [node for node in sorted(nodes) if not self.shares.get(node)] or sorted(nodes)
         free = self.free(reserved)
