@@ -96,7 +96,7 @@ def train(nodes: Nodes, folder: Path, **more: Any) -> tuple[list[dict[str, Any]]
     experiment = open_experiment(load_scenario(SETTINGS))
     record = RunFolder.create(folder, experiment)
     try:
-        port = GridPort(nodes, experiment, record.path.name, StopSignal(), **more)  # type: ignore[arg-type]
+        port = GridPort(nodes, experiment, record.path.name, StopSignal(), **more)
         state = run_tasks(open_session(experiment, record, port), experiment.first_state())
     finally:
         record.close()

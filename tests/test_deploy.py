@@ -67,7 +67,7 @@ def test_a_certificate_is_made_anew_for_other_hosts_or_before_it_expires(
 ) -> None:
     pki = make_pki(tmp_path, hosts=HOSTS, nodes=0, days=-1.0 if "days" in change else 365.0)
     before, authority = pki.certificate.read_bytes(), pki.ca.read_bytes()
-    make_pki(tmp_path, **{"hosts": HOSTS, "nodes": 0, "days": 365.0, **change})  # type: ignore[arg-type]
+    make_pki(tmp_path, **{"hosts": HOSTS, "nodes": 0, "days": 365.0, **change})
     assert pki.certificate.read_bytes() != before
     assert (pki.ca.read_bytes() == authority) == ("hosts" in change)
 
@@ -180,7 +180,7 @@ class Fake:
 
 def supervise(folder: Path, script: list[tuple[bool, str]]) -> Fake:
     fake = Fake(folder, script)
-    Supervisor(fake, folder, 0, lambda _: None).run(StopSignal(), lambda: None, lambda: None)  # type: ignore[arg-type]
+    Supervisor(fake, folder, 0, lambda _: None).run(StopSignal(), lambda: None, lambda: None)
     return fake
 
 
@@ -220,7 +220,7 @@ def test_an_error_of_the_run_itself_ends_it(tmp_path: Path) -> None:
 
     fake = Broken(tmp_path, [(True, "running"), (True, "finished:failed")])
     with pytest.raises(FedcilError, match="nobody came") as caught:
-        Supervisor(fake, tmp_path, 0, lambda _: None).run(StopSignal(), lambda: None, lambda: None)  # type: ignore[arg-type]
+        Supervisor(fake, tmp_path, 0, lambda _: None).run(StopSignal(), lambda: None, lambda: None)
     assert (caught.value.kind, caught.value.exit_code) == (error.kind, error.exit_code)
     assert fake.done == ["submit"]
 
@@ -245,7 +245,7 @@ def test_what_flower_refuses_is_said_once_and_is_no_attempt(tmp_path: Path, befo
 
     said: list[str] = []
     fake = Refusing(tmp_path, [(True, "finished:failed")] * before)
-    Supervisor(fake, tmp_path, 0, said.append).run(StopSignal(), lambda: None, lambda: None)  # type: ignore[arg-type]
+    Supervisor(fake, tmp_path, 0, said.append).run(StopSignal(), lambda: None, lambda: None)
     assert fake.done == ["submit"] * (before + 1)
     assert said[before:] == ["the run cannot be submitted (no such federation); trying again"]
 

@@ -173,7 +173,7 @@ def test_a_reply_that_flower_cannot_read_costs_a_round_and_not_the_run(tmp_path:
             raise broken.pop()
         return replies
 
-    nodes.pull_messages = pull  # type: ignore[method-assign]
+    nodes.pull_messages = pull
     lines, _ = train(nodes, tmp_path / "runs")
     assert [len(line["failures"]) for line in rounds(lines)] == [0, 6, 0, 0, 0, 0]
 
@@ -190,6 +190,6 @@ def test_a_hello_that_answers_something_else_is_none(tmp_path: Path, monkeypatch
                 reply.metadata._reply_to_message_id = "something else"
         return replies
 
-    nodes.pull_messages = pull  # type: ignore[method-assign]
+    nodes.pull_messages = pull
     lines, _ = train(nodes, tmp_path / "runs", min_clients=4)
     assert rounds(lines)[0]["cohort"] == [0, 2, 3, 5]
