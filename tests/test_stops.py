@@ -106,8 +106,26 @@ def test_a_signal_while_ray_starts(engine: str, tmp_path: Path, undisturbed: lis
             assert process.poll() is None
             time.sleep(0.02)
         process.terminate()
-        assert_stopped(process, 143)
+        said = assert_stopped(process, 143)
+    assert "SIGTERM received" not in said  # Ray's own handler, which ends the process three seconds later
     assert_goes_on(tmp_path, undisturbed, {"state-0.json"})
+
+
+ALARM = """
+import signal
+from fedcil.engines.ray_cluster import own_signals
+from fedcil.port import StopSignal
+
+with own_signals(StopSignal()):
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(60)
+print(signal.getitimer(signal.ITIMER_REAL), signal.getsignal(signal.SIGALRM).name)
+"""
+
+
+def test_no_alarm_of_rays_stays_behind() -> None:
+    done = subprocess.run([sys.executable, "-c", ALARM], capture_output=True, text=True, check=False)
+    assert done.stdout == "(0.0, 0.0) SIG_DFL\n", done.stderr
 
 
 KEYBOARD = """

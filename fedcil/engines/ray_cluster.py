@@ -100,7 +100,7 @@ def attach(stop: StopSignal, address: str) -> None:
 
 def start(stop: StopSignal, cpus: int, store_memory: int | None, leaving: threading.Event) -> None:
     """``leaving`` is set when Ray begins to end."""
-    with own_signals(stop), kept_from_children():
+    with kept_from_children(), own_signals(stop):  # what comes meanwhile is heard when handlers are what they were
         ray.init(
             address="local",  # not somebody's cluster that happens to run on this machine
             num_cpus=cpus,
@@ -116,11 +116,12 @@ def start(stop: StopSignal, cpus: int, store_memory: int | None, leaving: thread
 @contextlib.contextmanager
 def own_signals(stop: StopSignal) -> Iterator[None]:
     """Ray takes signals for itself as it starts; they stay with whoever had them, and so does a SIGTERM that comes
-    meanwhile: Stopped, or whatever he makes of it, else Ray's SystemExit.
+    meanwhile: Stopped, or whatever he makes of it, else Ray's SystemExit. Ray's C++ would abort the process three
+    seconds after one, by an alarm.
     """
     in_main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in ENDS if in_main}
-    answer = None
+    handlers = {number: signal.getsignal(number) for number in (*ENDS, signal.SIGALRM) if in_main}
+    alarmed, answer = signal.getitimer(signal.ITIMER_REAL)[0], None
     try:
         yield
     except SystemExit as end:
@@ -130,6 +131,8 @@ def own_signals(stop: StopSignal) -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if not alarmed:
+            signal.alarm(0)
     if answer:
         signal.raise_signal(signal.SIGTERM)
         stop.check()
