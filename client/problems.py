@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 
-from fedcil.errors import FedcilError, RunFailed, Stopped, described
+from fedcil.errors import FedcilError, RunFailed, Stopped, asked_to_end, described
 from fedcil.messages import UNEXPECTED, Failure, Job
 
 
@@ -31,9 +29,7 @@ def failure(job: Job, error: BaseException) -> Failure:
     """What a client's problem is to the server. Raises what is more than that: an end that was asked for, a signal's,
     and GpuBroken after an assertion on the device or an address that is not there.
     """
-    if isinstance(error, Stopped):
-        raise error
-    if isinstance(error, SystemExit) and threading.current_thread() is threading.main_thread():
+    if isinstance(error, Stopped) or asked_to_end(error):
         raise error
     if isinstance(error, torch.AcceleratorError) and broken():
         raise GpuBroken(

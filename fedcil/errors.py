@@ -65,6 +65,16 @@ def described(error: BaseException) -> str:
     return printable(f"{type(error).__name__}: {said[:LONGEST]}{place}")
 
 
+HANDLERS = ("fedcil", "flwr", "ray")  # whose handlers of signals raise SystemExit
+
+
+def asked_to_end(error: BaseException) -> bool:
+    """Whether it is a SystemExit that a signal's handler raised, and not the code that this broke off."""
+    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
+    raised_by = "".join(str(frame.f_globals.get("__name__")) for frame in innermost)
+    return isinstance(error, SystemExit) and raised_by.partition(".")[0] in HANDLERS
+
+
 LONGEST = 400  # characters of what somebody else's error says
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,7 @@ from fedcil.tensors import Tensors
 from server.method_calls import calling, failed
 
 BATCH = 256
+PATIENCE_S = 2.0  # a shorter evaluation is finished where a run is to stop: without it the round would be lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,9 @@ class Seen:
 class Evaluator:
     """Holds the test images of the stream, on the device, once; in the scenario's precision, as training."""
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
+    def __init__(self, experiment: Experiment, check: Callable[[], None] = lambda: None) -> None:
+        """``check`` may raise between two batches of an evaluation that takes its time, and nothing is changed then."""
+        self.experiment, self._check = experiment, check
         data, device = experiment.data, experiment.compute.device
         self.stored = StoredSplit(data, data.test, experiment.stream.relabel(data.test.labels), device)
         self._seen: Seen | None = None
@@ -69,9 +73,14 @@ class Evaluator:
     @torch.no_grad()
     def evaluate(self, state: ServerState, task: Task) -> Evaluation:
         """Scores over all classes seen so far; task-aware: the best among the image's own task's classes."""
-        seen, tasks = self._ready_for(task, state.model), task.index + 1
-        with calling("predict", self.experiment):
-            guess, aware = torch.cat([self._guess(state, seen, rows) for rows in seen.rows.split(BATCH)], dim=1)
+        seen, tasks, started = self._ready_for(task, state.model), task.index + 1, time.monotonic()
+        guesses = []
+        for rows in seen.rows.split(BATCH):
+            if time.monotonic() - started > PATIENCE_S:
+                self._check()
+            with calling("predict", self.experiment):
+                guesses.append(self._guess(state, seen, rows))
+        guess, aware = torch.cat(guesses, dim=1)
         if (guess < 0).any():
             raise failed("predict", "gave scores that are not numbers")
         labels = self.stored.labels[seen.rows]

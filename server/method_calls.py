@@ -10,16 +10,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fedcil.errors import FedcilError, RunFailed, described
+from fedcil.errors import FedcilError, RunFailed, asked_to_end, described
 from fedcil.experiment import Experiment
 from fedcil.messages import Payload
 from fedcil.methods import METHODS
 from fedcil.methods.base import Boundary, Notice, Phase, Progress, replace_model, returned
 from fedcil.state import ServerState
 from fedcil.stream import Task
-from fedcil.tensors import Tensors, Total
-
-SIGNALLED = 128  # exit codes above it are a signal's (fedcil/cli/guard.py)
+from fedcil.tensors import Tensors, Total, content_hash
 
 
 @contextmanager
@@ -30,7 +28,7 @@ def calling(function: str, experiment: Experiment) -> Iterator[None]:
     except FedcilError:
         raise
     except (Exception, SystemExit) as error:
-        if experiment.scenario.method.name in METHODS or _is_signal(error):
+        if experiment.scenario.method.name in METHODS or asked_to_end(error):
             raise
         raise failed(function, f"raised {described(error)}") from error
 
@@ -56,9 +54,7 @@ def crossed(experiment: Experiment, state: ServerState, task: Task, progress: Pr
             experiment.method.boundary(state, task, key, experiment.compute, progress), Boundary, "boundary"
         )
         problem = _form(returned(made.state, ServerState, "boundary"), state)
-        if not (isinstance(made.warnings, tuple) and all(isinstance(each, Notice) for each in made.warnings)):
-            problem = "warnings that are no tuple of fedcil.methods.base.Notice"
-        if problem:
+        if problem := problem or _unsayable(made, task):
             raise failed("boundary", f"gave {problem}")
     return made
 
@@ -72,10 +68,6 @@ def failed(function: str, what: str) -> RunFailed:
     )
 
 
-def _is_signal(error: BaseException) -> bool:
-    return isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > SIGNALLED
-
-
 def _problem(after: ServerState, before: ServerState) -> str:
     """Why the server cannot go on with it; empty if it can."""
     return _form(after, before) or next((f"{name} that is not finite" for name in not_finite(after, before)), "")
@@ -86,9 +78,24 @@ def _form(after: ServerState, before: ServerState) -> str:
         return problem
     if after.payload is not None and not isinstance(after.payload, Payload):
         return f"a payload that is a {type(after.payload).__name__}, not a fedcil.messages.Payload"
+    new = after.payload if after.payload is not before.payload else None
     for where, tensors in (("memory", after.memory), ("the payload", after.payload and after.payload.tensors)):
         if tensors is not None and not _named_tensors(tensors):
             return f"{where} that is not tensors by name"
+    if new and new.hash != content_hash(new.tensors):  # clients would go on with another one
+        return "a payload under a name of its own: make it by fedcil.messages.Payload.of(tensors)"
+    return ""
+
+
+def _unsayable(made: Boundary, task: Task) -> str:
+    """What is wrong with the words of a boundary; empty if nothing is."""
+    if not isinstance(made.log, Mapping):
+        return f"a log that is a {type(made.log).__name__}, not a mapping"
+    if not (isinstance(made.warnings, tuple) and all(isinstance(each, Notice) for each in made.warnings)):
+        return "warnings that are no tuple of fedcil.methods.base.Notice"
+    for notice in made.warnings:
+        if not isinstance(notice.text, str) or not set(notice.labels) <= set(range(task.seen)):
+            return f"{notice!r:.100}, not a text with labels of 0 to {task.seen - 1}"
     return ""
 
 

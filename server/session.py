@@ -65,11 +65,12 @@ def open_session(
     stop: StopSignal | None = None,
 ) -> Session:
     """A session over an engine's port, with the test images loaded."""
+    stop = stop or StopSignal()
     return Session(
         experiment=experiment,
         port=port,
         folder=folder,
         watcher=watcher or Nobody(),
-        stop=stop or StopSignal(),
-        evaluator=Evaluator(experiment),
+        stop=stop,
+        evaluator=Evaluator(experiment, stop.check),
     )

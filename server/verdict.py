@@ -12,13 +12,21 @@ from fedcil.stream import Task
 
 LOG = logging.getLogger("fedcil.border")
 BRING_BACK = "bring clients back and `fedcil resume RUN`"
-DECIDED_BY = {
-    "dropout": "clients.dropout",
-    "late": "clock.deadline_s",
-    "deadline": "server.deadline_s",
-    BORDER: "server.norm_limit",
+ANEW = "begin anew with another {} or server.quorum"
+WAYS_OUT = {
+    "": ANEW.format("availability"),
+    "dropout": ANEW.format("clients.dropout"),
+    "late": ANEW.format("clock.deadline_s"),
+    "deadline": ANEW.format("server.deadline_s"),
+    BORDER: ANEW.format("server.norm_limit"),
+    "samples": ANEW.format("training.batch_size, training.batches, partition"),
+    "training": "mend the loss, or begin anew with a lower training.lr",
+    UNEXPECTED: "mend the method, the model or the data",
+    "fit": "mend the method's fit",
+    "state": "mend the method's client_memory",
+    "worker": "see whether memory runs out (`fedcil plan`), or lower engine.workers",
 }
-"""The key behind a simulated failure, by its stage."""
+"""What may help, by the stage of a simulation's failures; the first: nobody was asked."""
 
 
 def round_status(answered: int, asked: int, quorum: float, least: int = 0) -> str:
@@ -64,9 +72,8 @@ def too_few(rounds: int, task: Task, quorum: float, outcome: Outcome) -> TooFewC
 def _way_out(outcome: Outcome) -> str:
     stages = Counter(failure.stage for failure in outcome.failures)
     if stages and stages["training"] == stages.total():
-        return "mend the loss, or begin anew with a lower training.lr"
+        return WAYS_OUT["training"]
     if outcome.attendance is not None:  # real nodes
         return BRING_BACK
     ((stage, _),) = stages.most_common(1) or [("", 0)]
-    key = DECIDED_BY.get(stage, "availability")
-    return f"begin anew with another {key} or server.quorum; `fedcil resume RUN` tries as many rounds once more"
+    return f"{WAYS_OUT.get(stage, WAYS_OUT[''])}; `fedcil resume RUN` tries as many rounds once more"

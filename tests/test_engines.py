@@ -127,6 +127,45 @@ def test_ray_says_when_it_has_too_little(tmp_path: Path) -> None:
     assert "do not fit" in json.loads(done.stdout)["error"]["what"]
 
 
+EXITING = """
+import sys
+from torch.nn.functional import cross_entropy
+from fedcil.methods.base import Method
+from fedcil.methods.settings import MethodSettings
+
+class Exiting(MethodSettings):
+    def build(self):
+        return Method(loss=loss)
+
+def loss(model, prepared, batch, draws):
+    if batch.labels.sum() % 4 == 0:
+        sys.exit("this client leaves")
+    return cross_entropy(model(batch.images), batch.labels)
+"""
+
+
+def test_a_client_that_exits_is_the_same_failure_on_every_engine(tmp_path: Path) -> None:
+    """Most workers train in the main thread of their process, which an exit would end."""
+    (tmp_path / "exiting.py").write_text(EXITING)
+    sets = [*SMALL, "method={name='exiting:Exiting'}", "clients={count=8, per_round=5}", "engine.workers=2"]
+    words = [part for text in sets for part in ("--set", text)]
+
+    def by(engine: str) -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", "fedcil", "run", "digits_fedavg", *words, "--engine", engine, "--no-figures"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+        done = subprocess.run(
+            [*command, "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return fedcil.load(tmp_path / json.loads(done.stdout)["run_dir"]).results
+
+    expected = by("inline")
+    reasons = {failure["reason"] for line in expected for failure in line.get("failures", [])}
+    assert reasons == {"SystemExit: this client leaves (exiting.py:13)"}
+    assert any(line.get("answered") for line in expected)
+    assert by("ray") == by("flower") == expected
+
+
 def test_a_killed_ray_worker_changes_nothing(tmp_path: Path) -> None:
     """Its jobs go to another worker; no result is counted twice."""
     longer = ("training.rounds=6", "training.epochs=10")

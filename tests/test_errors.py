@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from fedcil import errors
-from fedcil.errors import FedcilError, InputError, ScenarioError, Stopped, described
+from fedcil.errors import FedcilError, InputError, ScenarioError, Stopped, asked_to_end, described
 from fedcil.port import StopSignal, remaining
 
 with warnings.catch_warnings():
@@ -168,7 +169,15 @@ def test_a_signal_stops_and_a_second_one_ends_at_once(number: signal.Signals) ->
         with pytest.raises(SystemExit) as ended:
             os.kill(os.getpid(), number)
     assert ended.value.code == 128 + number
+    assert asked_to_end(ended.value)
     assert signal.getsignal(number) is before
+
+
+def test_what_somebodys_own_code_exits_with_is_no_signals() -> None:
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(130)
+    assert not asked_to_end(ended.value)
+    assert not asked_to_end(KeyboardInterrupt())
 
 
 def test_a_terminal_that_goes_stops_once() -> None:

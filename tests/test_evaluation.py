@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import fedcil
 from fedcil.compute import Compute
 from fedcil.data.dataset import Split
+from fedcil.errors import Stopped
 from fedcil.experiment import Experiment, open_experiment
+from fedcil.methods.base import Method, predict_with_head
+from fedcil.methods.settings import MethodSettings
 from fedcil.models.network import Network, grow_head
+from fedcil.port import StopSignal
 from fedcil.scenario_file import load_scenario
 from fedcil.state import ServerState
 from fedcil.tensors import Tensors
@@ -31,16 +37,18 @@ SCORES = [  # two test images of each of four classes; tasks {0, 1} and {2, 3}
 ]
 
 
+TINY_TABLES = {
+    "method": {"name": "fedavg"},
+    "data": {"name": "synthetic", "classes": 4, "samples_per_class": 3, "image_size": 4, "test_per_class": 2},
+    "stream": {"tasks": 2},
+    "partition": {"name": "iid"},
+    "clients": {"count": 2, "per_round": 1},
+    "model": {"width": 2},
+}
+
+
 def experiment(*overrides: str) -> Experiment:
-    tables = {
-        "method": {"name": "fedavg"},
-        "data": {"name": "synthetic", "classes": 4, "samples_per_class": 3, "image_size": 4, "test_per_class": 2},
-        "stream": {"tasks": 2},
-        "partition": {"name": "iid"},
-        "clients": {"count": 2, "per_round": 1},
-        "model": {"width": 2},
-    }
-    return open_experiment(load_scenario(tables, overrides))
+    return open_experiment(load_scenario(TINY_TABLES, overrides))
 
 
 def answering(opened: Experiment, scores: list[list[float]]) -> Experiment:
@@ -140,6 +148,39 @@ def test_evaluations_within_a_task_share_a_network_and_nothing_else(monkeypatch:
     assert len(made) == 3
     expected = [Evaluator(opened).evaluate(*each) for each in asked]
     assert found == [*expected, expected[0]]
+
+
+class Halting(MethodSettings):
+    """Somebody asks the run to stop while the first test images are looked at."""
+
+    def build(self) -> Method:
+        return Method(predict=stopping)
+
+
+STOPS: list[StopSignal] = []
+LOOKS: list[int] = []
+
+
+def stopping(network: Network, memory: Tensors, images: Tensor) -> Tensor:
+    LOOKS.append(len(images))
+    if STOPS:
+        STOPS[0].set(143)
+    return predict_with_head(network, memory, images)
+
+
+def test_a_run_can_be_stopped_between_two_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "BATCH", 2)
+    monkeypatch.setattr(evaluation, "PATIENCE_S", 0.0)
+    scenario = TINY_TABLES | {"method": {"name": f"{__name__}:Halting"}, "training": {"rounds": 2}}
+    expected = fedcil.run(scenario, output=tmp_path / "whole", figures=False).results
+    LOOKS.clear()
+    monkeypatch.setattr(f"{__name__}.STOPS", [StopSignal()])
+    with pytest.raises(Stopped):
+        fedcil.run(scenario, output=tmp_path / "halted", figures=False, stop=STOPS[0])
+    assert LOOKS == [2]
+    STOPS.clear()
+    (folder,) = (tmp_path / "halted").iterdir()
+    assert fedcil.resume(folder, figures=False).results == expected
 
 
 def test_a_test_image_is_seen_in_the_precision_of_training() -> None:

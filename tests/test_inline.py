@@ -97,7 +97,14 @@ def test_a_broken_client_is_a_failure_and_the_round_goes_on(tmp_path: Path) -> N
         assert line["status"] == "ok"
 
 
-@pytest.mark.parametrize("engine", ["workers=1", "workers=2, processes=false"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "workers=1",
+        "workers=2, processes=false",
+        pytest.param("workers=2, processes=true", marks=pytest.mark.slow),
+    ],
+)
 def test_a_client_that_exits_is_a_failure_and_does_not_end_the_run_in_silence(engine: str, tmp_path: Path) -> None:
     sets = [f"engine={{{engine}}}", "training.rounds=2"]
     run = fedcil.run(scenario(exits=True), overrides=sets, output=tmp_path, figures=False)
@@ -147,6 +154,16 @@ def test_contributions_that_do_not_fit_together_end_the_run_with_a_reason(
         return
     with pytest.raises(RunFailed, match=says):
         begin()
+
+
+@pytest.mark.slow
+def test_contributions_that_do_not_fit_end_no_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of several clients at once, summed there."""
+    method = {"method": {"name": f"{__name__}:Statistics", "wrong": "shapes"}}
+    sets = ["engine={workers=2, processes=true}", "clients.count=16", "clients.per_round=16"]
+    with pytest.raises(RunFailed, match="of different shapes"):
+        fedcil.run(scenario() | method, overrides=sets, output=tmp_path, figures=False)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_statistics_that_are_not_finite_are_their_client_s_failure(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from fedcil.messages import Payload
 from fedcil.methods.base import (
     Boundary,
     Method,
+    Notice,
     Phase,
     Progress,
     Samples,
@@ -103,6 +104,10 @@ REDUCE: dict[str, tuple[State, str]] = {
         lambda state: replace(state, payload=Payload.of({"seen": torch.full((1,), float("inf"))})),
         "reduce gave seen that is not finite",
     ),
+    "payload by another name": (
+        lambda state: replace(state, payload=Payload({"seen": torch.ones(1)}, "mine")),
+        "reduce gave a payload under a name of its own: make it by fedcil.messages.Payload.of",
+    ),
 }
 BOUNDARY: dict[str, tuple[Callable[[Boundary], object], str]] = {
     "raises": (lambda made: 1 / 0, "boundary raised ZeroDivisionError"),
@@ -111,6 +116,12 @@ BOUNDARY: dict[str, tuple[Callable[[Boundary], object], str]] = {
     "no state": (lambda made: Boundary(None), "boundary returned NoneType, not a fedcil.state.ServerState"),
     "missing": (lambda made: Boundary(without_bias(made.state)), "boundary gave a model without"),
     "warnings": (lambda made: Boundary(made.state, warnings=("vanished",)), "boundary gave warnings that are no"),
+    "a label that is none": (
+        lambda made: Boundary(made.state, warnings=(Notice("{classes}", (99,)),)),
+        r"boundary gave Notice\(text='{classes}', labels=\(99,\)\), not a text with labels of 0 to 1",
+    ),
+    "a text that is none": (lambda made: Boundary(made.state, warnings=(Notice(None),)), r"gave Notice\(text=None"),
+    "a log that is a list": (lambda made: Boundary(made.state, log=[1]), "boundary gave a log that is a list"),
 }
 PREDICT: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "raises": (lambda scores: 1 / 0, "predict raised ZeroDivisionError"),

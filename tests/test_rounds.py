@@ -644,6 +644,7 @@ def test_who_remembers_nothing_new_keeps_what_it_had(start: Start) -> None:
 
 
 DIVERGED, AWAY = Failure(0, "training", "the loss is nan"), Failure(1, "deadline", "no answer")
+FEW, DEAD = Failure(2, "samples", "fewer than a batch"), Failure(3, "worker", "its worker died")
 
 
 NODES = Attendance({}, ())
@@ -659,6 +660,8 @@ NODES = Attendance({}, ())
         ((), None, "", "begin anew with another availability or server.quorum"),
         ((DIVERGED, AWAY, AWAY), None, " (deadline: no answer)", "begin anew with another server.deadline_s or"),
         ((DIVERGED,), None, " (training: the loss is nan)", "lower training.lr"),
+        ((FEW,), None, " (samples: fewer than a batch)", "begin anew with another training.batch_size, training.ba"),
+        ((DEAD, DIVERGED, DEAD), None, " (worker: its worker died)", "see whether memory runs out"),
     ],
 )
 def test_too_few_clients_say_why_and_what_to_do(

@@ -7,7 +7,8 @@ from dataclasses import asdict, astuple
 from fedcil.engines.channel import Channel
 from fedcil.engines.flat import report_of_row, row_of_job, row_of_report
 from fedcil.engines.workers import CpuSeconds
-from fedcil.fold import Fold, Interval
+from fedcil.errors import LABELS
+from fedcil.fold import Fold, Interval, Misfit
 from fedcil.messages import Broadcast, Failure, Job, Payload, Reply, Request
 from fedcil.rule import Rule
 from fedcil.tensors import Total
@@ -39,8 +40,10 @@ class Asking:
         self._channel.send(header, *groups)
 
     def receive(self, wait_s: float) -> Reply:
-        """The answer to the request. TimeoutError if it does not come within this time."""
+        """The answer to the request. TimeoutError if it does not come within this time; Misfit if that was it."""
         header, groups = self._channel.receive(wait_s, copied=True)
+        if "misfit" in header:
+            raise Misfit(**header["misfit"])
         sums: dict[Interval, Total | None] = dict.fromkeys(map(tuple, header["absent"]))
         for (level, index, weight), tensors in zip(header["sums"], groups, strict=True):
             sums[level, index] = Total(tensors, weight)
@@ -69,6 +72,11 @@ class Answering:
             self._broadcast = Broadcast(task=task, phase=phase, round=round_, tensors=model, payload=held)
         jobs = tuple(Job(*row) for row in header["jobs"])
         return Request(self._broadcast, jobs, header["cohort"], Rule(**header["rule"]))
+
+    def send_misfit(self, misfit: Misfit) -> None:
+        """Which is no worker's problem, but the round's."""
+        words = misfit.as_dict()
+        self._channel.send({"misfit": {key: words[key] for key in ("what", *LABELS)}})
 
     def send(self, reply: Reply) -> None:
         """With what it took this process since its last reply."""

@@ -26,6 +26,7 @@ from fedcil.engines.channel import Channel
 from fedcil.engines.fork_messages import Answering
 from fedcil.engines.signals import ignored_by_this_process_alone
 from fedcil.experiment import open_experiment
+from fedcil.fold import Misfit
 from fedcil.record.identity import worker_identity
 from fedcil.scenario_file import load_scenario
 
@@ -80,6 +81,12 @@ def fork(channels: list[Channel], number: int, hello: dict[str, Any], shared: Sh
 
 def serve(channel: Answering, worker: Worker) -> None:
     while True:
-        reply = handle(channel.receive(), worker)
-        sys.stdout.flush()  # of a method that prints: this process will be killed
+        request = channel.receive()
+        try:
+            reply = handle(request, worker)
+        except Misfit as misfit:
+            channel.send_misfit(misfit)
+            continue
+        finally:
+            sys.stdout.flush()  # of a method that prints: this process will be killed
         channel.send(reply)
