@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcil.engines import Setting, load_engine, serve
+from fedcil.engines.memory import too_large
 from fedcil.errors import FedcilError, NotResumable, located
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.port import Port, StopSignal
@@ -106,6 +107,8 @@ def _carry_on(
     stop: StopSignal | None,
 ) -> Run:
     """Serve the round loop from ``state`` to the end and write what a finished run has."""
+    for note in too_large(experiment):
+        warnings.warn(note, stacklevel=3)
     stop = stop or StopSignal()
     setting = Setting(experiment, data_root, folder.path / CLIENT_STATES, stop)
 

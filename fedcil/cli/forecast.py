@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fedcil.availability import Availability
 from fedcil.clock import asked_clients
-from fedcil.engines.gpu import COPIES
-from fedcil.engines.workers import in_processes, worker_count
+from fedcil.engines.memory import model_bytes, predicted_memory, processes_memory, too_large
 from fedcil.experiment import Experiment
 from fedcil.keys import Key
 from fedcil.methods.base import Phase
 from fedcil.models.network import count_parameters, grow_head
 from fedcil.stream import Task
 from fedcil.tensors import Tensors, count_bytes
-
-TORCH_MB = 570  # resident after the first step of a small network
-PROCESSES_MB = 460  # worker processes of a long run: a second torch, which all of them share
-PROCESS_MB = 20  # and what each of them has of its own, beside a pool
-KEPT = 3  # freed memory is kept: clients, boundary and evaluation each leave some that the others do not use
 
 
 def forecast(experiment: Experiment) -> dict[str, Any]:
@@ -39,7 +29,6 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         tasks.append(forecast_task(experiment, task, model, payload, there))
         payload = scenario.method.payload_bytes(model, experiment.compute)
     network = experiment.compute.architecture.build(experiment.stream.tasks[-1].seen)
-    memory = predicted_memory(experiment, count_bytes(model))
     return {
         "name": scenario.name,
         "method": scenario.method.name,
@@ -52,16 +41,10 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         "train_images": len(experiment.data.train.labels),
         "test_images": len(experiment.data.test.labels),
         "tasks": tasks,
-        "predicted_memory_mb": memory,
-        "processes_memory_mb": processes_memory(experiment, count_bytes(model)),
-        "notes": [*experiment.notes, *idle_clients(experiment), *too_large(memory)],
+        "predicted_memory_mb": predicted_memory(experiment),
+        "processes_memory_mb": processes_memory(experiment),
+        "notes": [*experiment.notes, *idle_clients(experiment), *late_updates(experiment), *too_large(experiment)],
     }
-
-
-def too_large(memory_mb: int) -> list[str]:
-    """Where a system may end a run without a word."""
-    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-    return [f"{memory_mb:,} MB are more than the {here:,} MB of this machine"] if memory_mb > here else []
 
 
 def idle_clients(experiment: Experiment) -> list[str]:
@@ -76,6 +59,13 @@ def idle_clients(experiment: Experiment) -> list[str]:
     words = f"have fewer samples of a task than training.batch_size = {training.batch_size} and do not train in it"
     many = f"{len(few)} of {experiment.scenario.clients.count}"
     return [f"training.batches = 'drop_last': {many} clients {words}"] if few else []
+
+
+def late_updates(experiment: Experiment) -> list[str]:
+    """What waits for its round is counted nowhere: how much that is shows only in the run."""
+    words = "clock.late = 'fold': an update on its way is kept in memory and in checkpoints, and not counted here: "
+    each = f"{model_bytes(experiment) / 1e6:.1f} MB for each client that is late"
+    return [words + each] if experiment.scenario.clock.late == "fold" else []
 
 
 def forecast_task(
@@ -125,51 +115,6 @@ def present_clients(experiment: Experiment, task: Task, phase: int, there: Avail
 def _limited(present: list[int], phase: Phase, most: int) -> int:
     """Over the rounds of a phase."""
     return sum(present) if phase.who == "all" else sum(min(count, most) for count in present)
-
-
-def predicted_memory(experiment: Experiment, model_bytes: int) -> int:
-    """MB of one process: torch itself, the images, and ``KEPT`` times a pool and what each client at work needs: five
-    copies of the model (parameters, gradients, anchor, contribution, partial sum), or of the statistics that a method
-    sends instead, and the activations of a batch with their gradients. A robust fold keeps the models of a whole round.
-    """
-    scenario, task = experiment.scenario, experiment.stream.tasks[-1]
-    stored = experiment.data.train.nbytes + experiment.data.test.nbytes
-    batch = scenario.training.batch_size
-    if experiment.method.client_memory is None:  # what clients keep joins their samples
-        batch = min(batch, max(int(experiment.counts(each).max()) for each in experiment.stream.tasks))
-    extra = scenario.method.extra_images(batch, task)
-    images = batch + max(extra.in_step, extra.at_boundary)
-    activations = 2 * images * activation_bytes(experiment)
-    at_once = worker_count(experiment) * experiment.execution.at_once
-    cohort = 0 if scenario.server.fold == "mean" else scenario.clients.per_round * model_bytes
-    fits = [phase for phase in experiment.phases(task) if phase.work == "fit"]
-    largest = max([model_bytes, *(count_bytes(experiment.sent(phase, task, {})) for phase in fits)])
-    work = experiment.pool_bytes() + at_once * (COPIES * largest + activations)
-    return int(TORCH_MB + (stored + cohort + KEPT * work) / 2**20)
-
-
-def processes_memory(experiment: Experiment, model_bytes: int) -> int:
-    """MB beyond that, if inline workers are processes in the end: each makes a pool of its own."""
-    workers = worker_count(experiment)
-    if not in_processes(experiment.scenario, workers, model_bytes):
-        return 0
-    return int(PROCESSES_MB + (workers - 1) * (PROCESS_MB + KEPT * experiment.pool_bytes() / 2**20))
-
-
-@torch.no_grad()
-def activation_bytes(experiment: Experiment) -> int:
-    """What the layers of the classifier put out for one image."""
-    network = experiment.compute.architecture.build(1)
-    sizes: list[int] = []
-
-    def note(_: nn.Module, __: object, output: object) -> None:
-        sizes.extend(leaf.numel() * leaf.element_size() for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-
-    for layer in network.modules():
-        if not list(layer.children()):
-            layer.register_forward_hook(note)
-    network.eval()(torch.zeros(1, *experiment.compute.architecture.image))
-    return sum(sizes)
 
 
 def _clients(row: dict[str, Any]) -> str:
