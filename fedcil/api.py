@@ -78,7 +78,7 @@ def resume(
         return old
     root = Path(data_root) if data_root else None
     experiment = open_experiment(scenario, root, show_progress=watcher is not None)
-    changed = old.changed_code(scenario)  # reads the folder: before it is taken
+    changed = [*old.changed_code(scenario), *(["fedcil"] if old.by_other_code else [])]  # before the folder is taken
     folder, state = RunFolder.reopen(old.path, experiment)
     if changed:
         warnings.warn(f"{', '.join(changed)} changed since this run began: its parts are by other code", stacklevel=2)

@@ -100,9 +100,7 @@ class Scenario(Section):
             for table, part in parts.items()
             for name, key, users in part.idle()
         ]
-        lr, lr_end = self.training.lr, self.training.lr_end
-        rises = f"training.lr_end = {lr_end:g} is above training.lr = {lr:g}: the rate rises within every task"
-        return (*idle, *([rises] if lr_end > lr else []))
+        return (*idle, *(doubt for part in parts.values() for doubt in part.doubts()))
 
     @property
     def stale_code(self) -> tuple[str, ...]:
@@ -121,7 +119,7 @@ class Scenario(Section):
         """What decides the result, by key (``training.lr``): all but engine, how often state is saved, and where files
         lie; what is in them is known by digests.
         """
-        idle = ("engine.", "data.root", "availability.file", "server.checkpoint_every")
+        idle = ("engine.", "data.root", "data.mapping", "availability.file", "server.checkpoint_every")
         return {key: value for key, value in flatten(self.to_dict()).items() if not key.startswith(idle)}
 
     def own_code(self) -> dict[str, str]:

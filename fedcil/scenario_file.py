@@ -230,11 +230,16 @@ def to_toml(scenario: Scenario) -> str:
     plain = scenario.to_dict()
     plain["data"].pop("root", None)
     try:
-        return tomli_w.dumps(plain)
-    except TypeError as error:
+        text = tomli_w.dumps(plain)
+        again = parse_scenario(tomllib.loads(text), where="").to_dict()
+        problem = f"{plain['method']} would become {again['method']}" if again != plain else ""
+    except (TypeError, ScenarioError) as error:
+        problem = error.what if isinstance(error, ScenarioError) else str(error)
+    if problem:
         raise ScenarioError(
-            f"an option cannot be written into the run folder: {error}",
+            f"an option cannot be written into the run folder: {problem}",
             where="method",
             allowed="text, numbers, booleans, and lists and tables of these, without None inside",
             next="give the option another form",
-        ) from None
+        )
+    return text

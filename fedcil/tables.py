@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, Strict, WithJsonSchema, field_validator, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from fedcil.rule import FoldName, Rule
 from fedcil.section import Above0, Count, Fraction, Ints, NonNegative, Positive, Section
@@ -26,8 +26,9 @@ PARTITIONS = ("dirichlet_equal", "dirichlet", "iid", "shards", "classes", "quant
 MODELS = ("cnn", "resnet8", "resnet18")
 ThreadCount = Annotated[int, Field(ge=1, le=256)]
 AtLeast1 = Annotated[float, Field(ge=1.0)]
-Tier = Annotated[tuple[Above0, Above0, Above0, Above0], Strict(False)]
-Tiers = Annotated[tuple[Tier, ...], Strict(False), Field(min_length=1)]
+Tier = tuple[Above0, Above0, Above0, Above0]
+Tiers = Annotated[tuple[Tier, ...], Field(min_length=1)]
+STALENESS = 0.5
 DOTTED = {"type": "string", "pattern": ":"}  # package.module:function
 
 
@@ -107,6 +108,10 @@ class PartitionSection(Section):
     sigma: Above0 = Field(1.0, description="quantity: deviation of the log-normal client sizes")
     allow_empty: bool = Field(False, description="let clients be without samples in a task")
 
+    def doubts(self) -> list[str]:
+        words = f"partition.min_size = {self.min_size} does nothing with partition.allow_empty = true"
+        return [words] if self.allow_empty and self.min_size > 1 else []
+
 
 class ClientsSection(Section):
     """``[clients]``: how many data owners there are and how many are asked in a round."""
@@ -142,6 +147,14 @@ class PopulationSection(Section):
                 raise ValueError(f"name = {self.name!r} needs size = the number of members")
             raise ValueError(f"size is for name = 'turnover' and 'growing'; name is {self.name!r}")
         return self
+
+    def doubts(self) -> list[str]:
+        shares = {"replaced_per_task": self.replaced_per_task, "replaced_per_round": self.replaced_per_round}
+        return [
+            f"population.{key} = {share:g} of {self.size} members is nobody, to the nearest whole one"
+            for key, share in shares.items()
+            if self.name == "turnover" and share and not self.replaced(share)
+        ]
 
     def replaced(self, share: float) -> int:
         """Clients that a share of the members is, to the nearest whole one."""
@@ -202,7 +215,11 @@ class ClockSection(Section):
     late: Literal["drop", "fold"] = Field(
         "drop", description="updates that are late: never made, or folded into the round in which they arrive"
     )
-    staleness: NonNegative = Field(0.5, description="late = fold: weight (1 + rounds late) ** -staleness")
+    staleness: NonNegative = Field(STALENESS, description="late = fold: weight (1 + rounds late) ** -staleness")
+
+    def doubts(self) -> list[str]:
+        words = f"clock.staleness = {self.staleness:g} does nothing with clock.late = 'drop'"
+        return [words] if self.late == "drop" and self.staleness != STALENESS else []
 
     @model_validator(mode="after")
     def _numbers_given(self) -> Self:
@@ -254,6 +271,12 @@ class TrainingSection(Section):
         "fp32", description="of clients, boundary and evaluation; auto: bf16 where the machine is faster by it"
     )
     threads: ThreadCount = Field(1, description="intra-operator threads of one client")
+
+    def doubts(self) -> list[str]:
+        words = (
+            f"training.lr_end = {self.lr_end:g} is above training.lr = {self.lr:g}: the rate rises within every task"
+        )
+        return [words] if self.lr_end > self.lr else []
 
 
 class ServerSection(Section):
@@ -311,6 +334,10 @@ class EngineSection(Section):
     gpus_per_worker: Annotated[float, Field(ge=0.0)] | None = Field(
         None, description="ray, flower: share of a GPU; default: as many workers as its memory holds"
     )
+
+    def doubts(self) -> list[str]:
+        words = "engine.processes = true does nothing with engine.workers = 1, which is a thread of this process"
+        return [words] if self.name == "inline" and self.processes and self.workers == 1 else []
 
     @field_validator("gpus_per_worker")
     @classmethod

@@ -118,8 +118,8 @@ def run_one(row: Row, seed: str, output: Path, more: Sequence[str], until: float
 def print_table(group: str, output: Path) -> None:
     """Mean and sample deviation in percent, from the finished runs."""
     names = [row.name for row in TABLES[group]]
-    folders = [path for name in names for path in sorted(output.glob(f"{name}-[0-9]*-*/"))]
-    runs = [run for run in map(load, folders) if run.finished and run.scenario.name in names]
+    begun = [file for name in names for file in sorted(output.glob(f"{name}-[0-9]*-*/scenario.toml"))]
+    runs = [run for run in (load(file.parent) for file in begun) if run.finished and run.scenario.name in names]
     print(f"\n{group}\n\n| run | seeds | average incremental | final | forgetting | MB up / down | CPU s |")
     print("|---|---|---|---|---|---|---|")
     for name in names:

@@ -89,7 +89,7 @@ class Point:
 
     def runs(self, output: Path) -> list[Run]:
         """The finished ones, one of each seed."""
-        found = [load(folder) for folder in sorted(output.glob(f"{self.name}-*/"))]
+        found = [load(file.parent) for file in sorted(output.glob(f"{self.name}-*/scenario.toml"))]
         return list({run.scenario.seed: run for run in found if run.finished}.values())
 
 
@@ -120,9 +120,14 @@ def write_csv(output: Path) -> None:
                 writer.writerow([point.sweep.name, point.percent, point.method, run.scenario.seed, *values])
 
 
-def mean_and_deviation(point: Point, metric: str, output: Path) -> tuple[float, float]:
+def mean_and_deviation(point: Point, metric: str, output: Path) -> tuple[float, float | None]:
+    """Of one seed there is no deviation."""
     values = [100 * run.summary[metric] for run in point.runs(output)]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def cell(mean: float, deviation: float | None) -> str:
+    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
 
 
 def print_tables(output: Path) -> None:
@@ -132,7 +137,7 @@ def print_tables(output: Path) -> None:
             print("|---" * (1 + len(sweep.percents)) + "|")
             for method in METHODS:
                 cells = [
-                    "{:.1f} ± {:.1f}".format(*mean_and_deviation(Point(sweep, percent, method), metric, output))
+                    cell(*mean_and_deviation(Point(sweep, percent, method), metric, output))
                     for percent in sweep.percents
                 ]
                 print(f"| {method} | {' | '.join(cells)} |")
@@ -172,7 +177,7 @@ def draw_panel(axes: Any, sweep: Sweep, metric: str, output: Path) -> None:
         axes.errorbar(
             [percent + beside for percent in sweep.percents],
             means,
-            deviations,
+            [deviation or 0.0 for deviation in deviations],
             color=PALETTE[place],
             marker="os^D"[place],
             markersize=5,

@@ -124,7 +124,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*EXPERIMENT, "fedcil.metrics", "fedcil.record"),
         ("torch", "numpy", "filelock", "jinja2", "rich"),
     ),
-    "fedcil.record.drawing": (("fedcil.errors",), ("matplotlib", "PIL")),
+    "fedcil.record.drawing": (("fedcil.errors", "fedcil.files"), ("matplotlib", "PIL")),
     "fedcil.record.figures": (
         ("fedcil.metrics", "fedcil.record.drawing", "fedcil.record.run"),
         ("matplotlib", "numpy"),

@@ -375,6 +375,22 @@ def test_a_finished_run_by_other_code_is_reused_and_named_as_that(tmp_path: Path
     assert "finished already" not in call(*words, cwd=tmp_path).stderr
 
 
+def test_a_run_that_goes_on_by_other_code_of_fedcil_says_so_and_is_by_both(tmp_path: Path) -> None:
+    call("run", "digits_fedavg", *SMALL, "--max-seconds=0", cwd=tmp_path, expect=5)
+    (path,) = (tmp_path / "runs").glob("*/environment.json")
+    ours = json.loads(path.read_text())["program"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"program": "0" * 16}))
+    said = call("resume", str(path.parent), cwd=tmp_path).stderr
+    assert "fedcil changed since this run began" in said
+    assert json.loads(path.read_text())["program"] == f"{'0' * 16}+{ours}"
+
+
+def test_pictures_that_a_finished_run_lacks_are_drawn(tmp_path: Path) -> None:
+    words = ["run", "digits_fedavg", *[word for word in SMALL if word != "--no-figures"], "--seeds=0"]
+    call(*words, "--no-figures", cwd=tmp_path)
+    assert "pictures: accuracy.png" in call(*words, cwd=tmp_path).stdout
+
+
 def test_a_task_without_test_images_is_refused_before_it_trains(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
     root = own_data(tmp_path / "half", 1, whole=False)

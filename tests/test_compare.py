@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fedcil.cli.runs import print_table
 from fedcil.errors import InputError
 from fedcil.record.compare import Group, compare, differences, to_json, to_table
 from fedcil.record.run import Run
@@ -176,13 +177,6 @@ def test_runs_of_one_seed_on_other_data_are_named(tmp_path: Path) -> None:
     assert differences(compare(runs)) == ["trial: 2 runs with seed 0 count as one, although their data differ"]
 
 
-def test_seeds_may_have_data_of_their_own(tmp_path: Path) -> None:
-    """``data.samples_per_class`` draws them by the seed."""
-    groups = compare([on_data(scored(tmp_path / str(seed), seed, 0.5), str(seed) * 32) for seed in (0, 1)])
-    assert [group.seeds for group in groups] == [[0, 1]]
-    assert not differences(groups)
-
-
 def test_options_that_differ_within_one_method_are_named(tmp_path: Path) -> None:
     mfcl = '[method]\nname = "mfcl"\npreset = "small"\nw_ie = {}\n'
     runs = [make_run(tmp_path / name, mfcl.format(w), name=name) for name, w in (("one", "5.0"), ("two", "20.0"))]
@@ -199,6 +193,28 @@ def test_runs_by_other_code_of_fedcil_are_said(tmp_path: Path) -> None:
     for run, program in zip(runs, "ab", strict=True):
         (run.path / "environment.json").write_text(json.dumps({"program": program}))
     assert any("not all are by the same code of fedcil" in note for note in differences(compare(runs)))
+
+
+@pytest.mark.parametrize(("data", "said"), [("", 1), ("[data]\nsamples_per_class = 9\n", 0)])
+def test_seeds_on_other_data_are_said(data: str, said: int, tmp_path: Path) -> None:
+    """As under two data roots; but where the seed draws the samples, they are others by design."""
+    runs = [on_data(scored(tmp_path / digest, seed, 0.5, data), digest) for seed, digest in enumerate("ab")]
+    notes = differences(compare(runs))
+    assert sum("its seeds are on different data" in note for note in notes) == said
+    assert not differences(compare(runs[:1]))
+
+
+def test_no_digit_is_cut_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the protocol of the paper takes, in the narrowest of terminals."""
+    large = {"bytes_up": 448_771_200_000, "bytes_down": 653_771_200_000, "seconds": 34_123.0}
+    runs = [make_run(tmp_path / str(seed), name="cifar100_mfcl", seed=seed, summary=large) for seed in range(3)]
+    for columns in ("80", "40", "0"):
+        monkeypatch.setenv("COLUMNS", columns)
+        print_table(compare(runs))
+        rows = [line.split()[-3:] for line in capsys.readouterr().out.splitlines()]
+        assert ["448771.2", "653771.2", "34123"] in rows
 
 
 def test_namesakes_have_numbers_in_the_table_and_the_notes(tmp_path: Path) -> None:

@@ -87,6 +87,36 @@ def test_all_pictures_are_drawn_and_small(tmp_path: Path) -> None:
         assert Image.open(io.BytesIO(content)).info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
 
+def test_pictures_are_all_there_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who dies, or has no room, while drawing draws them all again."""
+    run = make_run(tmp_path / "run", make_lines(3, 4))
+    share(run.path, 3, 20, 2)
+    drawn: list[Path] = []
+
+    def full(figure: Figure, path: Path) -> None:
+        drawn.append(path)
+        if len(drawn) == 2:
+            raise InputError("no room", where=str(path))
+        save(figure, path)
+
+    save = figures.save_png
+    monkeypatch.setattr(figures, "save_png", full)
+    with pytest.raises(InputError):
+        figures.draw_figures(run)
+    assert not (run.path / "figures").exists()
+    assert {path.name for path in figures.draw_figures(run)} == {f"{name}.png" for name in NAMES}
+    assert {path.name for path in run.path.iterdir() if path.is_dir()} == {"figures"}
+
+
+def test_who_has_no_samples_in_a_task_is_said_to_be_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_lines(3, 4))
+    share(run.path, 3, 20, 2)
+    with (run.path / "scenario.toml").open("a") as file:
+        file.write("[population]\nname = 'turnover'\nsize = 5\n[clients]\ncount = 20\n")
+    (axes,) = figures.run_figures(Run(run.path))["samples_per_task"].axes
+    assert "in each task those with samples" in axes.get_title(loc="left") + axes.get_title()
+
+
 def test_many_clients_and_tasks_stay_small(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make_lines(10, 20))
     share(run.path, 10, 1000, 10)

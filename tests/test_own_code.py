@@ -147,12 +147,31 @@ def test_statistics_that_need_a_sample_are_said(mine: Any) -> None:
         forecast(open_experiment(load_scenario(SCENARIO)))
 
 
-def test_an_option_that_cannot_be_kept_in_the_folder_leaves_none_behind(mine: Any, tmp_path: Path) -> None:
-    """TOML has no word for nothing."""
+def test_an_option_of_several_numbers_is_a_list_in_a_file(mine: Any, tmp_path: Path) -> None:
     folder = mine(GOOD)
     source = (folder / "mine.py").read_text()
-    (folder / "mine.py").write_text(source.replace("many: int = 1", "many: list[int | None] = [1, None]"))
-    with pytest.raises(ScenarioError, match=r"cannot be written into the run folder: .*NoneType"):
+    (folder / "mine.py").write_text(source.replace("many: int = 1", "many: tuple[tuple[int, int], ...] = ((1, 2),)"))
+    run = fedcil.run(SCENARIO, output=tmp_path / "runs", figures=False)
+    assert run.scenario.method.many == ((1, 2),)
+    given = load_scenario(SCENARIO, ["method.many=[[3, 4], [5, 6]]"])
+    assert given.method.many == ((3, 4), (5, 6))
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("list[int | None] = [1, None]", "NoneType"),  # TOML has no word for nothing
+        ("Path = Path('a')", "method.many = 'a' must be"),
+        ("frozenset[int] = frozenset((1,))", r"method.many = \[1\] must be"),
+    ],
+)
+def test_an_option_that_cannot_be_kept_in_the_folder_leaves_none_behind(
+    option: str, says: str, mine: Any, tmp_path: Path
+) -> None:
+    folder = mine(GOOD)
+    source = (folder / "mine.py").read_text()
+    (folder / "mine.py").write_text("from pathlib import Path\n" + source.replace("many: int = 1", f"many: {option}"))
+    with pytest.raises(ScenarioError, match=rf"cannot be written into the run folder: .*{says}"):
         fedcil.run(SCENARIO, output=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 

@@ -15,7 +15,7 @@ import pytest
 
 import fedcil
 from fedcil.scenario_file import load_scenario
-from scenarios import results
+from scenarios import results, turnover
 
 ROOT = Path(results.__file__).parent.parent
 TINY = (
@@ -40,6 +40,20 @@ def test_rows_of_the_paper_are_its_protocol(row: results.Row) -> None:
     assert (scenario.clients.count, scenario.clients.per_round, scenario.model.name) == (50, 5, "resnet18")
     preset = {"paper_mfcl": "paper", "paper_mfcl_authors-code": "authors-code"}.get(row.name)
     assert getattr(scenario.method, "preset", None) == preset
+
+
+def test_a_folder_in_which_no_run_was_begun_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a full disk leaves one, or a kill."""
+    for name in ("digits_fedavg-0-20261201-000000", "turnover_boundaries_0_mfcl-0-20261201-000000"):
+        (tmp_path / name).mkdir()
+    results.print_table("digits", tmp_path)
+    turnover.write_csv(tmp_path)
+    assert "| run | seeds |" in capsys.readouterr().out
+
+
+def test_one_seed_has_no_deviation() -> None:
+    assert turnover.cell(42.9, None) == "42.9"
+    assert turnover.cell(42.9, 1.25) == "42.9 ± 1.2"
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from fedcil import __version__
 from fedcil.cli import deploy
 from fedcil.cli.guard import guarded, stoppable
 from fedcil.cli.options import RUNS, DataRoot, Figures, Json, MaxSeconds, Output, Sets
-from fedcil.cli.runs import Options, continue_run, new_run, print_runs, reuse, wanted_runs
+from fedcil.cli.runs import Options, continue_run, new_run, print_runs, print_table, reuse, wanted_runs
 from fedcil.cli.streams import to_stderr
 from fedcil.errors import InputError, located
 
@@ -114,7 +114,7 @@ def compare(
 ) -> None:
     """A table of runs; seeds of one scenario become mean and sample deviation."""
     from fedcil.record.compare import compare as group
-    from fedcil.record.compare import differences, to_json, to_table
+    from fedcil.record.compare import differences, to_json
     from fedcil.record.run import open_run
 
     _check_picture(figure)
@@ -124,9 +124,7 @@ def compare(
     if json:
         print(jsonlib.dumps(to_json(groups)))
     else:
-        from rich.console import Console
-
-        Console().print(to_table(groups))
+        print_table(groups)
         for note in differences(groups):
             print(f"note: {note}")
     if figure:

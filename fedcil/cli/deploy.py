@@ -15,7 +15,7 @@ from fedcil.cli.options import RUNS, DataRoot, Figures, Json, MaxSeconds, Output
 from fedcil.cli.run_folders import run_folder
 from fedcil.cli.runs import print_runs
 from fedcil.cli.streams import to_stderr
-from fedcil.errors import FedcilError
+from fedcil.errors import FedcilError, InputError
 
 if TYPE_CHECKING:
     from fedcil.port import StopSignal
@@ -173,5 +173,8 @@ def conclude(
     except FedcilError as error:
         raise in_folder(error, folder, command, data_root) from None
     if figures:
-        draw(run)
+        try:
+            draw(run)
+        except InputError as error:  # the run is finished: who starts this again at a failure would have another one
+            say(f"warning: {error}")
     print_runs([run], json=json)

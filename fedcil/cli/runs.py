@@ -13,8 +13,11 @@ from fedcil.errors import FolderBusy, NotResumable, RunFailed, ScenarioError, lo
 
 if TYPE_CHECKING:
     from fedcil.port import StopSignal
+    from fedcil.record.compare import Group
     from fedcil.record.run import Run
     from fedcil.scenario import Scenario
+
+WIDEST = 10_000  # columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +72,20 @@ def reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Op
     from fedcil.record.run import earlier_runs
 
     found = earlier_runs(wanted.scenario, output, lambda run: _begun_alike(run, wanted, identity))
-    earlier = sorted(found, key=_by_other_code)
+    earlier = sorted(found, key=lambda run: run.by_other_code)
     for run in earlier:
         if run.finished:
-            old = " (by other code of fedcil; delete it to have it made anew)" if _by_other_code(run) else ""
+            old = " (by other code of fedcil; delete it to have it made anew)" if run.by_other_code else ""
             print(f"finished already: {run.path}{old}", file=sys.stderr)
-            return run
+            return continue_run(run, options)  # draws what it has no pictures of
     for run in earlier:
         try:
-            old = " (begun by other code of fedcil)" if _by_other_code(run) else ""
+            old = " (begun by other code of fedcil)" if run.by_other_code else ""
             print(f"continuing: {run.path}{old}", file=sys.stderr)
             return continue_run(run, options)
         except (NotResumable, FolderBusy) as error:
             print(f"cannot be continued: {error}", file=sys.stderr)
     return new_run(wanted, output, options)
-
-
-def _by_other_code(run: Run) -> bool:
-    """Than the fedcil that asks."""
-    from fedcil.sources import program
-
-    return run.program != program()
 
 
 def _begun_alike(run: Run, wanted: Wanted, identity: Mapping[str, Any]) -> bool:
@@ -131,12 +127,24 @@ def continue_run(unfinished: Run, options: Options) -> Run:
         )
 
 
+def print_table(groups: Sequence[Group]) -> None:
+    """As wide as its numbers need it, however narrow the terminal is: a number that is cut off is another number."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    from fedcil.record.compare import to_table
+
+    console, table = Console(), to_table(groups)
+    needed = Measurement.get(console, console.options.update(width=WIDEST), table).minimum
+    Console(width=max(console.width, needed)).print(table, crop=False)
+
+
 def print_runs(done: Sequence[Run], *, json: bool) -> None:
     """One object for one run, a list for several; a table for people. RunFailed, or where it is JSON the exit code of
     that, if the numbers of a run are none.
     """
     from fedcil.record.compare import compare as group
-    from fedcil.record.compare import run_entry, to_table
+    from fedcil.record.compare import run_entry
 
     for run in done:
         _warn_of_failures(run)
@@ -148,9 +156,7 @@ def print_runs(done: Sequence[Run], *, json: bool) -> None:
             print(f"error: {untrained(idle)}", file=sys.stderr)
             sys.exit(untrained(idle).exit_code)
         return
-    from rich.console import Console
-
-    Console().print(to_table(group(done)))
+    print_table(group(done))
     for run in done:
         print(f"run folder: {run.path}")
         if (run.path / "figures").is_dir():

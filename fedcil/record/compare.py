@@ -126,7 +126,7 @@ def differences(groups: Sequence[Group]) -> list[str]:
         ]
     if len({run.program for group in groups for run in group.runs} - {None}) > 1:
         notes.append("not all are by the same code of fedcil (`program` and `revision` in environment.json)")
-    return notes + [note for group in groups for note in _repeated(group)]
+    return notes + [note for group in groups for note in (*_repeated(group), *_other_data(group))]
 
 
 def _refuse_unfinished(run: Run) -> None:
@@ -277,6 +277,15 @@ def _repeated(group: Group) -> list[str]:
         + (", although their data differ" if len({_data(run) for run in runs}) > 1 else "")
         for seed, runs in repeated.items()
     ]
+
+
+def _other_data(group: Group) -> list[str]:
+    """Seeds on other data, where no draw of the seed explains it."""
+    data = group.runs[0].scenario.data
+    drawn = data.name == "synthetic" or data.samples_per_class is not None or data.validation
+    if drawn or len({_data(runs[0]) for runs in by_seed(group.runs).values()}) == 1:
+        return []
+    return [f"{group.label}: its seeds are on different data (`identity` in environment.json)"]
 
 
 def _data(run: Run) -> str:

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from fedcil.errors import InputError
+from fedcil.files import write_atomic
 
 DPI = 150
 INK, GREY, FAINT = "#222222", "#777777", "#dddddd"
@@ -29,10 +30,12 @@ def save_png(figure: Figure, path: Path) -> None:
     refuse_other_pictures(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png_bytes(figure))
+        write_atomic(path, png_bytes(figure))
     except OSError as error:
         raise InputError(
-            f"cannot write a picture: {error.strerror}", where=str(path), next="give a path you may write to"
+            f"cannot write a picture: {error.strerror}",
+            where=str(path),
+            next="make room, or give a path you may write to",
         ) from None
 
 

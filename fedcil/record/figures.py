@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -26,12 +27,16 @@ LONGEST_NAME = 16
 
 
 def draw_figures(run: Run) -> list[Path]:
-    """Draw what the run has records for into ``figures/`` of its folder."""
-    paths = []
-    for name, figure in run_figures(run).items():
-        paths.append(run.path / "figures" / f"{name}.png")
-        save_png(figure, paths[-1])
-    return paths
+    """Draw what the run has records for into ``figures/`` of its folder, which has all of them or is not there."""
+    folder, unfinished = run.path / "figures", run.path / ".figures"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    drawn = run_figures(run)
+    for name, figure in drawn.items():
+        save_png(figure, unfinished / f"{name}.png")
+    if drawn:
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.replace(folder)
+    return [folder / f"{name}.png" for name in drawn]
 
 
 def run_figures(run: Run) -> dict[str, Figure]:
@@ -99,7 +104,8 @@ def samples_figure(run: Run) -> Figure | None:
     axes.set(xlabel="task", ylabel="training samples of a client", ylim=(-0.02 * top, top))
     integer_ticks(axes.yaxis)
     clean_axes(axes)
-    _title(axes, run, f"{len(run.partition[0].counts())} clients (box: middle half, orange: median)")
+    shown = "" if run.scenario.population.name == "fixed" else "in each task those with samples; "
+    _title(axes, run, f"{len(run.partition[0].counts())} clients ({shown}box: middle half, orange: median)")
     return figure
 
 

@@ -95,7 +95,7 @@ class RunFolder:
             refuse_changes(checkpoint.identity, folder._identity, path)
             with on_disk(path):
                 folder._cut_metrics(checkpoint.metrics_length)
-                folder._note_own_code(experiment.scenario.own_code())
+                folder._note_other_code(experiment.scenario.own_code())
         except BaseException:
             folder.close()
             raise
@@ -146,18 +146,20 @@ class RunFolder:
                 path.unlink()
         self._named_states = named
 
-    def _note_own_code(self, now: Mapping[str, str]) -> None:
-        """A run that goes on with other modules is by both: the record names the old digest and the new one, where that
-        can be read.
+    def _note_other_code(self, own: Mapping[str, str]) -> None:
+        """A run that goes on with another fedcil, or other modules, is by both: the record names the old digest and the
+        new one, where that can be read.
         """
         environment: dict[str, Any] = {}
         with contextlib.suppress(FileNotFoundError, ValueError):
             environment = json.loads((self.path / "environment.json").read_bytes())
         known: dict[str, str] = environment.get("own_code", {})
-        other = {name: digest for name, digest in now.items() if name in known and digest not in known[name].split("+")}
-        if other:
-            both = {name: f"{known[name]}+{digest}" for name, digest in other.items()}
-            self.write("environment.json", json.dumps(environment | {"own_code": known | both}, indent=1))
+        both = {name: _with(known[name], digest) for name, digest in own.items() if name in known}
+        now = environment | {"own_code": known | both}
+        if environment.get("program"):
+            now["program"] = _with(environment["program"], program())
+        if environment and now != environment:
+            self.write("environment.json", json.dumps(now, indent=1))
 
     def _cut_metrics(self, length: int) -> None:
         """Rounds after the checkpoint are repeated; what they had written is kept beside."""
@@ -170,6 +172,11 @@ class RunFolder:
             self._metrics.truncate(length)
             os.fsync(self._metrics.fileno())
         self._metrics.seek(length)
+
+
+def _with(digests: str, digest: str) -> str:
+    """``a+b``."""
+    return digests if digest in digests.split("+") else f"{digests}+{digest}"
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from fedcil.partition import TaskPartition, load_partition
 from fedcil.record.folder import METRICS
 from fedcil.scenario import Scenario
 from fedcil.scenario_file import read_scenario
+from fedcil.sources import program
 
 DAMAGED = "this file is damaged; use another run"
 
@@ -83,9 +84,14 @@ class Run:
 
     @property
     def program(self) -> str | None:
-        """Digest of the files of the fedcil that it was begun with."""
+        """Digest of the files of the fedcil that it was begun with; where others went on, theirs too: ``a1+b2``."""
         found: str | None = self.environment.get("program")
         return found
+
+    @property
+    def by_other_code(self) -> bool:
+        """Whether it is by other files of fedcil than those that ask, even in part, as far as that was recorded."""
+        return self.program not in (None, program())
 
     @property
     def own_code(self) -> dict[str, str]:
