@@ -29,7 +29,7 @@ from fedcil.models.network import Network
 from fedcil.robust import admissible
 from fedcil.rule import Rule
 from fedcil.stream import Task
-from fedcil.tensors import Contribution, Tensors, count_bytes
+from fedcil.tensors import HALF, Contribution, Tensors, count_bytes
 from fedcil.wire import WEIGHTS
 
 
@@ -258,6 +258,8 @@ def _fit(network: Network, own: Samples, task: Task, shared: Shared) -> Contribu
         raise TypeError(f"the method's fit gave a {type(given).__name__}, not a fedcil.tensors.Contribution")
     if not (isinstance(given.weight, int | float) and WEIGHTS[0] <= given.weight <= WEIGHTS[1]):
         raise ClientProblem(f"a weight of {given.weight!r}, not of {WEIGHTS[0]:g} to {WEIGHTS[1]:g}", where="fit")
+    if any(tensor.dtype in HALF for tensor in given.tensors.values()):
+        raise ClientProblem("statistics in half precision, whose sums are wrong: make them float32", where="fit")
     if not all(tensor.isfinite().all() for tensor in given.tensors.values()):
         raise ClientProblem("what it measured is not finite", where="fit")
     return given

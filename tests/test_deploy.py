@@ -105,6 +105,11 @@ def test_which_clients_are_a_nodes_own(config: dict[str, object], clients: list[
     assert own_clients(config, 10) == clients
 
 
+def test_a_span_of_clients_that_runs_backwards_is_no_empty_one() -> None:
+    with pytest.raises(ValueError, match="'9-0' runs backwards"):
+        own_clients({"client-ids": "0-2,9-0"}, 10)
+
+
 def sleeper(folder: Path, seconds: float) -> Role:
     return Role(
         "sleeper", (sys.executable, "-c", f"import time; time.sleep({seconds})"), folder / "log", dict(os.environ)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fedcil
-from fedcil.errors import RunFailed
+from fedcil.errors import RunFailed, TooFewClients
 from fedcil.methods.base import Batch, Draws, Method, Phase, Prepared, Samples
 from fedcil.methods.settings import MethodSettings
 from fedcil.models.network import Network
@@ -124,7 +124,8 @@ class Statistics(MethodSettings):
             name = "b" if odd and self.wrong == "names" else "a"
             size = 3 if odd and self.wrong == "shapes" else 2
             value = float("nan") if odd and self.wrong == "nan" else 1.0
-            tensors = {} if odd and self.wrong == "nothing" else {name: torch.full((size,), value)}
+            kind = torch.float16 if self.wrong == "half" else torch.float32
+            tensors = {} if odd and self.wrong == "nothing" else {name: torch.full((size,), value, dtype=kind)}
             return Contribution(tensors, 1.0)
 
         return Method(
@@ -172,6 +173,13 @@ def test_statistics_that_are_not_finite_are_their_client_s_failure(tmp_path: Pat
     failures = [failure for line in run.kind("round") for failure in line["failures"]]
     assert {(each["stage"], each["reason"]) for each in failures} == {("fit", "what it measured is not finite")}
     assert all(line["status"] == "ok" and line["answered"] for line in run.kind("round"))
+
+
+def test_statistics_in_half_precision_are_refused(tmp_path: Path) -> None:
+    method = {"method": {"name": f"{__name__}:Statistics", "wrong": "half"}}
+    with pytest.raises(TooFewClients, match="fit: statistics in half precision") as refused:
+        fedcil.run(scenario() | method, overrides=["server.patience=1"], output=tmp_path, figures=False)
+    assert "mend the method's fit" in refused.value.next
 
 
 @pytest.mark.parametrize("odd", [True, False])

@@ -197,6 +197,10 @@ def complex(channels, section):
     return Unfit(4, nn.Linear(8, 8, dtype=torch.complex64))
 
 
+def half(channels, section):
+    return Unfit(4, nn.Linear(8, 8, dtype=torch.bfloat16))
+
+
 def endless(channels, section):
     module = Unfit(4, nn.Flatten())
     module.register_buffer("mask", torch.full((2,), float("-inf")))
@@ -217,6 +221,7 @@ def endless(channels, section):
         ("broken", "KeyError: 'stem' (unfit.py:45)"),
         ("complex", "backbone.layer.weight is not of real numbers"),
         ("endless", "backbone.mask would be sent and is not finite"),
+        ("half", "backbone.layer.weight would be sent and summed in half precision; make it float32"),
     ],
 )
 def test_what_is_no_backbone_is_one_error_before_anything_runs(

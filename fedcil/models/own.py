@@ -12,6 +12,7 @@ from fedcil.errors import ScenarioError, described
 from fedcil.keys import CPU, Key, global_draws, rng_state
 from fedcil.models import Architecture
 from fedcil.models.network import Network, state_of
+from fedcil.tensors import HALF
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,8 @@ def _problem(network: Network, image: tuple[int, ...]) -> str | None:
     """What is wrong, if anything; raises what the backbone itself raises."""
     if any(isinstance(each, UninitializedParameter) for each in network.parameters()):
         return "a layer does not know its size before it has seen images (torch's Lazy layers)"
-    if strange := [name for name, each in network.named_parameters() if not each.is_floating_point()]:
-        return f"{strange[0]} is not of real numbers, which are all that can be averaged"
-    if strange := [name for name, each in state_of(network).items() if not each.isfinite().all()]:
-        return f"{strange[0]} would be sent and is not finite (a buffer that is not: persistent=False)"
+    if unfit := _not_to_be_averaged(network):
+        return unfit
     if network.backbone.width < 1:
         return f"its width is {network.backbone.width}, not at least 1"
     features = _features(network.eval(), image)
@@ -62,6 +61,18 @@ def _problem(network: Network, image: tuple[int, ...]) -> str | None:
     if not isinstance(features, Tensor) or features.shape != wanted:
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         return f"for two images it gives {got} and not {wanted}; its width is {network.backbone.width}"
+    return None
+
+
+def _not_to_be_averaged(network: Network) -> str | None:
+    """What is wrong with the numbers that clients would send, if anything."""
+    if strange := [name for name, each in network.named_parameters() if not each.is_floating_point()]:
+        return f"{strange[0]} is not of real numbers, which are all that can be averaged"
+    for name, each in state_of(network).items():
+        if not each.isfinite().all():
+            return f"{name} would be sent and is not finite (a buffer that is not: persistent=False)"
+        if each.dtype in HALF:
+            return f"{name} would be sent and summed in half precision; make it float32 (training.precision = 'bf16')"
     return None
 
 
