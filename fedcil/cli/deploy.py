@@ -114,13 +114,14 @@ def supervise(
 ) -> None:
     """See a run to its end: submit it, watch it, submit it again when its server died. An unfinished run of the
     same scenario in --output is gone on with."""
+    from fedcil.data.places import expanded
     from fedcil.deploy.control import Control, enrol
     from fedcil.deploy.pki import Pki
     from fedcil.deploy.supervisor import Supervisor
 
     give_data_root(data_root)
     keys = Pki(pki)
-    control = Control(superlink, keys.ca, Path.home() / ".fedcil" / "flower")
+    control = Control(superlink, keys.ca, expanded("~/.fedcil/flower", "$HOME"))
     with to_stderr():
         folder = run_folder(scenario, overrides or [], output, None)
     print(f"run folder: {folder}", file=sys.stderr)
