@@ -456,6 +456,8 @@ BAD_SHARES = {
     "no flat arrays of whole numbers": [[0.0, 1.0], [2.0, 3.0]],
     "flat arrays of whole numbers": [[True, True, False, False], [False, False, True, True]],
     "flat arrays of": [[[0, 1]], [[2, 3]]],
+    "no flat arrays of": [[[0], [1, 2]], [3]],
+    "that are no flat": [None, [0, 1, 2, 3]],
 }
 
 
@@ -464,6 +466,13 @@ def test_an_own_partitioner_that_is_no_partition(own: Callable[[Any], str], what
     error = failure(2, balanced(2, 2), name=own(lambda *_: BAD_SHARES[what]))
     assert error["what"].startswith("task 1: the partitioner gives")
     assert what in error["what"]
+    assert error["where"] == "partition.name"
+
+
+def test_an_own_partitioner_that_ends_the_program(own: Callable[[Any], str]) -> None:
+    name = own(lambda *_: sys.exit("enough"))
+    error = failure(2, balanced(2, 2), name=name)
+    assert error["what"].startswith(f"task 1: {name} raised SystemExit: enough")
     assert error["where"] == "partition.name"
 
 
