@@ -67,7 +67,9 @@ def pki(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where certificates and keys are, or will be.")],
     host: Annotated[list[str], typer.Option(help="A name or address by which the SuperLink is called.")],
     nodes: Annotated[int, typer.Option(min=0, max=10_000, help="How many nodes may join.")] = 8,
-    days: Annotated[float, typer.Option(min=0.01, help="How long the SuperLink's certificate holds.")] = 365.0,
+    days: Annotated[
+        float, typer.Option(min=0.01, max=36_500.0, help="How long the SuperLink's certificate holds.")
+    ] = 365.0,
 ) -> None:
     """Make what is not there yet: authority, SuperLink's certificate, node keys. Renews what is about to expire."""
     from fedcil.deploy.pki import make_pki
