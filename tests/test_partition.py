@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from fedcil.errors import InputError, ScenarioError
 from fedcil.keys import Key
@@ -273,6 +274,17 @@ def test_dirichlet_with_a_huge_alpha_is_even() -> None:
     labels = balanced(3, 1000)
     counts = class_counts(share(4, labels, name="dirichlet", alpha=1e6), labels)
     assert np.abs(counts - 250).max() <= 3
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "dirichlet_equal"])
+def test_the_largest_alpha_is_even_for_many_clients(name: str) -> None:
+    """100 clients, 10 samples of each of 10 classes for everyone; beyond, sums of alphas are no numbers any more."""
+    counts = class_counts(share(100, balanced(10, 1_000), name=name, alpha=1e6), balanced(10, 1_000))
+    sizes = counts.sum(axis=1)
+    assert sizes.min() >= 80
+    assert sizes.max() <= 120
+    with pytest.raises(ValidationError):
+        PartitionSection(name=name, alpha=1e308)
 
 
 def test_dirichlet_redraws_until_all_have_enough() -> None:
