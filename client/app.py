@@ -18,7 +18,7 @@ from client.share import own_clients
 from client.states import StateStore
 from client.worker import Shared, Worker
 from fedcil.allocator import keep_freed_memory
-from fedcil.data.places import ROOT_VARIABLE
+from fedcil.data.places import ROOT_VARIABLE, expanded
 from fedcil.errors import MessageRefused
 from fedcil.experiment import open_experiment
 from fedcil.files import write_atomic
@@ -75,9 +75,12 @@ def work(message: Message, context: Context) -> Message:
 
 
 def client_home(context: Context) -> Path:
-    """Where this node keeps payloads and client states: its own setting, the environment's, or a cache folder."""
-    given = context.node_config.get("home") or os.environ.get(HOME)
-    return Path(str(given)) if given else Path.home() / ".cache" / "fedcil" / "clients"
+    """Where this node keeps payloads and client states: its own setting, the environment's, or a cache folder.
+
+    Raises InputError where that is in the home of nobody.
+    """
+    given = context.node_config.get("home") or os.environ.get(HOME) or "~/.cache/fedcil/clients"
+    return expanded(str(given), f"the node's setting home, or ${HOME}")
 
 
 @lru_cache(maxsize=1)

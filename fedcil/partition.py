@@ -134,7 +134,7 @@ def _call(partitioner: Partitioner, labels: Ints, clients: int, section: Partiti
         return partitioner(labels, clients, section, rng)
     except ScenarioError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if section.name in PARTITIONERS:
             raise
         raise ScenarioError(
@@ -193,7 +193,10 @@ def _checked(shares: Sequence[Ints], samples: int, clients: int) -> list[Ints]:
     if not isinstance(shares, list | tuple) or len(shares) != clients:
         given = f"{len(shares)} shares" if isinstance(shares, list | tuple) else type(shares).__name__
         raise _not_a_partition(f"gives {given} for {clients} clients")
-    arrays = [np.asarray(share) for share in shares]
+    try:
+        arrays = [np.asarray(share) for share in shares]
+    except (TypeError, ValueError):  # rows of several lengths
+        arrays = [np.asarray(None)]
     if any(array.ndim != 1 or (array.size and array.dtype.kind not in "iu") for array in arrays):
         raise _not_a_partition("gives shares that are no flat arrays of whole numbers")
     positions = np.concatenate(arrays).astype(np.int64)

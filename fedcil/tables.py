@@ -98,7 +98,7 @@ class PartitionSection(Section):
     name: Annotated[str, _one_of_or_dotted(PARTITIONS), _named(PARTITIONS)] = Field(
         "dirichlet_equal", description="a shipped way or package.module:function"
     )
-    alpha: Above0 = Field(1.0, description="dirichlet_equal, dirichlet: concentration")
+    alpha: Annotated[float, Field(gt=0.0, le=1e6)] = Field(1.0, description="dirichlet_equal, dirichlet: concentration")
     remainder: Literal["refuse", "spread"] = Field(
         "refuse", description="what to do when the samples of dirichlet_equal do not divide by clients"
     )
@@ -118,7 +118,7 @@ class ClientsSection(Section):
 
     count: Annotated[int, Field(ge=1, le=10**7)] = Field(20, description="data owners in all")
     per_round: Positive = Field(5, description="of them wanted in a round")
-    over_sample: AtLeast1 = Field(
+    over_sample: Annotated[float, Field(ge=1.0, le=100.0)] = Field(
         1.0, description="ask so many times more; the round closes when per_round are in (needs [clock])"
     )
     dropout: Fraction = Field(0.0, description="chance that a client vanishes in mid-round")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -237,6 +238,29 @@ def test_list_and_schema_are_for_programs_too(tmp_path: Path) -> None:
     )
 
 
+def test_one_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
+    for name, summary in (("a", "{"), ("b", '{"rounds": 1}'), ("c", "")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "scenario.toml").write_text("")
+        if summary:
+            (tmp_path / "runs" / name / "summary.json").write_text(summary)
+    listed = call("list", "runs", cwd=tmp_path).stdout
+    assert listed == "runs: \n  runs/a (damaged)\n  runs/b\n  runs/c (not finished)\n"
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_working_folder_that_is_gone(tmp_path: Path, more: list[str]) -> None:
+    (tmp_path / "gone").mkdir()
+    words = " ".join([sys.executable, "-m", "fedcil", "plan", "digits_fedavg", *more])
+    environment = os.environ | {"PYTHONPATH": str(Path(fedcil.__file__).parent.parent)}
+    command = ["sh", "-c", f"cd gone && rmdir ../gone && {words}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the working folder is gone")
+    assert "Traceback" not in done.stderr
+    assert bool(done.stdout) == bool(more)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "kind"),
     [
@@ -445,6 +469,12 @@ def wait_for_metrics(output: Path, process: subprocess.Popen[str] | subprocess.P
 @pytest.mark.parametrize("seconds", ["inf", "nan", "1e300", "-1"])
 def test_a_limit_that_is_no_number_of_seconds_is_refused(seconds: str, tmp_path: Path) -> None:
     assert "--max-seconds" in call("run", "digits_fedavg", f"--max-seconds={seconds}", cwd=tmp_path, expect=2).stderr
+
+
+@pytest.mark.parametrize("days", ["1e9", "nan"])
+def test_certificates_for_too_long_are_refused(days: str, tmp_path: Path) -> None:
+    done = call("deploy", "pki", "keys", "--host=localhost", f"--days={days}", cwd=tmp_path, expect=2)
+    assert "--days" in done.stderr
 
 
 def test_a_run_says_what_a_plan_says_and_no_other_runs_before(tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ def test_damaged_idx_files(tmp_path: Path) -> None:
         read_idx(packed)
 
 
+def test_idx_files_of_different_counts(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    write_idx(tmp_path / "MNIST/raw/t10k-images-idx3-ubyte", np.zeros((4, 28, 28), np.uint8))
+    with pytest.raises(InputError, match="5 labels for 4 images") as error:
+        load(name="mnist", root=tmp_path)
+    assert error.value.where.endswith("t10k-labels-idx1-ubyte")
+
+
 @pytest.fixture
 def cifar_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small archive of the official form; its checksums are taken as the official ones."""
@@ -156,3 +164,12 @@ def test_root_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_root(bare, None) == Path("/environment")
     assert default_root(named, None) == Path("/named")
     assert default_root(named, tmp_path) == tmp_path
+
+
+@pytest.mark.usefixtures("no_home")
+def test_a_data_root_in_the_home_of_nobody() -> None:
+    assert default_root(DataSection(root="/named"), None) == Path("/named")
+    for root in (None, "~nosuchuser/data"):
+        with pytest.raises(InputError, match="there is no home folder ~") as error:
+            load(name="mnist", root=root and Path(root))
+        assert "FEDCIL_DATA_ROOT" in error.value.next

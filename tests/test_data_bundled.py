@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import builtins
 import importlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from data_files import assert_same, assert_well_formed, load
 
-from fedcil.data import LOADERS, digits, load_dataset
+from fedcil.data import LOADERS, ROOTLESS, digits, load_dataset
 from fedcil.errors import DataMissing
 from fedcil.tables import DATASETS, DataSection
 
@@ -90,3 +91,9 @@ def test_synthetic_with_more_classes_than_pixels_and_a_hold_out() -> None:
     data = load(name="synthetic", classes=30, image_size=5, samples_per_class=10, validation=0.2)
     assert np.bincount(data.train.labels).tolist() == [8] * 30
     assert np.bincount(data.test.labels).tolist() == [2] * 30
+
+
+@pytest.mark.usefixtures("no_home")
+@pytest.mark.parametrize("name", ROOTLESS)
+def test_who_has_no_home_needs_no_data_root(name: str) -> None:
+    assert len(load(name=name).train.labels) == len(load(name=name, root=Path("/nowhere")).train.labels)

@@ -189,3 +189,21 @@ def test_fingerprint_sees_edits_moves_and_options(tmp_path: Path) -> None:
     assert fingerprint([path], 16) != first
     path.write_text("22")
     assert fingerprint([path], 8) != first
+
+
+@pytest.mark.usefixtures("no_home")
+def test_who_has_no_home_is_told_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDCIL_CACHE", raising=False)
+    with pytest.raises(InputError, match="there is no home folder ~ here") as error:
+        cached("made", "x", draft)
+    assert "FEDCIL_CACHE" in error.value.next
+
+
+def test_a_source_that_cannot_be_read_is_no_fault_of_the_cache() -> None:
+    def locked() -> Draft:
+        raise PermissionError(13, "Permission denied", "/data/train")
+
+    with pytest.raises(InputError, match="cannot be read: Permission denied") as error:
+        cached("made", "x", locked)
+    assert error.value.where == "/data/train"
+    cached("made", "x", draft)

@@ -155,6 +155,24 @@ MAPPING = {
 }
 
 
+def test_folder_with_a_link_to_nowhere(tree: Path) -> None:
+    link = tree / "train/cat/lost.png"
+    link.symlink_to(tree / "gone.png")
+    with pytest.raises(InputError, match="cannot be read: No such file") as error:
+        load(name="folder", root=tree)
+    assert error.value.where == str(link)
+
+
+def test_folder_that_may_not_be_looked_into(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(folder: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", locked)
+    with pytest.raises(InputError, match="cannot be read: Permission denied") as error:
+        load(name="folder", root=tree)
+    assert error.value.where == str(tree / "train")
+
+
 @pytest.fixture
 def imagenet(tmp_path: Path) -> Path:
     root = tmp_path / "data" / "imagenet"
@@ -229,6 +247,9 @@ def test_super_imagenet_bad_mapping(imagenet: Path, tmp_path: Path, text: str, p
 def test_super_imagenet_missing_parts(imagenet: Path, mapping: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         load_super(imagenet, tmp_path / "nowhere.json")
+    with pytest.raises(InputError, match="no home folder ~nosuchuser") as home:
+        load_super(imagenet, Path("~nosuchuser/mapping.json"))
+    assert "data.mapping" in home.value.next
     with pytest.raises(ScenarioError, match="needs a mapping"):
         load(name="super_imagenet", root=imagenet)
     (imagenet / "imagenet/val/n4").rename(imagenet / "elsewhere")

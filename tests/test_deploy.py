@@ -52,6 +52,42 @@ def test_more_nodes_get_keys_and_the_others_keep_theirs(tmp_path: Path) -> None:
     assert private.public_key().public_numbers() == public.public_numbers()  # type: ignore[union-attr]
 
 
+def test_a_node_key_that_was_lost_gets_a_new_pair(tmp_path: Path) -> None:
+    pki = make_pki(tmp_path, hosts=HOSTS, nodes=2)
+    other, lost = pki.node_public(0).read_bytes(), pki.node_public(1).read_bytes()
+    pki.node_key(1).unlink()
+    make_pki(tmp_path, hosts=HOSTS, nodes=2)
+    private = serialization.load_ssh_private_key(pki.node_key(1).read_bytes(), None)
+    half = private.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    assert pki.node_public(1).read_bytes() == half != lost
+    assert pki.node_public(0).read_bytes() == other
+
+
+@pytest.mark.parametrize("name", ["nodes/0000/key", "public/ca.pem", "authority/ca.key", "server/server.pem"])
+def test_a_damaged_key_is_named(tmp_path: Path, name: str) -> None:
+    make_pki(tmp_path, hosts=HOSTS, nodes=1)
+    (tmp_path / name).write_bytes(b"half a key")
+    with pytest.raises(InputError, match="no key or certificate") as error:
+        make_pki(tmp_path, hosts=HOSTS, nodes=1)
+    assert error.value.where == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("days", [1e9, 1e6, float("inf"), float("nan")])
+def test_a_certificate_that_would_hold_for_ever_is_refused(tmp_path: Path, days: float) -> None:
+    with pytest.raises(InputError, match="cannot hold for") as error:
+        make_pki(tmp_path, hosts=HOSTS, nodes=0, days=days)
+    assert error.value.where == "--days"
+    make_pki(tmp_path, hosts=HOSTS, nodes=0, days=36_500.0)
+
+
+@pytest.mark.parametrize("host", ["m\u00fcnchen.de", "", "two words", "superlink:9092"])
+def test_what_is_no_host_is_refused(tmp_path: Path, host: str) -> None:
+    with pytest.raises(InputError, match="is no name or address") as error:
+        make_pki(tmp_path, hosts=["*.good-1.example", "::1", host], nodes=0)
+    assert error.value.where == "--host"
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_certificate_is_of_the_authority_and_for_the_hosts(tmp_path: Path) -> None:
     pki = make_pki(tmp_path, hosts=HOSTS, nodes=0)
     certificate = x509.load_pem_x509_certificate(pki.certificate.read_bytes())

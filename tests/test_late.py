@@ -162,6 +162,14 @@ def test_over_sampling_needs_a_clock() -> None:
     assert plain.deciding() != more.deciding()
 
 
+def test_over_sampling_has_a_bound() -> None:
+    with pytest.raises(ScenarioError, match="over_sample"):
+        load_scenario(scenario(clients=OVER | {"over_sample": 1e308}, clock=CLOCK))
+    assert asked_clients(
+        5, load_scenario(scenario(clients=OVER | {"over_sample": 100}, clock=CLOCK)).clients.over_sample
+    )
+
+
 def test_phases_for_all_wait_for_all(tmp_path: Path) -> None:
     """FedER's clients remember at the end of a task, however many were wanted in training."""
     feder = run(tmp_path, "feder", clients=OVER, clock=CLOCK)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Context, RecordDict
 from played_nodes import SETTINGS, Node, Nodes, events, late_in_round_2, rounds, three, train
 
 from client import app as client_app
-from fedcil.errors import TooFewClients
+from fedcil.errors import InputError, TooFewClients
 from server import grid as grid_module
 from server import nodes as nodes_module
 
@@ -309,3 +310,14 @@ def test_too_few_clients_say_what_became_of_the_nodes(tmp_path: Path, monkeypatc
     nodes = three(n102=Node({"client-ids": "1,4,99"}), n104=Node({"partition-id": 6, "num-partitions": 7}))
     with pytest.raises(TooFewClients, match=r"\(4 nodes here, 2 serve, 1 spare, 1 refused\)"):
         train(Nodes(nodes, tmp_path / "home"), tmp_path / "runs")
+
+
+@pytest.mark.usefixtures("no_home")
+def test_a_node_without_a_home_says_what_to_set(tmp_path: Path) -> None:
+    def context(**config: str) -> Context:
+        return Context(run_id=1, node_id=1, node_config=dict(config), state=RecordDict(), run_config={})
+
+    assert client_app.client_home(context(home=str(tmp_path))) == tmp_path
+    with pytest.raises(InputError, match="no home folder") as error:
+        client_app.client_home(context())
+    assert "FEDCIL_CLIENT_HOME" in error.value.next

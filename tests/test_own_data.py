@@ -31,6 +31,11 @@ def own_set(**changes: Any) -> Dataset:
     return Dataset(**{**fields, **changes})
 
 
+def part(rows: Any) -> Split:
+    """Two images of the six."""
+    return Split(own_set().train.stored, np.array([0, 1], np.int64), rows)
+
+
 GIVEN: object = None
 
 
@@ -89,11 +94,36 @@ def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mo
         (own_set(test=Split(np.zeros((2, 5, 4, 1), np.uint8), np.zeros(2, np.int64))), "in train and"),
         (own_set(test=Split(np.zeros((0, 4, 4, 1), np.uint8), np.zeros(0, np.int64))), "test has no images"),
         (own_set(train=None), "train is a NoneType"),
+        (own_set(train=part([[1], [1, 2]])), "train rows are list"),
+        (own_set(train=part("x")), "train rows are str"),
+        (own_set(train=part(np.array([0, 6]))), "train rows are 0 to 6, but there are 6 images"),
+        (own_set(train=part(np.array([-1, 0]))), "train rows are -1 to 0"),
+        (own_set(train=Split([[1], [1, 2]], np.zeros(2, np.int64))), "train images are list"),  # type: ignore[arg-type]
+        (own_set(mean=[[1], [1, 2]]), "mean is"),
+        (own_set(mean=None), "mean is"),
+        (own_set(class_names=None), "class_names is None, not a tuple of texts"),
+        (own_set(class_names=(0, 1, 2)), "class_names is"),
+        (own_set(class_names="abc"), "class_names is"),
+        (own_set(notes=None), "notes is None, not a tuple of texts"),
+        (own_set(notes="abc"), "notes is"),
+        (own_set(digest=b"abc"), "digest is b'abc', not a text"),
+        (own_set(name=None), "name is None"),
     ],
 )
 def test_own_set_that_does_not_fit(give: Any, value: object, problem: str) -> None:
     with pytest.raises(ScenarioError, match=problem):
         give(value)
+
+
+def test_all_that_does_not_fit_is_listed(give: Any) -> None:
+    with pytest.raises(ScenarioError, match=r"class_names is.*; notes is.*; train rows are.*; std is"):
+        give(own_set(class_names=None, notes=7, train=part(np.array([9, 9])), std=(0.5, 0.5)))
+
+
+def test_own_set_that_is_a_part(give: Any) -> None:
+    rows = np.array([4, 1])
+    data = give(own_set(train=part(rows), digest=""))
+    np.testing.assert_array_equal(data.train.images, own_set().train.images[rows])
 
 
 @pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function", "json:__name__", ":f"])

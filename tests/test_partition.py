@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from fedcil.errors import InputError, ScenarioError
 from fedcil.keys import Key
@@ -275,6 +276,17 @@ def test_dirichlet_with_a_huge_alpha_is_even() -> None:
     assert np.abs(counts - 250).max() <= 3
 
 
+@pytest.mark.parametrize("name", ["dirichlet", "dirichlet_equal"])
+def test_the_largest_alpha_is_even_for_many_clients(name: str) -> None:
+    """100 clients, 10 samples of each of 10 classes for everyone; beyond, sums of alphas are no numbers any more."""
+    counts = class_counts(share(100, balanced(10, 1_000), name=name, alpha=1e6), balanced(10, 1_000))
+    sizes = counts.sum(axis=1)
+    assert sizes.min() >= 80
+    assert sizes.max() <= 120
+    with pytest.raises(ValidationError):
+        PartitionSection(name=name, alpha=1e308)
+
+
 def test_dirichlet_redraws_until_all_have_enough() -> None:
     labels = balanced(5, 100)
     smallest = [share(10, labels, seed, name="dirichlet", min_size=20).counts().min() for seed in range(10)]
@@ -456,6 +468,8 @@ BAD_SHARES = {
     "no flat arrays of whole numbers": [[0.0, 1.0], [2.0, 3.0]],
     "flat arrays of whole numbers": [[True, True, False, False], [False, False, True, True]],
     "flat arrays of": [[[0, 1]], [[2, 3]]],
+    "no flat arrays of": [[[0], [1, 2]], [3]],
+    "that are no flat": [None, [0, 1, 2, 3]],
 }
 
 
@@ -464,6 +478,13 @@ def test_an_own_partitioner_that_is_no_partition(own: Callable[[Any], str], what
     error = failure(2, balanced(2, 2), name=own(lambda *_: BAD_SHARES[what]))
     assert error["what"].startswith("task 1: the partitioner gives")
     assert what in error["what"]
+    assert error["where"] == "partition.name"
+
+
+def test_an_own_partitioner_that_ends_the_program(own: Callable[[Any], str]) -> None:
+    name = own(lambda *_: sys.exit("enough"))
+    error = failure(2, balanced(2, 2), name=name)
+    assert error["what"].startswith(f"task 1: {name} raised SystemExit: enough")
     assert error["where"] == "partition.name"
 
 

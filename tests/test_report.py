@@ -15,7 +15,7 @@ import pytest
 from fedcil.errors import InputError
 from fedcil.partition import TaskPartition, save_partition
 from fedcil.record.report import duration, render_report, size, write_report
-from fedcil.record.run import Run
+from fedcil.record.run import Run, open_run
 
 CELLS = {"td", "th", "dt", "dd", "p"}
 VOID = {"meta", "img", "br", "link", "input"}
@@ -221,6 +221,40 @@ def test_it_is_written_into_the_run_folder_or_elsewhere(run: Run, tmp_path: Path
     assert write_report(run, tmp_path / "mine.html").read_text() == (run.path / "report.html").read_text()
     with pytest.raises(InputError, match="cannot write the report"):
         write_report(run, tmp_path / "nowhere" / "a.html")
+
+
+@pytest.mark.parametrize("folder", [".", "", ".."])
+def test_a_folder_to_write_to_gets_a_page_in_it(
+    run: Run, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert write_report(run, Path(folder)) == Path(folder) / "report.html"
+    assert Path(folder, "report.html").is_file()
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\x93NUMPY\x01\x00"])
+def test_damaged_counts_are_an_error_for_people(content: bytes, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", LINES)
+    (run.path / "label_counts.npy").write_bytes(content)
+    with pytest.raises(InputError, match="not an array of counts") as error:
+        assert run.label_counts is None
+    assert error.value.where.endswith("label_counts.npy")
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    run = make_run(tmp_path / "run", LINES)
+    monkeypatch.setattr(Path, "read_bytes", locked)
+    for name, read in (("summary.json", lambda: run.summary), ("metrics.jsonl", lambda: run.lines)):
+        with pytest.raises(InputError, match="cannot be read: Permission denied") as error:
+            read()
+        assert error.value.where == str(run.path / name)
+    monkeypatch.setattr(Path, "is_file", locked)
+    with pytest.raises(InputError, match="cannot be read: Permission denied"):
+        open_run(run.path)
 
 
 def test_half_a_character_does_not_cost_the_page(run: Run, tmp_path: Path) -> None:

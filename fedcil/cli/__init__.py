@@ -17,8 +17,7 @@ from fedcil.threads import left_behind
 
 
 def main() -> None:
-    """Entry point of ``fedcil``. A scenario may name a user's own module, so this folder is searched too, last."""
-    sys.path.append(str(Path.cwd()))
+    """Entry point of ``fedcil``."""
     put_in_place()
     # Python's own would say in which line of the program it was.
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -36,7 +35,13 @@ def main() -> None:
 
 
 def exit_code() -> str | int | None:
-    """Of the command that was asked for."""
+    """Of the command that was asked for. A scenario may name a user's own module: this folder is searched too, last."""
+    try:
+        sys.path.append(str(Path.cwd()))
+    except OSError:
+        gone = InputError("the working folder is gone", where=os.environ.get("PWD", ""), next="go to one that is there")
+        show_error(gone, as_json="--json" in sys.argv)
+        return gone.exit_code
     try:
         code: int | None = app(standalone_mode=False)
         return code

@@ -187,7 +187,7 @@ def list_(
     for kind, names in things.items():
         print(f"{kind}: " + (", ".join(names) if kind != "runs" else ""))
         for name in names if kind == "runs" else []:
-            print(f"  {name}" + ("" if Run(Path(name)).finished else " (not finished)"))
+            print(f"  {name}{_state(Run(Path(name)))}")
 
 
 @app.command()
@@ -256,3 +256,11 @@ def _list_kind(kind: str, output: Path) -> list[str]:
         case "scenarios":
             return shipped_scenarios()
     return [str(path.parent) for path in sorted(output.glob("*/scenario.toml"))]
+
+
+def _state(run: Run) -> str:
+    """What stands behind it in a list of runs, which one damaged folder does not end."""
+    try:
+        return "" if run.finished else " (not finished)"
+    except InputError:
+        return " (damaged)"

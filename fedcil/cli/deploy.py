@@ -67,7 +67,9 @@ def pki(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where certificates and keys are, or will be.")],
     host: Annotated[list[str], typer.Option(help="A name or address by which the SuperLink is called.")],
     nodes: Annotated[int, typer.Option(min=0, max=10_000, help="How many nodes may join.")] = 8,
-    days: Annotated[float, typer.Option(min=0.01, help="How long the SuperLink's certificate holds.")] = 365.0,
+    days: Annotated[
+        float, typer.Option(min=0.01, max=36_500.0, help="How long the SuperLink's certificate holds.")
+    ] = 365.0,
 ) -> None:
     """Make what is not there yet: authority, SuperLink's certificate, node keys. Renews what is about to expire."""
     from fedcil.deploy.pki import make_pki
@@ -114,13 +116,14 @@ def supervise(
 ) -> None:
     """See a run to its end: submit it, watch it, submit it again when its server died. An unfinished run of the
     same scenario in --output is gone on with."""
+    from fedcil.data.places import expanded
     from fedcil.deploy.control import Control, enrol
     from fedcil.deploy.pki import Pki
     from fedcil.deploy.supervisor import Supervisor
 
     give_data_root(data_root)
     keys = Pki(pki)
-    control = Control(superlink, keys.ca, Path.home() / ".fedcil" / "flower")
+    control = Control(superlink, keys.ca, expanded("~/.fedcil/flower", "$HOME"))
     with to_stderr():
         folder = run_folder(scenario, overrides or [], output, None)
     print(f"run folder: {folder}", file=sys.stderr)

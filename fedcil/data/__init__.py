@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedcil.data.dataset import Dataset, Split, digest_of
-from fedcil.data.places import default_root
+from fedcil.data.places import default_root, reading
 
 if TYPE_CHECKING:
     from fedcil.tables import DataSection
@@ -31,6 +31,7 @@ LOADERS = {
     "folder": "fedcil.data.folders:load",
     "synthetic": "fedcil.data.synthetic:load",
 }
+ROOTLESS = ("digits", "synthetic")  # look for no file below the data root, so that none need be there
 
 
 def load_dataset(section: DataSection, seed: int, *, root: Path | None = None, show_progress: bool = False) -> Dataset:
@@ -43,7 +44,7 @@ def load_dataset(section: DataSection, seed: int, *, root: Path | None = None, s
     from fedcil.data.resize import resized
     from fedcil.data.select import select
 
-    full = _load(section, default_root(section, root), show_progress)
+    full = _load(section, root, show_progress)
     # A drawn set has as many images as were asked for; drawing among them again would ask for too many.
     per_class = None if section.name == "synthetic" else section.samples_per_class
     # Size and choice of images commute; sizing the full set first lets all runs share one cached copy.
@@ -56,12 +57,15 @@ def load_dataset(section: DataSection, seed: int, *, root: Path | None = None, s
     )
 
 
-def _load(section: DataSection, root: Path, show_progress: bool) -> Dataset:
+def _load(section: DataSection, root: Path | None, show_progress: bool) -> Dataset:
     """The full set, from the table or from a person's own function."""
+    place = Path() if section.name in ROOTLESS else default_root(section, root)
     if ":" in section.name:
         from fedcil.data.own import load_own
 
-        return load_own(section, root)
+        return load_own(section, place)
     module, _, function = LOADERS[section.name].partition(":")
-    loaded: Dataset = getattr(import_module(module), function)(section, root, show_progress)
+    load = getattr(import_module(module), function)
+    with reading(str(place)):
+        loaded: Dataset = load(section, place, show_progress)
     return loaded

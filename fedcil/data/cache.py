@@ -32,6 +32,7 @@ from fedcil.data.dataset import (
     hash_split,
     new_hasher,
 )
+from fedcil.data.places import expanded, reading
 from fedcil.errors import InputError
 from fedcil.files import sync_file, sync_folder
 
@@ -63,8 +64,9 @@ class Draft:
 
 
 def cache_root() -> Path:
-    """$FEDCIL_CACHE, else a folder in the user's cache."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/fedcil/arrays").expanduser().absolute()
+    """$FEDCIL_CACHE, else a folder in the user's cache. Raises InputError where that is in the home of nobody."""
+    given = os.environ.get(CACHE_VARIABLE) or "~/.cache/fedcil/arrays"
+    return expanded(given, f"${CACHE_VARIABLE}, a folder that you may write to").absolute()
 
 
 def fingerprint(paths: Iterable[Path], *options: object) -> str:
@@ -83,7 +85,7 @@ def cached(name: str, source: str, prepare: Callable[[], Draft]) -> Dataset:
     """The entry ``name`` for the fingerprint ``source``; ``prepare`` is called only where it must be written.
 
     Images are mapped copy-on-write: writing to them changes no file and no other process.
-    Raises InputError where the cache folder cannot be written.
+    Raises InputError where the cache folder cannot be written, or a file that ``prepare`` reads cannot be read.
     """
     folder = cache_root() / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{FORMAT}-{source}"
     found = _open(folder)
@@ -136,7 +138,9 @@ def _build(folder: Path, prepare: Callable[[], Draft]) -> Dataset:
         with FileLock(f"{folder}.lock"):
             found = _open(folder)  # another process may have been quicker
             if found is None:
-                _write(folder, prepare())
+                with reading(folder.name):  # what its source does is no fault of the cache
+                    draft = prepare()
+                _write(folder, draft)
                 found = _open(folder)
     except OSError as error:
         raise _unwritable(folder, error.strerror or str(error)) from None

@@ -69,19 +69,22 @@ def _present(path: Path) -> Path:
 
 
 def _draft(name: str, kind: Kind, files: list[Path]) -> Draft:
-    train_images, train_labels, test_images, test_labels = (read_idx(file) for file in files)
+    train, test = files[:2], files[2:]  # as FILES has them: images, labels
     return Draft(
         name=name,
-        train=_blocks(train_images, train_labels),
-        test=_blocks(test_images, test_labels),
+        train=_blocks(*train),
+        test=_blocks(*test),
         mean=(kind.mean,),
         std=(kind.std,),
         class_names=kind.class_names,
     )
 
 
-def _blocks(images: Bytes, labels: Bytes) -> Blocks:
+def _blocks(image_file: Path, label_file: Path) -> Blocks:
+    images, labels = read_idx(image_file), read_idx(label_file)
     count, height, width = images.shape
+    if len(labels) != count:
+        raise _damaged(label_file, f"it has {len(labels)} labels for {count} images")
     return Blocks((count, height, width, 1), labels.astype(np.int64), [images])
 
 

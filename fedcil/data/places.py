@@ -1,13 +1,14 @@
-"""Where data sets are looked for, and the error that says where they were not."""
+"""Where data sets are looked for, and the errors that say where they were not, or could not be read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedcil.errors import DataMissing
+from fedcil.errors import DataMissing, InputError
 
 if TYPE_CHECKING:
     from fedcil.tables import DataSection
@@ -27,9 +28,41 @@ HOW = {  # what helps where nothing can be downloaded
 
 
 def default_root(section: DataSection, root: Path | None) -> Path:
-    """The data root: option, then ``data.root``, then $FEDCIL_DATA_ROOT, then the user's cache folder."""
+    """The data root: option, then ``data.root``, then $FEDCIL_DATA_ROOT, then the user's cache folder.
+
+    Raises InputError where that is in the home of nobody.
+    """
     given = root or section.root or os.environ.get(ROOT_VARIABLE) or "~/.cache/fedcil/data"
-    return Path(given).expanduser().absolute()
+    return expanded(given, f"--data-root, data.root in the scenario or ${ROOT_VARIABLE}").absolute()
+
+
+def expanded(path: str | Path, settings: str) -> Path:
+    """``path`` with the home folder that a ``~`` or ``~user`` at its start stands for; ``settings`` say another.
+
+    Raises InputError where there is no such home: an unknown user, or in a container nobody's number and no $HOME.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # pathlib's way to say so
+        raise InputError(
+            f"there is no home folder {Path(path).parts[0]} here",
+            where=str(path),
+            allowed="a path without ~, or with the ~ of a user who has a home",
+            next=f"give another: {settings}",
+        ) from None
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raises InputError that names the file, or else ``what``, where one of a data set cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"a part of the data set cannot be read: {error.strerror or error}",
+            where=str(error.filename or what),
+            next="let it be read by you, mend it or take it away",
+        ) from None
 
 
 def missing(name: str, looked: Iterable[Path], layout: str, reason: str = "") -> DataMissing:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedcil.data.cache import Blocks, Draft, cached, fingerprint
 from fedcil.data.dataset import Dataset
-from fedcil.data.places import missing
+from fedcil.data.places import expanded, missing
 from fedcil.data.trees import Frame, decoded, images_in
 from fedcil.errors import InputError, ScenarioError
 from fedcil.keys import Key
@@ -71,7 +71,7 @@ def _mapping_file(section: DataSection) -> Path:
     if section.mapping is None:
         allowed = f"a JSON or YAML file: {FORM}"
         raise ScenarioError("super_imagenet needs a mapping file", where="data.mapping", allowed=allowed)
-    return Path(section.mapping).expanduser()
+    return expanded(section.mapping, "data.mapping")
 
 
 def _find(root: Path) -> Path:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -32,6 +34,8 @@ PEM = serialization.Encoding.PEM
 PLAIN = serialization.NoEncryption()
 SECRET_BYTES = 32
 RENEW_AT = 0.2  # of a certificate's life that is left
+MOST_DAYS = 36_500.0  # the authority's holds ten times as long, and no calendar goes beyond the year 9999
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +72,25 @@ class Pki:
 
 
 def make_pki(folder: Path, *, hosts: Sequence[str], nodes: int, days: float = 365.0) -> Pki:
-    """Everything that is not there yet; running it again changes nothing. InputError where it cannot be written.
+    """Everything that is not there yet; running it again changes nothing.
 
-    ``hosts``: every name and address by which the SuperLink is called. ``nodes``: how many may join.
+    ``hosts``: every name and address by which the SuperLink is called. ``nodes``: how many may join. Raises InputError
+    for a host or days that no certificate can have, and where something cannot be written or is damaged.
     """
     pki = Pki(folder)
+    if not days <= MOST_DAYS:  # nor nan
+        raise InputError(
+            f"a certificate cannot hold for {days:g} days",
+            where="--days",
+            allowed=f"at most {MOST_DAYS:g}",
+            next="give fewer: running this again renews what is about to expire",
+        )
+    names = x509.SubjectAlternativeName([_host(host) for host in hosts])
     try:
         pki.ca_key.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(pki.ca_key.parent / ".lock"):
             authority = _authority(pki, days)
-            _server_certificate(pki, authority, hosts, days)
+            _server_certificate(pki, authority, names, days)
             if not pki.secret.exists():
                 new_secret(pki.secret)
             for slot in range(nodes):
@@ -99,7 +112,7 @@ class _Authority:
 
 def _authority(pki: Pki, days: float) -> _Authority:
     if pki.ca.exists() and pki.ca_key.exists():
-        certificate = x509.load_pem_x509_certificate(pki.ca.read_bytes())
+        certificate = _load(pki.ca, x509.load_pem_x509_certificate)
         if not _expires(certificate):
             return _Authority(certificate, _load_key(pki.ca_key))
     key, name = ec.generate_private_key(ec.SECP384R1()), _name("fedcil authority")
@@ -114,10 +127,9 @@ def _authority(pki: Pki, days: float) -> _Authority:
     return authority
 
 
-def _server_certificate(pki: Pki, authority: _Authority, hosts: Sequence[str], days: float) -> None:
-    names = x509.SubjectAlternativeName([_host(host) for host in hosts])
+def _server_certificate(pki: Pki, authority: _Authority, names: x509.SubjectAlternativeName, days: float) -> None:
     if pki.certificate.exists() and pki.server_key.exists():
-        old = x509.load_pem_x509_certificate(pki.certificate.read_bytes())
+        old = _load(pki.certificate, x509.load_pem_x509_certificate)
         if _signed_by(old, authority) and _names(old) == names and not _expires(old):
             return
     key = ec.generate_private_key(ec.SECP384R1())
@@ -142,9 +154,9 @@ def _node_key(pki: Pki, slot: int) -> None:
     if not private.exists():
         key = ec.generate_private_key(ec.SECP384R1())
         _write(private, key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, PLAIN))
-    if not public.exists():
-        half = serialization.load_ssh_private_key(private.read_bytes(), None).public_key()
-        line = half.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    half = _load(private, lambda content: serialization.load_ssh_private_key(content, None)).public_key()
+    line = half.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    if not public.exists() or public.read_bytes() != line:  # of a private half that was lost
         _write(public, line, mode=0o644)
 
 
@@ -201,7 +213,14 @@ def _host(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        return x509.DNSName(host)
+        if re.fullmatch(r"[A-Za-z0-9_.*-]+", host):
+            return x509.DNSName(host)
+    raise InputError(
+        f"{host!r} is no name or address of a host",
+        where="--host",
+        allowed="an IP address, or a name of letters a to z, digits, - and . without a port",
+        next="give it without a port; a name with other letters in the form that begins with xn--",
+    )
 
 
 def _name(common: str) -> x509.Name:
@@ -209,9 +228,20 @@ def _name(common: str) -> x509.Name:
 
 
 def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    key = serialization.load_pem_private_key(path.read_bytes(), None)
+    key = _load(path, lambda content: serialization.load_pem_private_key(content, None))
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     return key
+
+
+def _load(path: Path, read: Callable[[bytes], T]) -> T:
+    try:
+        return read(path.read_bytes())
+    except ValueError as error:
+        raise InputError(
+            f"this is no key or certificate: {error}",
+            where=str(path),
+            next="put back what was there, or delete it: a new one is made",
+        ) from None
 
 
 def new_secret(path: Path) -> Path:

@@ -38,9 +38,13 @@ OTHER_METRICS = {
 
 
 def write_report(run: Run, path: Path | None = None) -> Path:
-    """Write the page to ``path``, by default into the run's folder. Raises InputError if it cannot."""
-    path = path or run.path / "report.html"
+    """Write the page to ``path``, by default into the run's folder. A folder gets a ``report.html``.
+
+    Raises InputError if it cannot.
+    """
+    path = path or run.path
     try:
+        path = path / "report.html" if path.is_dir() else path
         write_atomic(path, render_report(run).encode(errors="backslashreplace"))
     except OSError as error:
         raise InputError(

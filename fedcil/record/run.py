@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,8 @@ class Run:
     def lines(self) -> tuple[dict[str, Any], ...]:
         """Whole lines only: a run that is being written to, or was killed, may end in half a line."""
         path = self.path / METRICS
-        *whole, _ = path.read_bytes().split(b"\n")
+        with _reading(path):
+            *whole, _ = path.read_bytes().split(b"\n")
         lines = tuple(_read_table(line, f"{path}:{number}") for number, line in enumerate(whole, start=1))
         there, all_ = sum(line.get("kind") == "round" for line in lines), self.summary.get("rounds", 0)
         if there < all_:
@@ -58,7 +59,7 @@ class Run:
     def summary(self) -> dict[str, Any]:
         path = self.path / "summary.json"
         anew = f"delete it; `fedcil resume {self.path}` writes it anew"
-        return _read_table(path.read_bytes(), str(path), anew) if path.is_file() else {}
+        return _read_table_if_there(path, anew)
 
     @property
     def finished(self) -> bool:
@@ -109,7 +110,7 @@ class Run:
         """With what and on what machine it was begun."""
         path = self.path / "environment.json"
         without = "delete it; a run goes on, and is compared, without what it says"
-        return _read_table(path.read_bytes(), str(path), without) if path.is_file() else {}
+        return _read_table_if_there(path, without)
 
     @cached_property
     def partition(self) -> tuple[TaskPartition, ...]:
@@ -122,7 +123,12 @@ class Run:
     def label_counts(self) -> NDArray[np.int32] | None:
         """Training samples by task, client and label, where the run recorded them."""
         path = self.path / "label_counts.npy"
-        return np.load(path, allow_pickle=False) if path.is_file() else None
+        try:
+            with _reading(path):
+                return np.load(path, allow_pickle=False) if path.is_file() else None
+        except (EOFError, ValueError) as error:
+            without = "delete it; the run is then shown without the samples of each class"
+            raise InputError(f"not an array of counts: {error}", where=str(path), next=without) from None
 
     @cached_property
     def accuracy_matrix(self) -> Matrix:
@@ -176,6 +182,25 @@ def costs(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises InputError where what is at ``path``, or in it, cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot be read: {error.strerror or error}",
+            where=str(error.filename or path),
+            next="let it be read by you, or use another run",
+        ) from None
+
+
+def _read_table_if_there(path: Path, next_: str) -> dict[str, Any]:
+    with _reading(path):
+        content = path.read_bytes() if path.is_file() else None
+    return {} if content is None else _read_table(content, str(path), next_)
+
+
 def _read_table(content: bytes, where: str, next_: str = DAMAGED) -> dict[str, Any]:
     try:
         table = json.loads(content)
@@ -187,8 +212,10 @@ def _read_table(content: bytes, where: str, next_: str = DAMAGED) -> dict[str, A
 
 
 def open_run(path: Path) -> Run:
-    """The run in a folder. InputError if the folder is none."""
-    if not (path / "scenario.toml").is_file() or not (path / METRICS).is_file():
+    """The run in a folder. InputError if the folder is none, or cannot be looked into."""
+    with _reading(path):
+        there = all((path / name).is_file() for name in ("scenario.toml", METRICS))
+    if not there:
         raise InputError(
             "not a run folder",
             where=str(path),
