@@ -153,6 +153,16 @@ class MessageRefused(FedcilError):
 
 
 @contextmanager
+def reading(what: str, where: str, next: str) -> Iterator[None]:
+    """Raises InputError that names the file, or else ``where``, if one that is read within cannot be."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{what} cannot be read: {reason}", where=str(error.filename or where), next=next) from None
+
+
+@contextmanager
 def located(source: str) -> Iterator[None]:
     """What is found wrong with a scenario after it was read names the file too."""
     try:

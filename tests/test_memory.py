@@ -38,6 +38,8 @@ def test_a_run_says_that_there_may_be_too_little_memory(tmp_path: Path, monkeypa
     with pytest.warns(UserWarning, match="MB of memory, more than the 100 MB that there are"):
         run = fedcil.run(TINY, output=tmp_path, figures=False)
     assert "more than the 100 MB" in forecast(open_experiment(run.scenario))["notes"][-1]
+    elsewhere = load_scenario(TINY, ["engine={name='ray', address='auto', workers=64}"])
+    assert not forecast(open_experiment(elsewhere))["notes"]
 
 
 @pytest.mark.parametrize(("file", "says"), [("memory.max", "1000\n"), ("memory/memory.limit_in_bytes", "1000\n")])

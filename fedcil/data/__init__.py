@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedcil.data.dataset import Dataset, Split, digest_of
-from fedcil.data.places import default_root, reading
+from fedcil.data.places import default_root, reading_data
 
 if TYPE_CHECKING:
     from fedcil.tables import DataSection
@@ -66,6 +66,6 @@ def _load(section: DataSection, root: Path | None, show_progress: bool) -> Datas
         return load_own(section, place)
     module, _, function = LOADERS[section.name].partition(":")
     load = getattr(import_module(module), function)
-    with reading(str(place)):
+    with reading_data(str(place)):
         loaded: Dataset = load(section, place, show_progress)
     return loaded

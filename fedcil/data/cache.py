@@ -32,7 +32,7 @@ from fedcil.data.dataset import (
     hash_split,
     new_hasher,
 )
-from fedcil.data.places import expanded, reading
+from fedcil.data.places import expanded, reading_data
 from fedcil.errors import InputError
 from fedcil.files import sync_file, sync_folder
 
@@ -138,7 +138,7 @@ def _build(folder: Path, prepare: Callable[[], Draft]) -> Dataset:
         with FileLock(f"{folder}.lock"):
             found = _open(folder)  # another process may have been quicker
             if found is None:
-                with reading(folder.name):  # what its source does is no fault of the cache
+                with reading_data(folder.name):  # what its source does is no fault of the cache
                     draft = prepare()
                 _write(folder, draft)
                 found = _open(folder)

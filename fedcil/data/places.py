@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedcil.errors import DataMissing, InputError
+from fedcil.errors import DataMissing, InputError, reading
 
 if TYPE_CHECKING:
     from fedcil.tables import DataSection
@@ -52,17 +52,9 @@ def expanded(path: str | Path, settings: str) -> Path:
         ) from None
 
 
-@contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading_data(what: str) -> AbstractContextManager[None]:
     """Raises InputError that names the file, or else ``what``, where one of a data set cannot be read."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"a part of the data set cannot be read: {error.strerror or error}",
-            where=str(error.filename or what),
-            next="let it be read by you, mend it or take it away",
-        ) from None
+    return reading("a part of the data set", what, "let it be read by you, mend it or take it away")
 
 
 def missing(name: str, looked: Iterable[Path], layout: str, reason: str = "") -> DataMissing:

@@ -26,7 +26,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def too_large(experiment: Experiment) -> list[str]:
-    """A note, where the system may end a run without a word."""
+    """A note, where the system may end a run without a word; none where a card or other machines do the work."""
+    if experiment.compute.device.type != "cpu" or experiment.scenario.engine.address:
+        return []
     need, there = predicted_memory(experiment), machine_bytes() >> 20
     words = f"this may take about {need:,} MB of memory, more than the {there:,} MB that there are"
     return [words] if need > there else []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcil.errors import FedcilError, InputError
+from fedcil.errors import FedcilError, InputError, reading
 from fedcil.metrics import Matrix
 from fedcil.partition import TaskPartition, load_partition
 from fedcil.record.folder import METRICS
@@ -182,17 +183,8 @@ def costs(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Raises InputError where what is at ``path``, or in it, cannot be read."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"cannot be read: {error.strerror or error}",
-            where=str(error.filename or path),
-            next="let it be read by you, or use another run",
-        ) from None
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return reading("a part of the run", str(path), "let it be read by you, or use another run")
 
 
 def _read_table_if_there(path: Path, next_: str) -> dict[str, Any]:
