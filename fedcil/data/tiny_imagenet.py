@@ -1,7 +1,7 @@
 """TinyImageNet in its official layout: 200 classes, 64 x 64 pixels, 500 training images of each.
 
-Its test split has no labels, so its validation split (50 of each) is measured on. Classes are numbered as in
-``wnids.txt``.
+Its test split has no labels, so its validation split (50 of each) is measured on. Classes are numbered by their sorted
+wnids, not as in ``wnids.txt``: so does torchvision's ImageFolder, and with it the code of MFCL (arXiv 2311.07784).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYOUT = (
 def load(section: DataSection, root: Path, show_progress: bool) -> Dataset:
     """Up to 100,000 training and 10,000 test images, (n, 64, 64, 3)."""
     folder = _find(root)
-    wnids = _lines(folder / "wnids.txt")
+    wnids = sorted(_lines(folder / "wnids.txt"))
     sources = [folder / "wnids.txt", folder / "val/val_annotations.txt", folder / "val/images"]
     sources += [folder / "train" / wnid / "images" for wnid in wnids]
     absent = [path for path in sources if not path.exists()]

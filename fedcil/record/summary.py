@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from fedcil import metrics
+from fedcil.errors import InputError, RunFailed
 from fedcil.metrics import Matrix
 from fedcil.record.folder import RunFolder
 from fedcil.record.run import Run, costs
@@ -17,9 +18,14 @@ WINDOW = 10  # evaluations, for windowed forgetting and plasticity
 
 
 def finish(folder: RunFolder) -> Run:
-    """Write the tables of a run that came to its end; summary.json last, since it says so."""
+    """Write the tables of a run that came to its end; summary.json last, since it says so. RunFailed if what was
+    recorded cannot be read back.
+    """
     run = Run(folder.path)
-    summary = summarise(run)
+    try:
+        summary = summarise(run)
+    except InputError as error:
+        raise RunFailed(error.what, where=error.where, next="see to the disk, then `fedcil resume RUN`") from None
     folder.write("accuracy_matrix.csv", matrix_csv(run.accuracy_matrix))
     folder.write("summary.csv", summary_csv(summary))
     folder.write("summary.json", json.dumps(summary, indent=1))
