@@ -294,6 +294,14 @@ def test_a_key_that_does_nothing_under_its_name_is_said(tables: dict[str, Any], 
     assert all(part in note for part, note in zip(says, notes, strict=True))
 
 
+@pytest.mark.parametrize(("version", "classes"), [("s", 100), ("m", 75), ("l", 50)])
+def test_the_protocol_on_super_imagenet_draws_the_class_order_and_balances_clients(version: str, classes: int) -> None:
+    """Each client has as many images of each class of a task as any other (arXiv 2311.07784)."""
+    paper = load_scenario(f"paper/super_imagenet_{version}_mfcl")
+    assert paper.stream.class_order == "seeded"
+    assert (paper.partition.name, paper.partition.classes_per_client) == ("classes", classes // paper.stream.tasks)
+
+
 def test_no_shipped_scenario_sets_what_does_nothing() -> None:
     assert not [note for name in TEXTS for note in load_scenario(name).notes]
 
