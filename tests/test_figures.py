@@ -114,7 +114,7 @@ def test_who_has_no_samples_in_a_task_is_said_to_be_left_out(tmp_path: Path) -> 
     with (run.path / "scenario.toml").open("a") as file:
         file.write("[population]\nname = 'turnover'\nsize = 5\n[clients]\ncount = 20\n")
     (axes,) = figures.run_figures(Run(run.path))["samples_per_task"].axes
-    assert "in each task those with samples" in axes.get_title(loc="left") + axes.get_title()
+    assert axes.get_ylabel() == "training samples of a client that has some"
 
 
 def test_many_clients_and_tasks_stay_small(tmp_path: Path) -> None:

@@ -101,11 +101,11 @@ def samples_figure(run: Run) -> Figure | None:
         axes.scatter(place + _spread(len(sizes)), sizes, zorder=4, **dots)
     _number(axes.xaxis, len(counts), first=1, notes=[_empty(sizes) for sizes in counts])
     top = 1.08 * max(max(sizes) for sizes in counts)
-    axes.set(xlabel="task", ylabel="training samples of a client", ylim=(-0.02 * top, top))
+    shown = "" if run.scenario.population.name == "fixed" else " that has some"
+    axes.set(xlabel="task", ylabel=f"training samples of a client{shown}", ylim=(-0.02 * top, top))
     integer_ticks(axes.yaxis)
     clean_axes(axes)
-    shown = "" if run.scenario.population.name == "fixed" else "in each task those with samples; "
-    _title(axes, run, f"{len(run.partition[0].counts())} clients ({shown}box: middle half, orange: median)")
+    _title(axes, run, f"{len(run.partition[0].counts())} clients (box: middle half, orange: median)")
     return figure
 
 
