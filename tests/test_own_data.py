@@ -98,7 +98,7 @@ def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mo
         (own_set(train=part("x")), "train rows are str"),
         (own_set(train=part(np.array([0, 6]))), "train rows are 0 to 6, but there are 6 images"),
         (own_set(train=part(np.array([-1, 0]))), "train rows are -1 to 0"),
-        (own_set(train=Split([[1], [1, 2]], np.zeros(2, np.int64))), "train images are list"),  # type: ignore[arg-type]
+        (own_set(train=Split([[1], [1, 2]], np.zeros(2, np.int64))), "train images are list"),
         (own_set(mean=[[1], [1, 2]]), "mean is"),
         (own_set(mean=None), "mean is"),
         (own_set(class_names=None), "class_names is None, not a tuple of texts"),
