@@ -57,13 +57,16 @@ def make_partition(
     """Share the samples of every task; each task draws afresh, from ``key.at("partition", task.index)``.
 
     ``labels`` (n,) are the stream labels of all training samples; -1 is not in the stream. ``sharing(task)`` gives
-    the sorted ids of those who share it, all clients by default; the others get nothing. Raises ScenarioError if the
+    the ids of those who share it, all clients by default; the others get nothing. Raises ScenarioError if the
     partitioner cannot serve that many clients, or leaves one without samples that may not be.
     """
-    owners = sharing or (lambda _: np.arange(clients))
+    places = [key.at("partition", task.index) for task in stream.tasks]
+    owners = [sharing(task.index) if sharing else np.arange(clients) for task in stream.tasks]
+    if any(len(ids) < clients for ids in owners):  # newcomers have the highest ids: they shall not be served last
+        owners = [place.at("owners").numpy().permutation(ids) for place, ids in zip(places, owners, strict=True)]
     return tuple(
-        _share_task(section, clients, owners(task.index), task, labels, key.at("partition", task.index))
-        for task in stream.tasks
+        _share_task(section, clients, ids, task, labels, place)
+        for task, ids, place in zip(stream.tasks, owners, places, strict=True)
     )
 
 
@@ -112,6 +115,7 @@ def _load_task(arrays: Any, task: int) -> TaskPartition:
 def _share_task(
     section: PartitionSection, clients: int, owners: Ints, task: Task, labels: Ints, key: Key
 ) -> TaskPartition:
+    """``owners[i]`` gets the partitioner's i-th share."""
     members = np.flatnonzero((labels >= task.old) & (labels < task.seen))
     partitioner, sharing = _load_partitioner(section.name), len(owners)
     counts = np.zeros(clients, dtype=np.int64)
@@ -119,13 +123,14 @@ def _share_task(
         _refuse_too_few_samples(len(members), sharing, section)
         shares = _checked(_call(partitioner, labels[members], sharing, section, key.numpy()), len(members), sharing)
         counts[owners] = [len(share) for share in shares]
-        _refuse_empty_client(counts, owners, section)
+        _refuse_empty_client(counts, np.sort(owners), section)
     except ScenarioError as error:  # partitioners do not know which task they share
         raise ScenarioError(
             f"task {task.index + 1}: {error.what}", where=error.where, allowed=error.allowed, next=error.next
         ) from None
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
-    return TaskPartition(members[np.concatenate(shares)].astype(np.int32), offsets)
+    by_client = np.concatenate([shares[place] for place in np.argsort(owners)])
+    return TaskPartition(members[by_client].astype(np.int32), offsets)
 
 
 def _call(partitioner: Partitioner, labels: Ints, clients: int, section: PartitionSection, rng: Rng) -> Sequence[Ints]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedcil.errors import ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.keys import Key
-from fedcil.partition import make_partition
+from fedcil.partition import digest_of_partition, make_partition
 from fedcil.partitioners import PARTITIONERS
 from fedcil.population import Population, make_population, steps_inside
 from fedcil.scenario_file import load_scenario
@@ -174,6 +174,36 @@ def test_samples_go_to_members_only_and_each_to_one(
         assert np.array_equal(np.sort(part.indices), wanted)
         owners = set(np.flatnonzero(part.counts()).tolist())
         assert owners <= set(population.sharing(task).tolist())
+
+
+def test_newcomers_hold_as_many_classes_as_others() -> None:
+    """dirichlet_equal serves clients in turn: who comes late takes what is left, often one class only."""
+    section = PopulationSection(name="turnover", size=20, replaced_per_task=0.25)
+    timeline, stream = (
+        Timeline.of([[1]] * 5),
+        Stream(tuple(range(10)), tuple(Task(t, 2 * t, 2 * t + 2) for t in range(5))),
+    )
+    labels = np.repeat(np.arange(10), 100)
+    single: dict[bool, list[bool]] = {True: [], False: []}  # of newcomers, of others: whether one class is all
+    for seed in range(12):
+        population = made(section, timeline, seed)
+        parts = make_partition(PartitionSection(), 40, stream, labels, Key(seed), population.sharing)
+        for task in range(1, 5):
+            for client in population.sharing(task).tolist():
+                new = population.arrives[client] == timeline.span(task).start
+                single[bool(new)].append(len(set(labels[parts[task].of(client)])) == 1)
+    assert len(single[True]) == 12 * 4 * 5
+    assert abs(np.mean(single[True]) - np.mean(single[False])) < 0.1
+
+
+def test_without_a_change_of_members_shares_are_those_of_a_fixed_population() -> None:
+    section = PopulationSection(name="turnover", size=6, replaced_per_task=0.0)
+    stream, labels = Stream(tuple(range(4)), (Task(0, 0, 2), Task(1, 2, 4))), np.repeat(np.arange(4), 30)
+    population = made(section, Timeline.of([[2], [2]]))
+    drawn = make_partition(PartitionSection(), 6, stream, labels, Key(3), population.sharing)
+    assert digest_of_partition(drawn) == digest_of_partition(
+        make_partition(PartitionSection(), 6, stream, labels, Key(3))
+    )
 
 
 # In a scenario
