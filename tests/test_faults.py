@@ -25,6 +25,7 @@ INLINE = {
     "inline_worker_kill": 2,
     "two_runs": 1,
     "torn_write": 100,
+    "churn": 1,
 }
 DISK = {"missing_folder": 1, "disk_operation_fails": 8, "disk_dies": 4}
 ROOT_ONLY = {"full_disk": 2, "read_only_disk": 1, "forbidden_folder": 1}

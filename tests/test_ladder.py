@@ -65,7 +65,7 @@ def test_the_ladder_by_its_command(tmp_path: Path) -> None:
     """All rungs but torch.compile, which takes minutes; on a CPU tf32 fails and is reported."""
     rungs = [name for name in RUNGS if name != "compile"]
     command = [sys.executable, "-m", "scenarios.benchmarks.ladder", str(tmp_path), "--device", "cpu", "--tiny"]
-    command += ["--repeats", "2", "--rungs", ",".join(rungs)]
+    command += ["--repeats", "1", "--rungs", ",".join(rungs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=280)
     table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row[0].removeprefix("| ") for row in table[1:]] == rungs
@@ -78,7 +78,7 @@ def test_the_ladder_by_its_command(tmp_path: Path) -> None:
         assert row["steps_per_s"] > 0
         assert row["of_matrix_rate"] > 0
         assert row["of_matrix_rate"] < 1 or not cpu.bf16_instructions()  # emulated products are slow
-        assert len(content["seconds"][name]) == 3
+        assert len(content["seconds"][name]) == 2
         assert row["equal"] is True if RUNGS[name].exact else "equal" not in row
 
 

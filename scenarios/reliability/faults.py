@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-from scenarios.reliability import deployment, disk, kills, messages, ray_kills
+from scenarios.reliability import churn, deployment, disk, kills, messages, ray_kills
 from scenarios.reliability.common import Fault, Outcome
 
 FAULTS: tuple[Fault, ...] = (
@@ -32,6 +32,7 @@ FAULTS: tuple[Fault, ...] = (
     *ray_kills.FAULTS,
     *disk.FAULTS,
     *messages.FAULTS,
+    *churn.FAULTS,
     *deployment.FAULTS,
 )
 
