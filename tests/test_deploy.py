@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives import serialization
 
 import fedcil
 from client.share import own_clients
+from fedcil.cli.deploy import conclude
 from fedcil.cli.run_folders import run_folder
 from fedcil.deploy import supervisor as supervision
 from fedcil.deploy.control import UNKNOWN, ControlFailed
@@ -27,6 +29,7 @@ from fedcil.deploy.supervisor import Supervisor
 from fedcil.errors import FedcilError, InputError, NotResumable, RunFailed, ScenarioError, TooFewClients
 from fedcil.port import StopSignal
 from fedcil.record.folder import PROBLEM
+from fedcil.record.run import Run
 from fedcil.record.tail import Tail
 
 HOSTS = ("superlink", "127.0.0.1")
@@ -248,6 +251,23 @@ def test_a_run_that_was_cut_off_is_submitted_again(
 def test_another_supervisor_takes_over_what_the_last_one_submitted(tmp_path: Path) -> None:
     (tmp_path / "submission.json").write_text('{"run": "77"}')
     assert supervise(tmp_path, [(True, "running")]).done == []
+
+
+def test_a_supervisor_that_died_as_it_drew_is_followed_by_one_that_draws(tmp_path: Path) -> None:
+    """And not by one that makes the run again."""
+    sets = (*TINY, "server.deadline_s=60")
+    run = fedcil.run("digits_fedavg", overrides=sets, output=tmp_path, figures=False)
+    (run.path / "submission.json").write_text('{"run": "77"}')
+    assert run_folder("digits_fedavg", sets, tmp_path, None) == run.path
+    fake = Fake(run.path, [(False, "")])
+
+    def work(stop: StopSignal, progress: Callable[[], None]) -> Run:
+        return Supervisor(fake, run.path, 0, print).run(stop, lambda: None, progress)
+
+    conclude(run.path, work, "fedcil deploy supervise", None, None, figures=True, json=True)
+    assert fake.done == []
+    assert (run.path / "figures" / "accuracy.png").exists()
+    assert run_folder("digits_fedavg", sets, tmp_path, None) != run.path  # the next one is another run
 
 
 @pytest.mark.usefixtures("quick")

@@ -67,9 +67,7 @@ def pki(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where certificates and keys are, or will be.")],
     host: Annotated[list[str], typer.Option(help="A name or address by which the SuperLink is called.")],
     nodes: Annotated[int, typer.Option(min=0, max=10_000, help="How many nodes may join.")] = 8,
-    days: Annotated[
-        float, typer.Option(min=0.01, max=36_500.0, help="How long the SuperLink's certificate holds.")
-    ] = 365.0,
+    days: Annotated[float, typer.Option(min=0.01, help="How long the SuperLink's certificate holds.")] = 365.0,
 ) -> None:
     """Make what is not there yet: authority, SuperLink's certificate, node keys. Renews what is about to expire."""
     from fedcil.deploy.pki import make_pki
@@ -161,7 +159,7 @@ def conclude(
     """Work while showing what is recorded, then draw and print. ``command`` goes on with it."""
     from fedcil.api import draw, in_folder
     from fedcil.cli.display import display
-    from fedcil.record.folder import METRICS
+    from fedcil.record.folder import METRICS, SUBMISSION
     from fedcil.record.tail import Tail
 
     tail = Tail(folder / METRICS, from_end=True)
@@ -181,3 +179,4 @@ def conclude(
         except InputError as error:  # the run is finished: who starts this again at a failure would have another one
             say(f"warning: {error}")
     print_runs([run], json=json)
+    (folder / SUBMISSION).unlink(missing_ok=True)  # from here on the same command means another run

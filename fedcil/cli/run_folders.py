@@ -53,12 +53,13 @@ def begun_folder(folder: Path, nodes: int | None) -> Path:
 
 
 def unfinished(scenario: Scenario, output: Path) -> Path | None:
-    """The newest run of this scenario that has no end yet."""
+    """The newest run of this scenario that has no end yet, or whose supervisor died before it had shown the end."""
+    from fedcil.record.folder import SUBMISSION
     from fedcil.record.run import Run, earlier_runs
 
     def fits(run: Run) -> bool:
         same = run.scenario.deciding() == scenario.deciding() and run.scenario.availability == scenario.availability
-        return same and not run.finished
+        return same and (not run.finished or (run.path / SUBMISSION).exists())
 
     found = earlier_runs(scenario, output, fits)
     return found[-1].path if found else None

@@ -16,13 +16,12 @@ from fedcil.deploy.control import UNKNOWN, Control, ControlFailed
 from fedcil.errors import RunFailed, Stopped, rebuilt
 from fedcil.files import write_atomic
 from fedcil.port import StopSignal
-from fedcil.record.folder import METRICS, PROBLEM
+from fedcil.record.folder import METRICS, PROBLEM, SUBMISSION
 from fedcil.record.run import Run
 
 POLL_S = 0.5
 LOOK_S = 2.0  # between two looks at the run
 QUIET_S = 15.0  # a run that wrote nothing for so long is asked about
-SUBMISSION = "submission.json"
 RUNNING = "running"
 MOST_ATTEMPTS = 5  # without a new line in metrics.jsonl in between
 FINISHED = "finished"
@@ -56,6 +55,8 @@ class Supervisor:
         Raises what ended the run on the server, Stopped, or RunFailed if the server dies again and again.
         """
         (self._folder / PROBLEM).unlink(missing_ok=True)
+        if Run(self._folder).finished:  # the supervisor before this one died after it
+            return Run(self._folder)
         next_look = 0.0
         while True:
             tend()

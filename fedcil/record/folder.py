@@ -31,6 +31,7 @@ from fedcil.state import RunState
 PACKAGES = ("fedcil", "torch", "torchvision", "numpy", "flwr", "ray", "pydantic", "safetensors")
 METRICS = "metrics.jsonl"
 PROBLEM = "problem.json"  # what ended a run on a server, for whoever watches it
+SUBMISSION = "submission.json"  # Flower's id of the run, until its supervisor has shown the end
 CLIENT_STATES = "client_states"
 MOST_COUNTS = 1 << 24  # of samples by task, client and label: 64 MB; more soon fill a disk, and fit no picture
 
