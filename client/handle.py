@@ -30,7 +30,7 @@ from fedcil.robust import admissible
 from fedcil.rule import Rule
 from fedcil.stream import Task
 from fedcil.tensors import HALF, Contribution, Tensors, count_bytes
-from fedcil.wire import WEIGHTS
+from fedcil.wire import HEADROOM, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -260,8 +260,8 @@ def _fit(network: Network, own: Samples, task: Task, shared: Shared) -> Contribu
         raise ClientProblem(f"a weight of {given.weight!r}, not of {WEIGHTS[0]:g} to {WEIGHTS[1]:g}", where="fit")
     if any(tensor.dtype in HALF for tensor in given.tensors.values()):
         raise ClientProblem("statistics in half precision, whose sums are wrong: make them float32", where="fit")
-    if not all(tensor.isfinite().all() for tensor in given.tensors.values()):
-        raise ClientProblem("what it measured is not finite", where="fit")
+    if not all((tensor * (given.weight * HEADROOM)).isfinite().all() for tensor in given.tensors.values()):
+        raise ClientProblem("what it measured is not finite, or too large to be summed", where="fit")
     return given
 
 

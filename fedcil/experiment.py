@@ -113,9 +113,10 @@ class Experiment:
             total: NDArray[np.int64] = np.sum([self.partition[t].counts() for t in range(task.index + 1)], axis=0)
             return total
         counts = self.partition[task.index].counts()
-        if self.method.takes_old_labels:
-            behind = sorted(self.population.behind[task.index])
-            counts[behind] = [len(self.indices(client, task)) for client in behind]
+        if self.method.takes_old_labels and self.population.behind[task.index].any():
+            sources = self.population.sources(task.index)
+            for earlier in range(task.index):
+                counts = np.where(sources == earlier, self.partition[earlier].counts(), counts)
         return counts
 
     def least_samples(self, phase: Phase) -> int:

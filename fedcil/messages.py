@@ -79,6 +79,8 @@ UNEXPECTED = "client"
 """Stage of a failure that nobody foresaw: an exception out of the method, the model or the data."""
 BORDER = "border"
 """Stage of a failure whose answer came, and was refused."""
+MOST_WORDS = 500
+"""Characters of a failure's reason, in a message as in the record."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ def worst_case_accuracy(trace: Matrix, ends: Sequence[int]) -> float | None:
 
 
 def windowed_forgetting(trace: Matrix, window: int) -> float:
-    """WF (arXiv 2205.13452): mean over tasks of the largest drop within ``window`` evaluations."""
+    """WF (arXiv 2205.13452): mean over tasks of the largest drop among ``window`` evaluations in a row."""
     return float(np.mean([_largest_drop(trace[:, j], window) for j in range(trace.shape[1])]))
 
 
@@ -91,5 +91,5 @@ def windowed_plasticity(trace: Matrix, window: int) -> float:
 
 def _largest_drop(series: NDArray[np.float64], window: int) -> float:
     seen = series[~np.isnan(series)]
-    drops = [seen[i] - seen[i + 1 : i + 1 + window].min() for i in range(len(seen) - 1)]
-    return float(max([0.0, *drops]))
+    drops = [0.0, *(seen[i] - seen[i + 1 : i + window].min() for i in range(len(seen) - 1) if window > 1)]
+    return float(max(drops))

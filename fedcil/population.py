@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedcil.timeline import Timeline
 
 Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 NEVER = np.iinfo(np.int64).max
 
 
@@ -28,40 +29,46 @@ NEVER = np.iinfo(np.int64).max
 class Population:
     """Client c is a member in the rounds [arrives[c], leaves[c]), both (clients,), numbered by the timeline.
 
-    ``behind[task]`` are the members who get nothing of that task's samples and stay with those they had.
+    ``behind[task]`` (clients,) are the members who get nothing of that task's samples and stay with those they had.
     """
 
     timeline: Timeline
     arrives: Ints
     leaves: Ints
-    behind: tuple[frozenset[int], ...]
+    behind: tuple[Mask, ...]
 
-    def present(self, number: int) -> NDArray[np.bool_]:
+    def present(self, number: int) -> Mask:
         """Who is a member in round ``number``, (clients,)."""
-        mask: NDArray[np.bool_] = (self.arrives <= number) & (number < self.leaves)
+        mask: Mask = (self.arrives <= number) & (number < self.leaves)
         return mask
 
     def sharing(self, task: int) -> Ints:
         """Ids of those who share the task's samples, sorted: its members at any time, but those who stay behind."""
-        mask = self.members(task)
-        mask[list(self.behind[task])] = False
-        return np.flatnonzero(mask)
+        return np.flatnonzero(self.members(task) & ~self.behind[task])
 
-    def members(self, task: int) -> NDArray[np.bool_]:
+    def members(self, task: int) -> Mask:
         """Who is a member at any time of the task, (clients,)."""
         span = self.timeline.span(task)
-        mask: NDArray[np.bool_] = (self.arrives < span.stop) & (span.start < self.leaves)
+        mask: Mask = (self.arrives < span.stop) & (span.start < self.leaves)
         return mask
 
+    def sources(self, task: int) -> Ints:
+        """The task whose samples each client has in this one, (clients,): an earlier one for who stayed behind."""
+        found = np.full(len(self.arrives), task)
+        for earlier in range(task, 0, -1):
+            found[(found == earlier) & self.behind[earlier]] = earlier - 1
+        return found
+
     def source(self, client: int, task: int) -> int:
-        """The task whose samples a client has in this one: an earlier one if it stayed behind."""
-        while client in self.behind[task]:
+        """The same of one client."""
+        while self.behind[task][client]:
             task -= 1
         return task
 
-    def gone(self, client: int, number: int) -> bool:
-        """Whether a client has left for good before round ``number``."""
-        return bool(self.leaves[client] <= number)
+    def gone(self, number: int) -> Mask:
+        """Who has left for good before round ``number``, (clients,)."""
+        mask: Mask = self.leaves <= number
+        return mask
 
 
 def make_population(section: PopulationSection, clients: int, timeline: Timeline, key: Key) -> Population:
@@ -87,9 +94,9 @@ def steps_inside(timeline: Timeline) -> int:
 
 
 def _fixed(clients: int, timeline: Timeline) -> Population:
-    """Everyone from the first round on; two numbers, however many clients."""
+    """Everyone from the first round on; three numbers, however many clients."""
     always, never = np.broadcast_to(np.int64(0), clients), np.broadcast_to(np.int64(NEVER), clients)
-    return Population(timeline, always, never, (frozenset(),) * len(timeline.starts))
+    return Population(timeline, always, never, (np.broadcast_to(np.False_, clients),) * len(timeline.starts))
 
 
 def _turnover(section: PopulationSection, clients: int, timeline: Timeline, key: Key) -> Population:
@@ -118,11 +125,11 @@ def _growing(section: PopulationSection, clients: int, timeline: Timeline, key: 
     """
     arrives, known = np.full(clients, NEVER), section.size or 0
     arrives[:known] = 0
-    behind = [frozenset[int]()]
+    behind = [np.zeros(clients, dtype=np.bool_)]
     for task in range(1, len(timeline.starts)):
         moving = int(known * section.move_on + 1e-9)  # a share like 0.9 of 10 is not exact in binary
         order = key.at("population", task).numpy().permutation(known)
-        behind.append(frozenset(order[moving:].tolist()))
+        behind.append(np.isin(np.arange(clients), order[moving:]))
         arrives[known : known + section.newcomers] = timeline.span(task).start
         known += section.newcomers
     return Population(timeline, arrives, np.full(clients, NEVER), tuple(behind))

@@ -20,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fedcil.errors import MessageRefused, printable
-from fedcil.messages import Answer, Broadcast, Failure, Payload, Report
+from fedcil.messages import MOST_WORDS, Answer, Broadcast, Failure, Payload, Report
 from fedcil.robust import admissible
 from fedcil.rule import PLAIN, Rule
 from fedcil.tensor_files import tensor_bytes
@@ -173,7 +173,7 @@ def _failure(client: int, value: Any) -> Failure:
     stage, reason = value.get("stage"), value.get("reason")
     if not (isinstance(stage, str) and isinstance(reason, str)):
         raise MessageRefused("a failure without stage and reason")
-    return Failure(client, printable(stage[:100]), printable(reason[:500]))
+    return Failure(client, printable(stage[:100]), printable(reason[:MOST_WORDS])[:MOST_WORDS])
 
 
 def _report(client: int, value: Any, tensors: Tensors, expected: Expected) -> Report:

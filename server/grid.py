@@ -22,7 +22,7 @@ from fedcil.port import ClientDone, StopSignal, remaining
 from fedcil.stream import Task
 from fedcil.tensors import count_bytes, moved
 from fedcil.wire import Expected, admit, pack_broadcast, pack_payload, place_of, spec_of
-from server.mail import pull
+from server.mail import pull, push
 from server.nodes import Nodes
 from server.verdict import needed_answers
 
@@ -136,17 +136,17 @@ class GridPort:
             by_node.setdefault(self._serving[job.client], []).append(job)
         payload = request.broadcast.payload
         shared = packet_record(pack_broadcast(request.broadcast, self._run))
-        extra = {"payload": packet_record(pack_payload(payload))} if payload else {}
+        without = {node for node in by_node if payload and (node in lacking or self._holds.get(node) != payload.hash)}
+        extra = {"payload": packet_record(pack_payload(payload))} if payload and without else {}
         messages = []
         for node, jobs in by_node.items():
             content = RecordDict({"broadcast": shared, "work": self._work(jobs)})
-            if payload and (node in lacking or self._holds.get(node) != payload.hash):
+            if node in without:
                 content.update(extra)
             gathered.wire_bytes += sum(part.count_bytes() for part in content.array_records.values())
             messages.append(Message(content, dst_node_id=node, message_type=MessageType.TRAIN))
-        ids = self._grid.push_messages(messages)
         sent: Sent = {}
-        for message, (node, jobs) in zip(ids, by_node.items(), strict=True):
+        for message, (node, jobs) in zip(push(self._grid, messages), by_node.items(), strict=True):
             if message:
                 sent[message] = (node, tuple(jobs))
                 self._holds |= {node: payload.hash} if payload else {}

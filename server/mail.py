@@ -24,3 +24,11 @@ def pull(grid: Grid, messages: Sequence[str]) -> Iterable[Message]:
     except UNREADABLE as error:
         log.warning("a reply that cannot be read: %s: %s", type(error).__name__, error)
         return ()
+
+
+def push(grid: Grid, messages: Sequence[Message]) -> Sequence[str | None]:
+    """An id for each message, nothing for one that could not be sent. Flower says too few where a proxy refuses so many
+    bytes at once, or its state does not take a message; not for which, so none of them is waited for.
+    """
+    ids = list(grid.push_messages(messages)) if messages else []
+    return ids if len(ids) == len(messages) else [None] * len(messages)

@@ -17,7 +17,7 @@ from fedcil.experiment import Experiment
 from fedcil.hello import Share, unpack_hello
 from fedcil.messages import Attendance
 from fedcil.packets import packet_of
-from server.mail import pull
+from server.mail import pull, push
 from server.roster import Roster
 
 log = logging.getLogger("fedcil")
@@ -126,10 +126,11 @@ class Nodes:
         reserved = self._reserved()
         offers = {node: offer for node, offer in self._roster.offers(nodes, reserved).items() if offer or not reserved}
         messages = [self._hello(node, offer) for node, offer in offers.items()]
-        ids = self._grid.push_messages(messages) if messages else []
-        for message, (node, offer) in zip(ids, offers.items(), strict=True):
+        for message, (node, offer) in zip(push(self._grid, messages), offers.items(), strict=True):
             if message:
                 self._asked[message] = Asked(node, offer, now)
+            else:
+                self._not_before[node] = now + AGAIN_S
 
     def _hello(self, node: int, offer: Share) -> Message:
         content = ConfigRecord({"scenario": self._scenario, "offer": list(offer)})

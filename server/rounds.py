@@ -145,8 +145,8 @@ def advance(state: RunState, server: ServerState, answered: Answered, phase: Pha
 
 def forget_leavers(state: RunState, experiment: Experiment) -> RunState:
     """Who has left when the next round begins takes along what it kept."""
-    number = experiment.round_number(state.cursor)
-    return state.without(lambda client: experiment.population.gone(client, number))
+    gone = experiment.population.gone(experiment.round_number(state.cursor))
+    return state.without(lambda client: bool(gone[client])) if gone.any() else state
 
 
 def end_task(session: Session, state: RunState, task: Task) -> RunState:

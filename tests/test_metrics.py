@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -117,13 +119,25 @@ def test_a_task_that_only_rises_after_its_end() -> None:
 def test_windowed_forgetting_and_plasticity() -> None:
     """Task 0: 0.9, 0.6, 0.3, 0.7; task 1, after two evaluations without it: 0.2, 0.8.
 
-    Window 1: drops 0.3 and 0, rises 0.4 and 0.6. Window 2: drops 0.6 and 0, rises as before.
+    Two in a row: drops 0.3 and 0, rises 0.4 and 0.6. Three: drops 0.6 and 0, rises as before. One alone: nothing.
     """
     trace = matrix([0.9, NAN], [0.6, NAN], [0.3, 0.2], [0.7, 0.8])
-    assert metrics.windowed_forgetting(trace, 1) == pytest.approx(0.15)
-    assert metrics.windowed_forgetting(trace, 2) == pytest.approx(0.3)
-    assert metrics.windowed_plasticity(trace, 1) == pytest.approx(0.5)
+    assert metrics.windowed_forgetting(trace, 1) == metrics.windowed_plasticity(trace, 1) == 0.0
+    assert metrics.windowed_forgetting(trace, 2) == pytest.approx(0.15)
+    assert metrics.windowed_forgetting(trace, 3) == pytest.approx(0.3)
     assert metrics.windowed_plasticity(trace, 2) == pytest.approx(0.5)
+    assert metrics.windowed_plasticity(trace, 3) == pytest.approx(0.5)
+
+
+@settings(deadline=None)
+@given(series=st.lists(st.floats(0, 1), min_size=1, max_size=30), window=st.integers(1, 12))
+def test_windowed_metrics_look_at_every_window(series: list[float], window: int) -> None:
+    """By the definition: all pairs of evaluations, the earlier one first, of which one window holds both."""
+    windows = [series[start : start + window] for start in range(len(series))]
+    pairs = [pair for part in windows for pair in combinations(part, 2)]
+    trace = matrix(*([value] for value in series))
+    assert metrics.windowed_forgetting(trace, window) == max([0.0, *(first - later for first, later in pairs)])
+    assert metrics.windowed_plasticity(trace, window) == max([0.0, *(later - first for first, later in pairs)])
 
 
 def test_a_steady_accuracy_has_no_window() -> None:

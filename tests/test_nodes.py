@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from played_nodes import SETTINGS, Node, Nodes, events, late_in_round_2, rounds, three, train
 
 from client import app as client_app
@@ -321,3 +321,26 @@ def test_a_node_without_a_home_says_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no home folder") as error:
         client_app.client_home(context())
     assert "FEDCIL_CLIENT_HOME" in error.value.next
+
+
+@pytest.mark.parametrize("dropped", [0, 1])
+def test_messages_that_flower_could_not_send_cost_a_round_and_not_the_run(
+    dropped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives back no id at all where a proxy refuses so many bytes, and fewer where its state takes fewer."""
+    monkeypatch.setattr(nodes_module, "AGAIN_S", 0.0)
+
+    class Narrow(Nodes):
+        pushes = 0
+
+        def push_messages(self, messages: list[Message]) -> list[str]:
+            self.pushes += 1
+            if self.pushes in (1, 3):  # the first hellos, and the first round
+                return super().push_messages(messages[:dropped])
+            return super().push_messages(messages)
+
+    lines, _ = train(Narrow(three(), tmp_path / "home"), tmp_path / "runs")
+    first, *others = rounds(lines)
+    assert {failure["stage"] for failure in first["failures"]} == {"push"}
+    assert first["answered"] == []
+    assert [line["answered"] for line in others] == [[0, 1, 2, 3, 4, 5]] * (len(others))
