@@ -19,6 +19,7 @@ from client.states import StateStore
 from client.worker import Shared, Worker
 from fedcil.allocator import keep_freed_memory
 from fedcil.data.places import ROOT_VARIABLE, expanded
+from fedcil.dotted import search_working_folder
 from fedcil.errors import MessageRefused
 from fedcil.experiment import open_experiment
 from fedcil.files import write_atomic
@@ -32,6 +33,7 @@ LIMIT = 2**31  # bytes of one packet from the server
 KEPT_PAYLOADS = 4  # on a node's disk
 HOME = "FEDCIL_CLIENT_HOME"  # folder for payloads and client states
 
+search_working_folder()
 app = ClientApp()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from client.lanes import local_sgd_in_lanes
 from client.local_model import LocalModel
+from client.memory import joined, updated
 from client.problems import ClientProblem, failure
 from client.training import Recipe, Trained, learning_rate, local_sgd
 from client.worker import Shared, Worker
@@ -183,7 +184,7 @@ def _work(round_: Round, job: Job) -> Answer:
 
 def _train(round_: Round, job: Job, local: LocalModel, own: Samples) -> tuple[Contribution, Metrics]:
     """Local SGD from the broadcast model; the contribution is the model that came out of it."""
-    samples = _with_memory(own, job, round_.shared)
+    samples = _with_memory(own, job, round_.recipe.task, round_.shared)
     trained = local_sgd(local.network, round_.recipe, samples, round_.key.at("client", job.client))
     local.take_back()
     return _given(local.state, trained, samples, round_.shared.experiment)
@@ -200,9 +201,9 @@ def _train_at_once(round_: Round, jobs: Sequence[Job]) -> list[tuple[Job, Answer
     trained = local_sgd_in_lanes(lanes, round_.broadcast.tensors, round_.recipe, samples, keys)
     seconds = (time.perf_counter() - started) / len(jobs)
     answers: list[tuple[Job, Answer]] = []
-    for (job, count, joined), (state, said) in zip(ready, trained, strict=True):
+    for (job, count, held), (state, said) in zip(ready, trained, strict=True):
         try:
-            contribution, metrics = _given(state, said, joined, shared.experiment)
+            contribution, metrics = _given(state, said, held, shared.experiment)
         except ClientProblem as problem:
             answers.append((job, Answer(failure(job, problem))))
             continue
@@ -227,7 +228,7 @@ def _samples_of(
     for job in jobs:
         try:
             own = shared.samples(job.client, task)
-            ready.append((job, len(own.labels), _with_memory(own, job, shared)))
+            ready.append((job, len(own.labels), _with_memory(own, job, task, shared)))
         except Exception as error:
             broken.append((job, Answer(failure(job, error))))
     return ready, broken
@@ -273,16 +274,16 @@ def _remember(job: Job, network: Network, own: Samples, task: Task, shared: Shar
     kept = shared.kept(job)
     network.eval()
     with torch.no_grad():
-        tensors = memory.update(network, own, kept, task, shared.stored.normalised)
+        tensors = updated(memory.update(network, own, kept, task, shared.stored.normalised))
     return shared.states.save(tensors), count_bytes(tensors)
 
 
-def _with_memory(own: Samples, job: Job, shared: Shared) -> Samples:
+def _with_memory(own: Samples, job: Job, task: Task, shared: Shared) -> Samples:
     """Own samples, joined with what the client kept if the method keeps anything."""
     memory = shared.experiment.method.client_memory
     if memory is None:
         return own
-    return memory.join(own, shared.kept(job))
+    return joined(memory.join(own, shared.kept(job)), own, task)
 
 
 def _augmented(shared: Shared, images: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:

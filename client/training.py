@@ -197,6 +197,8 @@ def local_sgd(model: Network, recipe: Recipe, samples: Samples, key: Key) -> Tra
             recipe.check()
             with layers_draw(model, place.at("layers", step)) if model.random else nullcontext():
                 loss = recipe.loss(model, images, labels, draws)
+            if not loss.requires_grad:
+                raise TypeError("the method's loss gave a number that does not depend on the model")
             optimizer.step(loss)
             losses.append(loss.detach())
     return Trained(len(losses), torch.stack(losses).double().mean().item())

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import Any
 
 from fedcil.errors import ScenarioError, described
 from fedcil.sources import sources_of
+
+WORKING_FOLDER = "FEDCIL_WORKING_FOLDER"
+"""Set for programs that are started for a command, elsewhere: the folder that the command was started in."""
+
+
+def search_working_folder() -> None:
+    """For own modules, last, as the command itself does."""
+    folder = os.environ.get(WORKING_FOLDER)
+    if folder and folder not in sys.path:
+        sys.path.append(folder)
 
 
 def load_dotted(target: str, where: str) -> Any:
@@ -23,7 +35,8 @@ def load_dotted(target: str, where: str) -> Any:
             next="mend it; docs/extending.md has the contract",
         ) from error
     if not name or not hasattr(found, name):
-        raise _missing(f"{target!r}: module {module!r} has no {name!r}", where)
+        file = getattr(found, "__file__", None) or "built in"
+        raise _missing(f"{target!r}: module {module!r} ({file}) has no {name!r}", where)
     sources_of([target])  # as they are now, which a later run in this process may find changed
     return getattr(found, name)
 

@@ -54,10 +54,13 @@ def did_you_mean(given: str, names: Iterable[str]) -> str:
 
 
 def described(error: BaseException) -> str:
-    """An error of somebody's own code in a line: its type, what it says, and the last file and line of theirs."""
+    """An error of somebody's own code in a line: its type, what it says, and the last file and line of theirs. If none
+    is (a function that takes other arguments, say), the file is one of ours, shown with its folder.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(OTHERS)] or frames
-    place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    own = [frame for frame in frames if not frame.filename.startswith(OTHERS)]
+    last = (own or frames)[-1:]
+    place = "".join(f" ({'/'.join(Path(each.filename).parts[-1 if own else -2 :])}:{each.lineno})" for each in last)
     try:
         said = str(error)
     except Exception:  # that is somebody's own, too

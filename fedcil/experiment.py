@@ -31,7 +31,7 @@ from fedcil.errors import ScenarioError, described
 from fedcil.keys import Key
 from fedcil.messages import Broadcast
 from fedcil.methods import METHODS
-from fedcil.methods.base import TRAINABLE, Method, Phase, Samples
+from fedcil.methods.base import TRAINABLE, Method, Phase, Samples, no_fit, returned
 from fedcil.methods.settings import ExtraImages
 from fedcil.models import make_architecture
 from fedcil.models.network import snapshot
@@ -42,7 +42,7 @@ from fedcil.rule import PLAIN
 from fedcil.scenario import Scenario
 from fedcil.state import Cursor, RunState, ServerState
 from fedcil.stream import Stream, Task, make_stream
-from fedcil.tensors import Tensors, moved
+from fedcil.tensors import Contribution, Tensors, moved
 from fedcil.timeline import Timeline
 
 PROCESSES_POSSIBLE = sys.platform == "linux"  # memory without a name (fedcil/engines/channel.py)
@@ -162,7 +162,7 @@ class Experiment:
         nothing = Samples(images, torch.zeros(0, dtype=torch.int64, device=device))
         try:
             with torch.no_grad():
-                return self.method.fit(network, nothing, task, _as_floats).tensors
+                given = self.method.fit(network, nothing, task, _as_floats)
         except Exception as error:
             raise ScenarioError(
                 f"the method's fit fails for no samples, as it is asked for names and shapes: {described(error)}",
@@ -170,6 +170,7 @@ class Experiment:
                 allowed="a fit, and a backbone, that take images of shape (0, channels, height, width)",
                 next="mend them (flatten(1) knows a shape that reshape(len(x), -1) does not)",
             ) from error
+        return returned(given, Contribution, "fit").tensors
 
     def weight(self, samples: int) -> float:
         """Of a model that was trained on so many samples, in its round's mean."""
@@ -270,8 +271,10 @@ def wrong_phases(method: Method, stream: Stream, rounds: int) -> str:
         updates = method.norm_updates(task)
         if type(updates) is not int or updates < 0:
             return f"norm_updates gave {updates!r:.100}, not a whole number from 0 on"
-        if method.client_memory is None and any(phase.work == "remember" for phase in phases):
-            return "phases has one of work 'remember', but there is no client_memory"
+        lacking = {"remember": ("client_memory", method.client_memory), "fit": ("fit", method.fit)}
+        for work, (name, there) in lacking.items():
+            if there in (None, no_fit) and any(phase.work == work for phase in phases):
+                return f"phases has one of work {work!r}, but there is no {name}"
     return ""
 
 

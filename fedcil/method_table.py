@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal, get_args, get_origin
+
+from pydantic_core import PydanticCustomError
 
 from fedcil.dotted import load_dotted
 from fedcil.errors import ScenarioError, did_you_mean
 from fedcil.methods import METHODS
 from fedcil.methods.settings import MethodSettings
+
+OWN_CODE = "own_code"
+"""Type of a problem whose way out (``next``) is in its context: a module that cannot be loaded."""
 
 
 class UnreadMethod(MethodSettings, extra="allow"):
@@ -21,6 +27,7 @@ def read_method(value: object) -> object:
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         raise ValueError(f"needs a name; allowed: {', '.join(METHODS)}")
     settings = method_settings(value["name"])
+    _refuse_another_name(settings, value["name"])
     preset = value.get("preset")
     if preset is None:
         return settings.model_validate(dict(value))
@@ -31,6 +38,13 @@ def read_method(value: object) -> object:
     replaced = {name for group in settings.either_or if group & value.keys() for name in group}
     kept = {name: item for name, item in settings.presets[preset].items() if name not in replaced}
     return settings.model_validate({**kept, **value})
+
+
+def _refuse_another_name(settings: type[MethodSettings], name: str) -> None:
+    """A class that is derived from a shipped method's has that method's name, if it does not say otherwise."""
+    shipped = settings.model_fields["name"].annotation
+    if get_origin(shipped) is Literal and name not in get_args(shipped):
+        raise ValueError(f"its class is derived from that of {get_args(shipped)[0]!r}: give it a line `name: str`")
 
 
 def method_settings(name: str) -> type[MethodSettings]:
@@ -44,7 +58,7 @@ def method_settings(name: str) -> type[MethodSettings]:
     try:
         loaded = load_dotted(target, "method.name")
     except ScenarioError as error:
-        raise ValueError(error.what) from None
+        raise PydanticCustomError(OWN_CODE, "{what}", {"what": error.what, "next": error.next}) from None
     if not (isinstance(loaded, type) and issubclass(loaded, MethodSettings)):
         raise ValueError(f"{target} is not a class of method settings (fedcil.methods.settings.MethodSettings)")
     return loaded

@@ -18,7 +18,7 @@ from pydantic import PydanticInvalidForJsonSchema, ValidationError
 
 from fedcil.allowed import allowed
 from fedcil.errors import ScenarioError, did_you_mean
-from fedcil.method_table import UnreadMethod, method_settings, read_method
+from fedcil.method_table import OWN_CODE, UnreadMethod, method_settings, read_method
 from fedcil.scenario import Scenario
 from fedcil.section import Section
 
@@ -103,12 +103,13 @@ def parse_scenario(table: dict[str, Any], overrides: Sequence[str] = (), *, wher
     try:
         return Scenario.model_validate(table)
     except ValidationError as error:
-        problems = [_explain(problem, table) for problem in error.errors() if problem["type"] != FOLLOWS]
+        found = [problem for problem in error.errors() if problem["type"] != FOLLOWS]
+        problems = [_explain(problem, table) for problem in found]
         raise ScenarioError(
             "\n".join(text for text, _ in problems),
             where=where + (", with " + " ".join(f"--set {text}" for text in overrides) if overrides else ""),
             allowed="; ".join(dict.fromkeys(text for _, text in problems if text)),
-            next=_way_out(overrides),
+            next=next((each["ctx"]["next"] for each in found if each["type"] == OWN_CODE), _way_out(overrides)),
         ) from None
 
 
@@ -184,7 +185,7 @@ def _explain(problem: Any, table: Mapping[str, Any]) -> tuple[str, str]:
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(given, Mapping | Section) else f" = {given!r:.200}"
     hint = did_you_mean(str(given), [word for word in re.findall(r"'([^']+)'", message) if word not in str(given)])
-    if kind == "value_error":
+    if kind in ("value_error", OWN_CODE):
         return f"{place}{shown}: {message}{hint}", ""
     said = message.removeprefix(PYDANTIC_SAYS) if message.startswith(PYDANTIC_SAYS) and kind != "model_type" else ""
     said = said.replace("a valid tuple", "a list")  # TOML has no other

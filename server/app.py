@@ -16,6 +16,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedcil.allocator import keep_freed_memory
+from fedcil.dotted import search_working_folder
 from fedcil.errors import FedcilError, FolderBusy
 from fedcil.experiment import Experiment, open_experiment
 from fedcil.files import write_atomic
@@ -30,6 +31,7 @@ from server.session import open_session
 
 BUSY_S = 60.0
 
+search_working_folder()
 app = ServerApp()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import pwd
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -248,3 +249,21 @@ def authors_order() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
+    """Writes ``mine.py`` in a folder where Python looks, and gives the folder."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+
+    def write(source: str) -> Path:
+        (folder / "mine.py").write_text(source)
+        sys.modules.pop("mine", None)
+        importlib.invalidate_caches()
+        sys.path_importer_cache.clear()
+        return folder
+
+    yield write
+    sys.modules.pop("mine", None)

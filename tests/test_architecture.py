@@ -96,7 +96,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.clock": (("fedcil.errors", "fedcil.keys", "fedcil.tables"), ("numpy",)),
     "fedcil.availability": ((*BOTTOM, "fedcil.tables", "fedcil.timeline", "fedcil.traces"), ("numpy",)),
     "fedcil.tables": ((*BOTTOM,), ("pydantic",)),
-    "fedcil.method_table": ((*BOTTOM, "fedcil.methods"), ()),
+    "fedcil.method_table": ((*BOTTOM, "fedcil.methods"), ("pydantic_core",)),
     "fedcil.scenario": ((*BOTTOM, "fedcil.method_table", "fedcil.methods", "fedcil.tables"), ("pydantic",)),
     "fedcil.allowed": (("fedcil.scenario",), ()),
     "fedcil.scenario_file": (
@@ -157,6 +157,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("fedcil.errors", "fedcil.files", "fedcil.port", "fedcil.record", "fedcil.deploy"),
         (),
     ),
+    "fedcil.deploy.processes": (("fedcil.dotted", "fedcil.errors", "fedcil.port", "fedcil.deploy"), ()),
     "fedcil.deploy.local": (("fedcil.port", "fedcil.record.run", "fedcil.deploy"), ()),
     "fedcil.engines": (("fedcil", "server", "client"), ("torch", "numpy")),
     "fedcil.engines.workers": (("fedcil.experiment", "fedcil.scenario"), ("joblib", "torch")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from fedcil.deploy import supervisor as supervision
 from fedcil.deploy.control import UNKNOWN, ControlFailed
 from fedcil.deploy.node import take_slot
 from fedcil.deploy.pki import make_pki
-from fedcil.deploy.processes import Keeper, Role, end, start
+from fedcil.deploy.processes import Keeper, Role, end, flower_environment, start
 from fedcil.deploy.supervisor import Supervisor
 from fedcil.errors import FedcilError, InputError, NotResumable, RunFailed, ScenarioError, TooFewClients
 from fedcil.port import StopSignal
@@ -185,6 +186,21 @@ def test_what_a_process_started_ends_with_it(tmp_path: Path) -> None:
     assert not psutil.pid_exists(process.pid)
     psutil.wait_procs(children, timeout=5)
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_own_modules_are_found_by_servers_and_nodes_where_the_command_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Last: a folder of theirs that is called client or server must not stand in for fedcil's."""
+    (tmp_path / "beside_me.py").write_text("here = True\n")
+    (tmp_path / "client").mkdir()
+    (tmp_path / "client" / "app.py").write_text("raise RuntimeError('another client')\n")
+    monkeypatch.chdir(tmp_path)
+    code = "import server.app, client.app, beside_me"
+    environment = flower_environment(tmp_path / "home") | {"PYTHONPATH": str(Path(fedcil.__file__).parent.parent)}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture

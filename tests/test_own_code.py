@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +48,9 @@ GOOD = "Method()"
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def mine(own_module: Callable[[str], Path]) -> Callable[[str], Path]:
     """Writes the module whose method ``build`` returns what is given."""
-    folder = tmp_path / "own"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-
-    def write(built: str) -> Path:
-        (folder / "mine.py").write_text(SOURCE.format(built))
-        sys.modules.pop("mine", None)
-        importlib.invalidate_caches()
-        sys.path_importer_cache.clear()
-        return folder
-
-    yield write
-    sys.modules.pop("mine", None)
+    return lambda built: own_module(SOURCE.format(built))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from fedcil.clock import asked_clients
 from fedcil.engines.memory import model_bytes, predicted_memory, processes_memory, too_large
 from fedcil.experiment import Experiment
 from fedcil.keys import Key
-from fedcil.methods.base import Phase
+from fedcil.methods.base import Phase, no_boundary
+from fedcil.methods.settings import MethodSettings
 from fedcil.models.network import count_parameters, grow_head
 from fedcil.stream import Task
 from fedcil.tensors import Tensors, count_bytes
@@ -43,7 +44,13 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
         "tasks": tasks,
         "predicted_memory_mb": predicted_memory(experiment),
         "processes_memory_mb": processes_memory(experiment),
-        "notes": [*experiment.notes, *idle_clients(experiment), *late_updates(experiment), *too_large(experiment)],
+        "notes": [
+            *experiment.notes,
+            *idle_clients(experiment),
+            *late_updates(experiment),
+            *unknown_payload(experiment),
+            *too_large(experiment),
+        ],
     }
 
 
@@ -59,6 +66,14 @@ def idle_clients(experiment: Experiment) -> list[str]:
     words = f"have fewer samples of a task than training.batch_size = {training.batch_size} and do not train in it"
     many = f"{len(few)} of {experiment.scenario.clients.count}"
     return [f"training.batches = 'drop_last': {many} clients {words}"] if few else []
+
+
+def unknown_payload(experiment: Experiment) -> list[str]:
+    """What an own method hands to clients shows only in the run, if its settings do not say."""
+    method = experiment.scenario.method
+    if type(method).payload_bytes is not MethodSettings.payload_bytes or experiment.method.boundary is no_boundary:
+        return []
+    return [f"what the boundary of {method.name!r} hands to clients is not counted: its settings have no payload_bytes"]
 
 
 def late_updates(experiment: Experiment) -> list[str]:

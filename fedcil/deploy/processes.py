@@ -18,6 +18,7 @@ from typing import IO
 
 from fedcil.deploy.health import LOCAL_NAMES, LOOPBACK
 from fedcil.deploy.pki import Pki
+from fedcil.dotted import WORKING_FOLDER
 
 GRACE_S = 15.0  # between being asked to end and being ended
 LONGEST_PAUSE_S = 15.0  # between two starts of a process that ends again and again
@@ -49,6 +50,7 @@ def flower_environment(home: Path) -> dict[str, str]:
         "NO_PROXY": direct,
         "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
         "FLWR_HOME": str(home),
+        WORKING_FOLDER: str(Path.cwd()),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         "PYTHONUNBUFFERED": "1",
     }

@@ -6,7 +6,7 @@ What a function gets is all it may use; what it needs later it returns. Nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor
@@ -194,6 +194,10 @@ class Method:
     def __post_init__(self) -> None:
         if self.data not in get_args(DataOf):
             raise ValueError(f"Method(data={self.data!r}): allowed are {', '.join(map(repr, get_args(DataOf)))}")
+        for each in fields(self):
+            given = getattr(self, each.name)
+            if callable(each.default) and not callable(given):
+                raise ValueError(f"Method({each.name}={given!r:.100}): it must be a function")
 
 
 def prefixed(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedcil.dotted import load_dotted
+from fedcil.errors import ScenarioError
 from fedcil.keys import Key, global_draws
-from fedcil.models.cnn import CNN
+from fedcil.models.cnn import CNN, LEAST_SIDE
 from fedcil.models.network import Backbone, Network, allocate, initialise
 from fedcil.models.resnet import resnet8, resnet18
 
@@ -51,11 +52,18 @@ class Architecture:
 
 def make_architecture(section: ModelSection, image: Image, key: Key) -> Architecture:
     """The classifier that ``[model]`` names; a dotted path is called as ``function(channels, section)``, and what it
-    draws is drawn from ``key``.
+    draws is drawn from ``key``. ScenarioError for images that are too small for it.
     """
-    channels = image[0]
+    channels, height, width = image
     match section.name:
         case "cnn":
+            if min(height, width) < LEAST_SIDE:
+                raise ScenarioError(
+                    f"images of {height} x {width} are too small for model.name = 'cnn'",
+                    where="model.name, data",
+                    allowed=f"images of at least {LEAST_SIDE} x {LEAST_SIDE}",
+                    next="set model.name = 'resnet8', data.image_size, or take a backbone of your own",
+                )
             return Architecture(lambda: CNN(channels, section.width or 32), image)
         case "resnet8":
             return Architecture(lambda: resnet8(channels, section.width or 16, section.stem), image)

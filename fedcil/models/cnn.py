@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from fedcil.models.network import Backbone
 
+LEAST_SIDE = 4  # of an image: two poolings leave one position of it
+
 
 class CNN(Backbone):
     """Three times convolution, batch norm, ReLU with ``width``, 2 and 4 ``width`` channels; max-pooling
