@@ -35,6 +35,19 @@ class Checkpoint:
     identity: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """The files that a checkpoint needs beside its own."""
+
+    tensors: frozenset[str]
+    client_states: frozenset[str]
+
+
+def named_by(plain: Mapping[str, Any]) -> Named:
+    tensors = {name for name in plain["tensors"].values() if name} | {late["tensors"] for late in plain["pending"]}
+    return Named(frozenset(tensors), frozenset(plain["client_states"].values()))
+
+
 class CheckpointFolder:
     """``checkpoints/``: ``state-<n>.json`` and the tensors they name. One writer at a time."""
 
@@ -43,6 +56,7 @@ class CheckpointFolder:
         folder.mkdir(exist_ok=True)
         self._last: int | None = None  # the state that was saved or loaded last; later ones are damaged
         self.client_states: frozenset[str] = frozenset()  # named by the checkpoints that are kept, as of the last save
+        self._named: dict[int, Named] = {}  # of the checkpoints that are kept, as far as they were read or written
         self._intact: set[str] = set()  # tensors that were written or read whole since this was opened
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -60,8 +74,9 @@ class CheckpointFolder:
         pending = [_pending_to_json(late, self._put(late.total.tensors)) for late in checkpoint.state.pending]
         plain = _to_json(checkpoint, groups) | {"pending": pending}
         plain["digest"] = _digest(plain)
-        write_atomic(self._state_path(last + 1), json.dumps(plain, indent=1).encode())
+        write_atomic(self._state_path(last + 1), json.dumps(plain).encode())
         self._last = last + 1
+        self._named[self._last] = named_by(plain)
         self._forget_old()
 
     def load(self) -> Checkpoint:
@@ -134,10 +149,12 @@ class CheckpointFolder:
         numbers = self._numbers()
         for number in numbers[:-KEPT]:
             self._state_path(number).unlink()
-        kept = [json.loads(self._state_path(number).read_text()) for number in numbers[-KEPT:]]
-        named = {name for plain in kept for name in plain["tensors"].values() if name}
-        named |= {late["tensors"] for plain in kept for late in plain["pending"]}
-        self.client_states = frozenset(name for plain in kept for name in plain["client_states"].values())
+        self._named = {
+            number: self._named.get(number) or named_by(json.loads(self._state_path(number).read_text()))
+            for number in numbers[-KEPT:]
+        }
+        named = frozenset[str]().union(*(each.tensors for each in self._named.values()))
+        self.client_states = frozenset[str]().union(*(each.client_states for each in self._named.values()))
         self._intact &= named
         for path in self.folder.iterdir():
             left_by_a_kill = path.name.startswith(".")
