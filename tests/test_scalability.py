@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import csv
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parent.parent / "scenarios" / "scalability"
+from scenarios.scalability.common import Table, fit
+from scenarios.scalability.workers import picture
+
+ROOT = Path(__file__).parent.parent
 POINTS = {"clients": "10,20", "cohort": "5,10", "tasks": "3,4", "model_size": "4,8"}
 
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=os.environ)
+    command = [sys.executable, "-m", f"scenarios.scalability.{name}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
 
 
 @pytest.mark.slow
@@ -50,24 +52,15 @@ def test_what_cannot_be_measured_is_refused(name: str, option: str, value: str) 
     assert "Traceback" not in done.stderr
 
 
-def test_a_fit_is_ordinary_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_is_ordinary_least_squares() -> None:
     """Against the closed form: b = cov(x, y) / var(x), a = mean(y) - b mean(x)."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    from common import fit
-
     a, b = fit([1.0, 2.0, 4.0], [3.0, 4.0, 9.0])
     assert b == pytest.approx(29 / 14)
     assert a == pytest.approx(16 / 3 - 29 / 14 * 7 / 3)
 
 
-def test_two_workers_are_held_against_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_workers_are_held_against_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Strong: the same 8 clients. Weak: 8 clients on two against 4 on one."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    from common import Table
-    from workers import picture
-
     seconds = {(4, 1): 2.0, (8, 1): 4.0, (8, 2): 3.0}
     table = Table("workers")
     for engine in ("inline", "ray"):

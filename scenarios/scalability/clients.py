@@ -1,6 +1,6 @@
 """Clients that exist but are not asked should cost nothing: CPU and memory by number of clients at a cohort of 5.
 
-    python scenarios/scalability/clients.py [--output runs/scalability] [--points 10,100,1000,10000] [--repeats 2]
+    python -m scenarios.scalability.clients [--output runs/scalability] [--points 10,100,1000,10000] [--repeats 2]
 
 Each client has 4 images in each of 2 tasks, so the work of a round is the same for all counts. Memory is the peak of
 the process since the first round, less images and index arrays, which must grow.
@@ -12,9 +12,22 @@ import resource
 import sys
 
 import numpy as np
-from common import Panel, Table, draw, flat, measure, new_folder, options, plan, run, say_fit, say_load, tiny
 
 import fedcil
+from scenarios.scalability.common import (
+    Panel,
+    Table,
+    draw,
+    flat,
+    measure,
+    new_folder,
+    options,
+    plan,
+    run,
+    say_fit,
+    say_load,
+    tiny,
+)
 
 COUNTS = (10, 100, 1000, 10_000)
 PER_CLIENT, SIZE, TEST_IMAGES = 4, 8, 200

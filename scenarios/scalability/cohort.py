@@ -1,13 +1,13 @@
 """A round should cost in proportion to the clients that are asked: CPU seconds by cohort, of 500 clients.
 
-python scenarios/scalability/cohort.py [--output runs/scalability] [--points 5,20,50,100,500] [--repeats 2]
+python -m scenarios.scalability.cohort [--output runs/scalability] [--points 5,20,50,100,500] [--repeats 2]
 """
 
 from __future__ import annotations
 
 import sys
 
-from common import Panel, Table, draw, measure, new_folder, options, run, say_fit, say_load, tiny
+from scenarios.scalability.common import Panel, Table, draw, measure, new_folder, options, run, say_fit, say_load, tiny
 
 COHORTS = (5, 20, 50, 100, 500)
 CLIENTS, PER_CLIENT = 500, 20

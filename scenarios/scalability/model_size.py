@@ -1,6 +1,6 @@
 """CPU seconds of a round by parameters of the model: the clients' training, and the server's reduction.
 
-    python scenarios/scalability/model_size.py [--output runs/scalability] [--points 4,8,16,32,64] [--repeats 2]
+    python -m scenarios.scalability.model_size [--output runs/scalability] [--points 4,8,16,32,64] [--repeats 2]
 
 The network is widened, so its parameters and multiplications grow together (with the square of the width). What
 clients send is added up as it comes in, within the client stage; the reduction is what the server does after that.
@@ -11,7 +11,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common import Panel, Table, draw, measure, new_folder, options, plan, run, say_fit, say_load, tiny
+from scenarios.scalability.common import (
+    Panel,
+    Table,
+    draw,
+    measure,
+    new_folder,
+    options,
+    plan,
+    run,
+    say_fit,
+    say_load,
+    tiny,
+)
 
 WIDTHS = (4, 8, 16, 32, 64)
 CLIENTS, PER_CLIENT, SIZE = 10, 32, 16

@@ -1,6 +1,6 @@
 """A node joins a Ray cluster in the middle of a run and leaves again: more workers for a while, the same metrics.
 
-    python scenarios/scalability/nodes.py [--output runs/scalability]
+    python -m scenarios.scalability.nodes [--output runs/scalability]
 
 Ray's own cluster of several nodes on one machine. Exit code 1 if the metrics differ from the inline engine's.
 """
@@ -18,10 +18,21 @@ from pathlib import Path
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # read when ray is imported, and starts
 
 import ray
-from common import Panel, Table, command, draw, environment, fit, middle, new_folder, options, say_load
 from ray.cluster_utils import Cluster
 
 import fedcil
+from scenarios.scalability.common import (
+    Panel,
+    Table,
+    command,
+    draw,
+    environment,
+    fit,
+    middle,
+    new_folder,
+    options,
+    say_load,
+)
 
 SCENARIO = "digits_mfcl"
 TASK_ROUNDS = 4

@@ -1,6 +1,6 @@
 """A task should cost what the one before it did: CPU seconds of clients and boundary by number of tasks, with MFCL.
 
-    python scenarios/scalability/tasks.py [--output runs/scalability] [--points 2,5,10,25,50] [--repeats 1]
+    python -m scenarios.scalability.tasks [--output runs/scalability] [--points 2,5,10,25,50] [--repeats 1]
 
 Two new classes a task; a fixed number of synthetic images in a step. Evaluation is apart: it must grow, since after
 task t the test images of all t tasks are looked at. The run's first boundary is warm-up, and is reported by itself.
@@ -12,9 +12,20 @@ import statistics
 import sys
 from pathlib import Path
 
-from common import Panel, Table, draw, flat, new_folder, options, run, say_fit, say_load, stage_cpu, tiny
-
 import fedcil
+from scenarios.scalability.common import (
+    Panel,
+    Table,
+    draw,
+    flat,
+    new_folder,
+    options,
+    run,
+    say_fit,
+    say_load,
+    stage_cpu,
+    tiny,
+)
 
 TASKS = (2, 5, 10, 25, 50)
 CLIENTS, PER_CLIENT = 10, 20

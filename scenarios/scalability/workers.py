@@ -1,6 +1,6 @@
 """One worker and two: the same 8 clients (strong scaling) and 4 clients a worker (weak), inline and over Ray.
 
-    python scenarios/scalability/workers.py [--output runs/scalability] [--repeats 1]
+    python -m scenarios.scalability.workers [--output runs/scalability] [--repeats 1]
 
 CPU seconds are those that the run records: of its process and of its workers; Ray's own daemons are left out. Wall
 seconds mean something on an idle machine only; CPU(2) / CPU(1) says how much work two workers add, whatever else runs.
@@ -12,7 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from common import Panel, Table, draw, fit, options, run, say_load, tiny
+from scenarios.scalability.common import Panel, Table, draw, fit, options, run, say_load, tiny
 
 CLIENTS, PER_CLIENT, SIZE = 8, 128, 32
 ROUNDS = 6
