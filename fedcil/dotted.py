@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from fedcil.errors import ScenarioError, described
+from fedcil.errors import ScenarioError, asked_to_end, described
 from fedcil.sources import sources_of
 
 WORKING_FOLDER = "FEDCIL_WORKING_FOLDER"
@@ -29,6 +29,8 @@ def load_dotted(target: str, where: str) -> Any:
     except (ImportError, TypeError, ValueError) as error:
         raise _missing(f"{target!r}: module {module!r} cannot be imported ({error})", where) from None
     except (Exception, SystemExit) as error:
+        if asked_to_end(error):
+            raise
         raise ScenarioError(
             f"{target!r}: module {module!r} raised {described(error)} as it was imported",
             where=where,

@@ -27,7 +27,7 @@ from fedcil.compute import (
     resolve_precision,
 )
 from fedcil.data import Dataset, load_dataset
-from fedcil.errors import ScenarioError, described
+from fedcil.errors import ScenarioError, asked_to_end, described
 from fedcil.keys import Key
 from fedcil.messages import Broadcast
 from fedcil.methods import METHODS
@@ -250,6 +250,8 @@ def build_method(scenario: Scenario, stream: Stream) -> Method:
             if not problem:
                 return method
     except (Exception, SystemExit) as error:
+        if asked_to_end(error):
+            raise
         if scenario.method.name in METHODS:
             raise
         problem = described(error)

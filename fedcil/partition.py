@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcil.dotted import load_dotted
-from fedcil.errors import InputError, ScenarioError, described
+from fedcil.errors import InputError, ScenarioError, asked_to_end, described
 from fedcil.files import write_atomic
 from fedcil.partitioners import PARTITIONERS, Ints, Partitioner, Rng
 
@@ -140,6 +140,8 @@ def _call(partitioner: Partitioner, labels: Ints, clients: int, section: Partiti
     except ScenarioError:
         raise
     except (Exception, SystemExit) as error:
+        if asked_to_end(error):
+            raise
         if section.name in PARTITIONERS:
             raise
         raise ScenarioError(

@@ -10,6 +10,7 @@ import pytest
 
 import fedcil
 from fedcil.cli.forecast import forecast
+from fedcil.cli.guard import stoppable
 from fedcil.errors import FedcilError, RunFailed, ScenarioError
 from fedcil.experiment import open_experiment
 from fedcil.scenario_file import load_scenario
@@ -164,3 +165,44 @@ def test_images_that_are_too_small_for_a_network_are_refused(own_module: Write) 
     with pytest.raises(ScenarioError, match="images of 1 x 16 are too small for model"):
         open_experiment(load_scenario(wide))
     assert open_experiment(load_scenario(wide, ["model.name='resnet8'"])).first_state()
+
+
+ENDED = """
+import os, signal
+from fedcil.methods.base import Method
+from fedcil.methods.settings import MethodSettings
+
+def twice(where):
+    if where == {where!r}:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+def load(section, root):
+    twice("load")
+
+def share(labels, clients, section, rng):
+    twice("share")
+
+class Mine(MethodSettings):
+    def build(self):
+        twice("build")
+        return Method()
+
+twice("import")
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "tables"),
+    [
+        ("import", {}),
+        ("build", {}),
+        ("load", {"data": {"name": "mine:load"}}),
+        ("share", {"partition": {"name": "mine:share"}}),
+    ],
+)
+def test_a_second_ctrl_c_in_own_code_is_no_slip_of_it(where: str, tables: dict[str, Any], own_module: Write) -> None:
+    own_module(ENDED.format(where=where))
+    with pytest.raises(SystemExit) as caught, stoppable(None):
+        open_experiment(load_scenario(SCENARIO | tables))
+    assert caught.value.code == 130

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedcil.data.dataset import Dataset, Split, digest_of
 from fedcil.dotted import load_dotted
-from fedcil.errors import FedcilError, ScenarioError, described
+from fedcil.errors import FedcilError, ScenarioError, asked_to_end, described
 
 if TYPE_CHECKING:
     from fedcil.tables import DataSection
@@ -46,6 +46,8 @@ def _called(section: DataSection, root: Path) -> Any:
     except FedcilError:
         raise
     except (Exception, SystemExit) as error:
+        if asked_to_end(error):
+            raise
         raise ScenarioError(
             f"{section.name} raised {described(error)}",
             where="data.name",
