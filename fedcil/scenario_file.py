@@ -34,16 +34,24 @@ def shipped_scenarios() -> list[str]:
 
 def load_scenario(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Scenario:
     """Read a scenario from a path, a shipped name or a mapping and lay ``key=value`` overrides over it."""
+    overrides = overrides if isinstance(overrides, str | Mapping) else list(overrides or ())
     if isinstance(overrides, str | Mapping) or not all(isinstance(text, str) for text in overrides):
         example = '["training.rounds=20", "seed=1"]'
         raise ScenarioError(f"{overrides!r:.100} is no list of overrides", where="overrides", allowed=f"like {example}")
     if isinstance(source, Mapping):
-        return parse_scenario(dict(source), overrides, where="scenario")
+        return parse_scenario(_as_table(source), overrides, where="scenario")
     if not isinstance(source, str | Path):
         kinds = "a Scenario, a path, a shipped name, or a mapping"
         raise ScenarioError(f"{source!r:.100} is no scenario", where="scenario", allowed=kinds)
     path = find_scenario(source)
     return parse_scenario(_read_toml(path), overrides, where=str(path))
+
+
+def _as_table(source: Mapping[Any, Any]) -> dict[str, Any]:
+    """Mappings of any kind as TOML has them."""
+    if odd := [key for key in source if not isinstance(key, str)]:
+        raise ScenarioError(f"{odd[0]!r:.100} is no name of a key", where="scenario", allowed="text")
+    return {key: _as_table(value) if isinstance(value, Mapping) else value for key, value in source.items()}
 
 
 def read_scenario(path: Path) -> Scenario:

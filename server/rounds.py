@@ -85,7 +85,7 @@ def one_round(session: Session, state: RunState, task: Task, phase: Phase) -> Ru
     if outcome.attendance and outcome.attendance.events:
         line["cost"]["nodes"] = list(outcome.attendance.events)
     session.folder.append(line)
-    session.watcher.recorded(line)
+    session.show(line)
     log_refused(outcome)
     refuse_broken_method(outcome, answered.trained)
     if after.short_rounds >= scenario.server.patience:
@@ -155,14 +155,14 @@ def end_task(session: Session, state: RunState, task: Task) -> RunState:
     experiment, stopwatch = session.experiment, Stopwatch()
     evaluation = session.evaluator.evaluate(state.server, task)
     line = task_line(task, experiment.stream, evaluation) | {"cost": stopwatch.read()}
-    session.watcher.recorded(line)
+    session.show(line)
     lines, server = [line], state.server
     if not experiment.stream.last(task):
         stopwatch = Stopwatch()
         crossed = boundary.cross(server, task, experiment, session.progress)
         server = crossed.state
         lines.append(crossed.line | {"cost": stopwatch.read()})
-        session.watcher.recorded(lines[-1])
+        session.show(lines[-1])
     for line in lines:
         session.folder.append(line)
     after = replace(state, server=server, cursor=Cursor(task.index + 1), holders=frozenset())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -51,6 +52,10 @@ class Session:
         """What comes of it; the sum is on the device: from elsewhere it comes on the CPU."""
         outcome = self.port.run(request, deadline_s, self.watcher.client_done)
         return replace(outcome, total=outcome.total and outcome.total.to(self.experiment.compute.device))
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """To the watcher, who may do with it what it likes: the record is another."""
+        self.watcher.recorded(deepcopy(line))
 
     def progress(self, step: int, steps: int, terms: Mapping[str, float]) -> None:
         self.stop.check()

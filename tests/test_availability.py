@@ -25,6 +25,7 @@ from fedcil.record.identity import run_identity, worker_identity
 from fedcil.scenario_file import load_scenario
 from fedcil.tables import AvailabilitySection
 from fedcil.timeline import Timeline
+from fedcil.traces import recorded, trace
 
 RUN = Timeline.of([[30, 1]] * 20)  # 20 tasks of 31 rounds
 People = Callable[[int, int, int], set[int]]
@@ -328,8 +329,8 @@ def test_a_deployment_does_not_go_on_with_a_run_of_another_trace(
     tmp_path: Path, stopped_run: Callable[..., Path]
 ) -> None:
     traces = [tmp_path / f"{name}.csv" for name in "ab"]
-    for trace in traces:
-        trace.write_text("client,from,to\n0,0,9\n1,0,9\n")
+    for file in traces:
+        file.write_text("client,from,to\n0,0,9\n1,0,9\n")
     folder = stopped_run(TINY, 2, tmp_path / "runs", follow(traces[0]))
     (folder.parent / (folder.name + "-notes")).mkdir()  # what a person puts beside a run is none
     half = shutil.copytree(folder, folder.parent / (folder.name + "-half"))
@@ -354,3 +355,15 @@ def test_a_chain_can_be_asked_for_an_earlier_round(later: int) -> None:
         asked = make_availability(MODELS["markov"], 200, Key(0), timeline)
         asked(0, 0, later)
         assert np.array_equal(asked(0, 0, number), rows[number])
+
+
+def test_a_trace_and_a_record_are_known_by_all_that_is_in_them(tmp_path: Path) -> None:
+    file, record = tmp_path / "trace.csv", tmp_path / "metrics.jsonl"
+    traces, records = set(), set()
+    for number in (0, 1):
+        file.write_text(f"client,from,to\n0,0,{number + 1}\n")
+        traces.add(trace(file, 1)[1])
+        line = {"kind": "round", "task": 0, "phase": 0, "round": 0, "answered": [number]}
+        record.write_text(json.dumps(line) + "\n")
+        records.add(recorded(record, 2, [(0, 0, 0)])[1])
+    assert len(traces) == len(records) == 2

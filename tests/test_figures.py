@@ -244,3 +244,30 @@ def test_who_is_no_member_of_a_task_is_not_drawn_as_empty(tmp_path: Path) -> Non
         assert figure is not None
         texts = " ".join(label.get_text() for label in figure.axes[0].get_xticklabels())
         assert ("empty" in texts) == (name == "fixed")
+
+
+def test_a_long_name_of_a_scenario_is_not_cut_off(tmp_path: Path) -> None:
+    """No layout makes room for a title."""
+    run = make_run(tmp_path / "run", make_lines(2, 2))
+    long = (run.path / "scenario.toml").read_text().replace('"trial"', f'"{"long_name_" * 10}"')
+    (run.path / "scenario.toml").write_text(long)
+    share(run.path, 2, 100, 4)
+    for draw in figures.DRAWINGS.values():
+        figure = draw(Run(run.path))
+        assert figure is not None
+        figure.canvas.draw()
+        titles = [axes._left_title for axes in figure.axes] + [figure._suptitle]
+        boxes = [title.get_window_extent() for title in titles if title and title.get_text()]
+        assert boxes
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+
+
+def test_a_finished_run_without_its_last_task_is_damaged(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_lines(2, 2)[:-1], head="[stream]\ntasks = 2\n")
+    (run.path / "summary.json").write_text(json.dumps(SUMMARY | {"rounds": 4}))
+    with pytest.raises(InputError, match="1 of 2 tasks are in it"):
+        Run(run.path).kind("task")
+
+
+def test_nothing_is_known_of_test_images_before_the_first_task_has_ended(tmp_path: Path) -> None:
+    assert make_run(tmp_path / "run", make_lines(1, 2)[:-1]).test_counts == []

@@ -143,3 +143,7 @@ def test_windowed_metrics_look_at_every_window(series: list[float], window: int)
 def test_a_steady_accuracy_has_no_window() -> None:
     trace = matrix([0.5, NAN], [0.5, NAN], [0.5, 0.5])
     assert metrics.windowed_forgetting(trace, 10) == metrics.windowed_plasticity(trace, 10) == 0.0
+
+
+def test_the_last_evaluation_counts_for_the_worst() -> None:
+    assert metrics.min_accuracy(matrix([0.9, NAN], [0.5, 0.8], [0.2, 0.7]), [0, 2]) == pytest.approx(0.2)

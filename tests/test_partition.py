@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from fedcil.errors import InputError, ScenarioError
 from fedcil.keys import Key
 from fedcil.partition import TaskPartition, load_partition, make_partition, save_partition
-from fedcil.partitioners import PARTITIONERS
+from fedcil.partitioners import PARTITIONERS, _draw_until_empty
 from fedcil.stream import Stream, Task
 from fedcil.tables import PARTITIONS, PartitionSection
 
@@ -583,3 +583,11 @@ def test_a_broken_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) 
     with pytest.raises(InputError, match="not a partition") as caught:
         load_partition(path)
     assert caught.value.where == str(path)
+
+
+def test_no_class_is_drawn_beyond_what_is_left() -> None:
+    """Two classes are emptied by the same draws: the first of them ends the draw."""
+    left, mix = np.array([2, 2, 50]), np.array([0.4, 0.4, 0.2])
+    for seed in range(50):
+        drawn = _draw_until_empty(mix, 40, left, np.random.default_rng(seed))
+        assert (np.bincount(drawn, minlength=3) <= left).all()

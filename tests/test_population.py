@@ -280,3 +280,47 @@ def test_turnover_at_boundaries_and_inside_tasks_is_counted_together() -> None:
         open_experiment(load_scenario(population | {"clients": {"count": 37, "per_round": 3}}))
     opened = open_experiment(load_scenario(population | {"clients": {"count": 38, "per_round": 3}}))
     assert [int(opened.population.present(number).sum()) for number in range(9)] == [10] * 9
+
+
+# By hand
+
+
+def one_of_each() -> Population:
+    """Two tasks of four rounds: one who is there always, one who comes inside the first task, two who leave in it."""
+    timeline = Timeline.of([[4], [4]])
+    stays = (np.zeros(4, dtype=np.bool_),) * 2
+    return Population(timeline, np.array([0, 2, 0, 0]), np.array([99, 99, 3, 4]), stays)
+
+
+def test_who_comes_or_leaves_inside_a_task_is_a_member_of_it() -> None:
+    assert one_of_each().members(0).tolist() == [True] * 4
+    assert one_of_each().members(1).tolist() == [True, True, False, False]
+
+
+def test_who_leaves_before_a_round_is_gone_in_it() -> None:
+    assert one_of_each().gone(3).tolist() == [False, False, True, False]
+
+
+def test_who_stays_behind_twice_has_the_samples_of_the_task_before_both() -> None:
+    timeline, behind = Timeline.of([[1]] * 3), np.ones(1, dtype=np.bool_)
+    population = Population(timeline, np.zeros(1, int), np.full(1, 99), (~behind, behind, behind))
+    assert population.sources(2).tolist() == [population.source(0, 2)] == [0]
+
+
+def test_each_turnover_has_a_draw_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, real = [], Key.numpy
+
+    def noted(key: Key) -> np.random.Generator:
+        used.append(key.path)
+        return real(key)
+
+    monkeypatch.setattr(Key, "numpy", noted)
+    section = PopulationSection(name="turnover", size=10, replaced_per_task=0.1, replaced_per_round=0.1)
+    made(section, Timeline.of([[3, 3]] * 3))
+    assert len(set(used)) == len(used) > 10
+
+
+def test_who_takes_which_share_is_another_in_each_task() -> None:
+    stream, labels = Stream((0, 1), (Task(0, 0, 1), Task(1, 1, 2))), np.repeat([0, 1], 15)
+    parts = make_partition(PartitionSection(name="iid"), 12, stream, labels, Key(0), lambda _: np.arange(10))
+    assert parts[0].counts().tolist() != parts[1].counts().tolist()

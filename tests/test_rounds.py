@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import fedcil
 from fedcil.errors import InputError, RunFailed, Stopped, TooFewClients
 from fedcil.experiment import Experiment, make_timeline, open_experiment
 from fedcil.gather import Gathered
@@ -28,7 +29,7 @@ from fedcil.state import Cursor, RunState, ServerState
 from fedcil.stream import Task
 from fedcil.tensors import Contribution, content_hash, count_bytes
 from server.rounds import evaluation_due, run_tasks
-from server.session import open_session
+from server.session import Nobody, open_session
 from server.verdict import BRING_BACK, round_status, too_few
 
 CLIENTS = frozenset(range(6))
@@ -673,3 +674,23 @@ def test_too_few_clients_say_why_and_what_to_do(
     error = too_few(3, Task(0, 0, 2), 0.5, Outcome(None, (), failures, attendance=nodes))
     assert error.what == f"3 rounds in a row without enough clients{reason}"
     assert advice in str(error.next)
+
+
+def test_a_watcher_cannot_change_what_is_recorded(tmp_path: Path) -> None:
+    class Careless(Nobody):
+        def recorded(self, line: Any) -> None:
+            line.pop("cost")
+            line.clear()
+
+    tables = {
+        "method": {"name": "fedlwf"},
+        "data": {"name": "synthetic", "classes": 4, "samples_per_class": 8, "image_size": 4},
+        "stream": {"tasks": 2},
+        "partition": {"name": "iid"},
+        "clients": {"count": 2, "per_round": 2},
+        "model": {"width": 2},
+        "training": {"rounds": 1, "epochs": 1},
+    }
+    run = fedcil.run(tables, output=tmp_path, figures=False, watcher=Careless())
+    assert [line["kind"] for line in run.lines] == ["round", "task", "boundary", "round", "task"]
+    assert all("cost" in line for line in run.lines)

@@ -8,6 +8,7 @@ import re
 import time
 import tomllib
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import pytest
@@ -612,3 +613,16 @@ def test_a_rate_that_is_none_is_one_problem() -> None:
         scenario(training={"lr": -1.0})
     assert len(caught.value.what.splitlines()) == 1
     assert caught.value.what.startswith("training.lr = -1.0 must be greater than 0")
+
+
+def test_overrides_may_come_from_a_generator() -> None:
+    assert load_scenario("digits_fedavg", (text for text in ["training.rounds=7"])).training.rounds == 7
+
+
+def test_a_mapping_of_any_kind_is_a_table_and_its_keys_are_text() -> None:
+    tables = {"method": {"name": "fedavg"}, "training": MappingProxyType({"rounds": 7})}
+    for overrides in ((), ("seed=1",)):
+        assert load_scenario(MappingProxyType(tables), overrides).training.rounds == 7
+    for odd in ({3: 4}, {"training": {3: 4}}):
+        with pytest.raises(ScenarioError, match="3 is no name of a key"):
+            load_scenario({**tables, **odd})

@@ -549,3 +549,40 @@ def test_a_network_that_was_looked_at_is_trained_like_a_new_one(small: Any) -> N
     for network in (new, used):
         train(small, network, TrainingSection(epochs=1, batch_size=4))
     assert content_hash(state_of(used)) == content_hash(state_of(new))
+
+
+@pytest.mark.parametrize("lanes", [None, 2])
+def test_each_client_of_a_round_has_draws_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lanes: int | None
+) -> None:
+    used, one, many = [], handle.local_sgd, handle.local_sgd_in_lanes
+
+    def alone(network: Network, recipe: Recipe, samples: Samples, key: Key) -> Trained:
+        used.append(key.path)
+        return one(network, recipe, samples, key)
+
+    def side_by_side(*given: Any) -> Any:
+        used.extend(key.path for key in given[-1])
+        return many(*given)
+
+    monkeypatch.setattr(handle, "local_sgd", alone)
+    monkeypatch.setattr(handle, "local_sgd_in_lanes", side_by_side)
+    experiment = experiment_of(engine={"name": "inline", "lanes": lanes} if lanes else {})
+    request = Request(broadcast_of(experiment), (Job(0, 0), Job(2, 1)), cohort=2)
+    handle.handle(request, worker_of(experiment, tmp_path))
+    assert len(set(used)) == len(used) == 2
+
+
+@pytest.mark.parametrize(("method", "phase"), [("afcl", 0), ("feder", 1)])
+def test_statistics_and_memories_are_made_in_eval_mode(tmp_path: Path, method: str, phase: int) -> None:
+    """Batch norms by what they know, and not by the batch."""
+    experiment = experiment_of(method={"name": method})
+    worker = worker_of(experiment, tmp_path)
+    answer = do_job(Round(broadcast_of(experiment, phase=phase), worker), Job(0, 0))
+    assert isinstance(answer.result, Report)
+    assert answer.result.samples == 8
+    assert not worker.local.network.training
+
+
+def test_a_single_sample_beyond_one_full_batch_joins_it() -> None:
+    assert cut_epoch(9, 8, "ragged") == [9]

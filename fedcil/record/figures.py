@@ -23,7 +23,8 @@ NAMED_TASKS = 12  # more task names than that would overlap
 ANNOTATED_TASKS = 20  # larger matrices have no room for numbers
 SINGLE_CLIENTS = 60  # more clients are sorted by their main class, so that a pattern can be seen
 MOST_COLUMNS = 250  # of a panel with that many clients
-LONGEST_NAME = 16
+LONGEST_NAME = 16  # of a class
+LONGEST_TITLE = 32  # of a scenario
 
 
 def draw_figures(run: Run) -> list[Path]:
@@ -53,7 +54,7 @@ def accuracy_figure(run: Run) -> Figure | None:
     places, ends = _places(run)
     figure = Figure(figsize=(8.5, 4.4), layout="constrained")
     axes = figure.subplots()
-    pooled = 100 * np.array([_pooled(row, _test_counts(run)) for row in trace])
+    pooled = 100 * np.array([_pooled(row, run.test_counts) for row in trace])
     style: dict[str, Any] = {"color": INK, "linewidth": 2.4, "marker": _marker(places), "markersize": 4}
     axes.plot(places, pooled, label="all classes seen", zorder=3, **style)
     _draw_tasks(axes, places, trace)
@@ -156,10 +157,6 @@ def _places(run: Run) -> tuple[list[int], list[int]]:
         if line["kind"] == "task" or (line["kind"] == "round" and line.get("accuracy")):
             places.append(done)
     return places, ends
-
-
-def _test_counts(run: Run) -> list[int]:
-    return run.test_counts if run.kind("task") else []
 
 
 def _pooled(row: NDArray[np.float64], counts: Sequence[int]) -> float:
@@ -278,13 +275,13 @@ def _by_class(counts: NDArray[np.int32]) -> NDArray[Any]:
 def _name_classes(axes: Any, names: Sequence[str]) -> None:
     """All names where there is room for them, else the first and the last."""
     shown = range(len(names)) if len(names) <= 6 else (0, len(names) - 1)
-    axes.set_yticks(list(shown), [plain_text(_shorten(names[i])) for i in shown], fontsize=7)
+    axes.set_yticks(list(shown), [plain_text(_shorten(names[i], LONGEST_NAME)) for i in shown], fontsize=7)
     integer_ticks(axes.xaxis)
 
 
-def _shorten(name: str) -> str:
-    half = LONGEST_NAME // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+def _shorten(name: str, most: int) -> str:
+    half = most // 2
+    return name if len(name) <= most else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _outline(axes: Any) -> None:
@@ -297,8 +294,8 @@ def _title(axes: Any, run: Run, note: str = "", pad: float = 8) -> None:
 
 
 def _heading(run: Run, note: str = "") -> str:
-    parts = [run.scenario.name, f"seed {run.scenario.seed}", *([note] if note else [])]
-    return ", ".join(parts)
+    """No layout makes room for a title that is too long."""
+    return f"{_shorten(run.scenario.name, LONGEST_TITLE)}, seed {run.scenario.seed}" + (f"\n{note}" if note else "")
 
 
 DRAWINGS: dict[str, Callable[[Run], Figure | None]] = {

@@ -46,9 +46,11 @@ class Run:
         with _reading(path):
             *whole, _ = path.read_bytes().split(b"\n")
         lines = tuple(_read_table(line, f"{path}:{number}") for number, line in enumerate(whole, start=1))
-        there, all_ = sum(line.get("kind") == "round" for line in lines), self.summary.get("rounds", 0)
-        if there < all_:
-            raise InputError(f"{there} of {all_} rounds are in it", where=str(path), next=DAMAGED)
+        rounds = self.summary.get("rounds")
+        for kind, all_ in (("round", rounds), ("task", self.scenario.stream.tasks)) if rounds else ():
+            there = sum(line.get("kind") == kind for line in lines)
+            if there < all_:
+                raise InputError(f"{there} of {all_} {kind}s are in it", where=str(path), next=DAMAGED)
         return lines
 
     @property
@@ -138,7 +140,8 @@ class Run:
 
     @cached_property
     def test_counts(self) -> list[int]:
-        return list(self.kind("task")[-1]["test_images"])
+        """Test images of each task that has ended; none before the first has."""
+        return list(self.kind("task")[-1]["test_images"]) if self.kind("task") else []
 
     @cached_property
     def trace(self) -> tuple[Matrix, list[int]]:
