@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +272,21 @@ def test_a_finished_run_without_its_last_task_is_damaged(tmp_path: Path) -> None
 
 def test_nothing_is_known_of_test_images_before_the_first_task_has_ended(tmp_path: Path) -> None:
     assert make_run(tmp_path / "run", make_lines(1, 2)[:-1]).test_counts == []
+
+
+def test_however_many_groups_are_compared_their_names_leave_room_for_the_axes(tmp_path: Path) -> None:
+    heights = {}
+    for many in (2, 24):
+        runs = [
+            make_run(tmp_path / f"{many}-{n}", make_lines(2, 1), head=f"[training]\nlr = 0.{n:02}\nlr_end = 0.001\n")
+            for n in range(1, many + 1)
+        ]
+        groups = [replace(group, label=f"{group.label} {'of a long name ' * 2}") for group in compare(runs)]
+        figure = compare_figure(groups)
+        figure.canvas.draw()
+        lines, bars = figure.axes
+        heights[many] = lines.get_window_extent().height
+        numbers = [text.get_window_extent() for text in bars.texts]
+        assert bool(numbers) == (many <= 4)
+        assert all(number.y1 <= bars.get_window_extent().y1 for number in numbers)
+    assert heights[24] > 0.85 * heights[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ HATCHES = ("", "//", "..", "xx")
 
 def compare_figure(groups: Sequence[Group]) -> Figure:
     """Accuracy after each task, a line per group, and the field's three numbers as bars."""
-    figure = Figure(figsize=(11.0, 4.6 + 0.1 * len(groups)), layout="constrained")
+    columns = 1 if max(len(group.label) for group in groups) > 30 else 3  # of the legend, below the axes
+    height = 4.4 + 0.22 * math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(11.0, height), layout="constrained")
     lines, bars = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
     for place, group in enumerate(groups):
         _draw_curve(lines, group, place)
@@ -31,11 +34,11 @@ def compare_figure(groups: Sequence[Group]) -> Figure:
     bars.set_xticks(range(3), ["average\nincremental\naccuracy", "final\naccuracy", "forgetting"])
     bars.set_ylabel("percent")
     bars.tick_params(axis="x", length=0)
+    bars.margins(y=0.1)  # for the numbers above them
     bars.axhline(0, color=INK, linewidth=0.8)
     clean_axes(lines)
     clean_axes(bars)
-    wide = max(len(group.label) for group in groups) > 30
-    figure.legend(*lines.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=1 if wide else 3)
+    figure.legend(*lines.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=columns)
     if any(group.std for group in groups):
         bars.set_title("bands and whiskers: sample deviation over seeds", fontsize=9, color=GREY, loc="right")
     return figure
@@ -80,7 +83,8 @@ def _draw_bars(axes: Any, group: Group, place: int, groups: int) -> None:
             axes.errorbar(centre, 100 * mean, 100 * std, color=INK, linewidth=1.2, capsize=3)
         if groups <= 4:
             top = 100 * (max(mean, 0.0) + std)
-            axes.text(centre, top + 1, f"{100 * mean:.1f}", ha="center", va="bottom", fontsize=8)
+            beside: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+            axes.annotate(f"{100 * mean:.1f}", (centre, top), fontsize=8, **beside)
 
 
 def _again(place: int, styles: Sequence[str]) -> str:
