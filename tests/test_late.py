@@ -414,3 +414,13 @@ def test_what_late_requests_cost_is_the_rounds(tmp_path: Path, monkeypatch: pyte
         requests = asked[line["task"], line["round"]]
         assert line["cost"]["wire_bytes"] == 10 * requests
         assert 1000.0 * requests <= line["cost"]["cpu_seconds"] < 1000.0 * requests + 500.0
+
+
+def test_an_update_that_takes_three_rounds_arrives_in_the_third(tmp_path: Path) -> None:
+    """10 samples, twice, at 10 a second: 2 seconds, where a round has 0.8."""
+    clock = {"name": "tiers", "tiers": [[1, 10.0, 1e9, 1e9]], "deadline_s": 0.8, "late": "fold"}
+    tables = {"partition": {"name": "iid"}, "clients": {"count": 12, "per_round": 3}, "server": {"patience": 9}}
+    first, second, third, *_ = run(tmp_path, clock=clock, **tables).kind("round")
+    assert first["arrived"] == second["arrived"] == []
+    assert [late["client"] for late in third["arrived"]] == first["cohort"]
+    assert {late["rounds_late"] for late in third["arrived"]} == {2}

@@ -292,6 +292,11 @@ def one_of_each() -> Population:
     return Population(timeline, np.array([0, 2, 0, 0]), np.array([99, 99, 3, 4]), stays)
 
 
+def test_a_share_that_is_not_exact_in_binary_is_of_whole_people() -> None:
+    population = made(PopulationSection(name="growing", size=100, newcomers=0, move_on=0.29), Timeline.of([[1]] * 2))
+    assert population.behind[1].sum() == 71
+
+
 def test_who_comes_or_leaves_inside_a_task_is_a_member_of_it() -> None:
     assert one_of_each().members(0).tolist() == [True] * 4
     assert one_of_each().members(1).tolist() == [True, True, False, False]
