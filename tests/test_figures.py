@@ -290,3 +290,31 @@ def test_however_many_groups_are_compared_their_names_leave_room_for_the_axes(tm
         assert bool(numbers) == (many <= 4)
         assert all(number.y1 <= bars.get_window_extent().y1 for number in numbers)
     assert heights[24] > 0.85 * heights[2]
+
+
+def all_of(run: Run) -> tuple[Any, ...]:
+    return run.lines, run.summary, run.environment
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("metrics.jsonl", "{}\n", "does not say of what it is"),
+        ("summary.json", '{"rounds": "x"}', "rounds is 'x', no int"),
+        ("environment.json", '{"versions": null}', "versions is None, no dict"),
+        ("environment.json", '{"class_order": 5}', "class_order is 5, no list"),
+    ],
+)
+def test_a_file_of_another_form_is_an_input_error(name: str, content: str, says: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_lines(2, 2))
+    (run.path / name).write_text(content)
+    with pytest.raises(InputError, match=says) as caught:
+        all_of(Run(run.path))
+    assert name in caught.value.where
+
+
+def test_counts_of_another_form_are_an_input_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_lines(2, 2))
+    np.save(run.path / "label_counts.npy", np.zeros((2, 3), dtype=np.int32))
+    with pytest.raises(InputError, match="not an array of counts"):
+        assert run.label_counts is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,9 +46,11 @@ class Run:
         with _reading(path):
             *whole, _ = path.read_bytes().split(b"\n")
         lines = tuple(_read_table(line, f"{path}:{number}") for number, line in enumerate(whole, start=1))
+        if odd := [number for number, line in enumerate(lines, start=1) if not isinstance(line.get("kind"), str)]:
+            raise InputError("a line that does not say of what it is", where=f"{path}:{odd[0]}", next=DAMAGED)
         rounds = self.summary.get("rounds")
         for kind, all_ in (("round", rounds), ("task", self.scenario.stream.tasks)) if rounds else ():
-            there = sum(line.get("kind") == kind for line in lines)
+            there = sum(line["kind"] == kind for line in lines)
             if there < all_:
                 raise InputError(f"{there} of {all_} {kind}s are in it", where=str(path), next=DAMAGED)
         return lines
@@ -62,7 +64,7 @@ class Run:
     def summary(self) -> dict[str, Any]:
         path = self.path / "summary.json"
         anew = f"delete it; `fedcil resume {self.path}` writes it anew"
-        return _read_table_if_there(path, anew)
+        return _read_table_if_there(path, anew, {"rounds": int})
 
     @property
     def finished(self) -> bool:
@@ -113,7 +115,8 @@ class Run:
         """With what and on what machine it was begun."""
         path = self.path / "environment.json"
         without = "delete it; a run goes on, and is compared, without what it says"
-        return _read_table_if_there(path, without)
+        forms = {"versions": dict, "identity": dict, "own_code": dict, "class_order": list}
+        return _read_table_if_there(path, without, forms)
 
     @cached_property
     def partition(self) -> tuple[TaskPartition, ...]:
@@ -128,7 +131,10 @@ class Run:
         path = self.path / "label_counts.npy"
         try:
             with _reading(path):
-                return np.load(path, allow_pickle=False) if path.is_file() else None
+                counts = np.load(path, allow_pickle=False) if path.is_file() else None
+            if counts is not None and counts.ndim != 3:
+                raise ValueError(f"of shape {counts.shape}")
+            return counts
         except (EOFError, ValueError) as error:
             without = "delete it; the run is then shown without the samples of each class"
             raise InputError(f"not an array of counts: {error}", where=str(path), next=without) from None
@@ -190,10 +196,15 @@ def _reading(path: Path) -> AbstractContextManager[None]:
     return reading("a part of the run", str(path), "let it be read by you, or use another run")
 
 
-def _read_table_if_there(path: Path, next_: str) -> dict[str, Any]:
+def _read_table_if_there(path: Path, next_: str, forms: Mapping[str, type]) -> dict[str, Any]:
+    """``forms``: of its values, as far as they are there."""
     with _reading(path):
         content = path.read_bytes() if path.is_file() else None
-    return {} if content is None else _read_table(content, str(path), next_)
+    table = {} if content is None else _read_table(content, str(path), next_)
+    for name, form in forms.items():
+        if name in table and not isinstance(table[name], form):
+            raise InputError(f"{name} is {table[name]!r:.50}, no {form.__name__}", where=str(path), next=next_)
+    return table
 
 
 def _read_table(content: bytes, where: str, next_: str = DAMAGED) -> dict[str, Any]:
