@@ -168,7 +168,7 @@ ALLOWED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fedcil.engines.ray_head": (("fedcil.engines.signals", "fedcil.errors", "fedcil.port"), ("psutil",)),
     "fedcil.engines.flower": (("fedcil", "server", "client"), ("flwr", "psutil")),
     "fedcil.api": (("fedcil", "server"), ()),
-    "fedcil.cli": (("fedcil",), ("typer", "rich", "numpy")),
+    "fedcil.cli": (("fedcil",), ("typer", "rich", "numpy", "joblib")),
     "fedcil.__main__": (("fedcil.cli",), ()),
     "scenarios": (("fedcil.api", "fedcil.record", "fedcil.scenario_file", "fedcil"), ("joblib",)),
     "scenarios.turnover": (("fedcil",), ("matplotlib",)),

@@ -15,6 +15,7 @@ from fedcil.cli import deploy
 from fedcil.cli.guard import guarded, stoppable
 from fedcil.cli.options import RUNS, DataRoot, Figures, Json, MaxSeconds, Output, Sets
 from fedcil.cli.runs import Options, continue_run, new_run, print_runs, print_table, reuse, wanted_runs
+from fedcil.cli.side_by_side import finished_runs, stop_with_stdin
 from fedcil.cli.streams import to_stderr
 from fedcil.errors import InputError, located
 
@@ -60,6 +61,7 @@ def run(
     ],
     overrides: Sets = None,
     seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Run each scenario with these seeds.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each on its share of the cores.")] = 1,
     data_root: DataRoot = None,
     engine: Engine = None,
     output: Output = RUNS,
@@ -70,19 +72,36 @@ def run(
 ) -> None:
     """Run scenarios. With several (or --seeds), runs below --output that are finished already are skipped."""
     _check_picture(figure)
-    done: list[Run] = []
     with to_stderr(), stoppable(max_seconds) as stop:
         wanted = wanted_runs(scenarios, [*(overrides or []), *_engine_override(engine)], seeds)
         options = Options(data_root, figures, stop, json)
         if len(wanted) == 1 and seeds is None:
-            done.append(new_run(wanted[0], output, options))
+            done = [new_run(wanted[0], output, options)]
         else:
-            identities = [each.identity(data_root) for each in wanted]  # all are checked before the first one runs
-            for each, identity in zip(wanted, identities, strict=True):
-                done.append(reuse(each, identity, output, options))
+            done = finished_runs(wanted, jobs, output, options)
     if figure:
         _draw_comparison(done, figure)
     print_runs(done, json=json)
+
+
+@app.command("one-of-several", hidden=True)
+@guarded
+def one_of_several(
+    scenario: ScenarioName,
+    label: Annotated[str, typer.Option(help="Before each line of progress; empty: say nothing.")],
+    overrides: Sets = None,
+    data_root: DataRoot = None,
+    output: Output = RUNS,
+    figures: Figures = True,
+    json: Json = False,
+) -> None:
+    """One of the runs of `run --jobs`, which stops when its stdin is closed."""
+    with to_stderr(), stoppable(None) as stop:
+        stop_with_stdin(stop)
+        (wanted,) = wanted_runs([scenario], overrides or [], None)
+        options = Options(data_root, figures, stop, quiet=not label, label=label)
+        path = str(reuse(wanted, wanted.identity(data_root), output, options).path)
+    print(jsonlib.dumps({"run": path}) if json else path)
 
 
 @app.command()

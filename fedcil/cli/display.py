@@ -20,8 +20,9 @@ MOST_FAILURES = 5  # of a round that are told one by one
 class Display:
     """A watcher that prints a line for every round, task and boundary, and a bar for what is under way."""
 
-    def __init__(self, console: Console, bars: Progress, quiet: bool) -> None:
+    def __init__(self, console: Console, bars: Progress, quiet: bool, label: str) -> None:
         self.console, self.bars, self.quiet = console, bars, quiet
+        self.before = f"{label}: " if label else ""
         self.bar: tuple[str, TaskID] | None = None
 
     def client_done(self, client: int) -> None:
@@ -38,10 +39,10 @@ class Display:
             self.warn(warning)
         if not self.quiet:
             for text in (describe(line), *incidents(line)):
-                self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self.console.print(f"{self.before}{text}", markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, message: Warning | str) -> None:
-        self.console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+        self.console.print(f"{self.before}warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
     def _advance(self, kind: str, title: str, total: int | None, note: str) -> None:
         if self.quiet or self.bars.disable:
@@ -96,7 +97,8 @@ def incidents(line: Mapping[str, Any]) -> Iterator[str]:
 
 
 @contextmanager
-def display(*, quiet: bool) -> Iterator[Display]:
+def display(*, quiet: bool, label: str = "") -> Iterator[Display]:
+    """``label``: of one of several runs side by side, which have no bars."""
     console = Console(stderr=True)
     bars = Progress(
         SpinnerColumn(),
@@ -106,9 +108,9 @@ def display(*, quiet: bool) -> Iterator[Display]:
         TextColumn("{task.fields[note]}"),
         console=console,
         transient=True,
-        disable=quiet or not console.is_terminal,
+        disable=quiet or bool(label) or not console.is_terminal,
     )
-    shown = Display(console, bars, quiet)
+    shown = Display(console, bars, quiet, label)
     with bars, warnings.catch_warnings():
         # Python's own would say in which line of the program it was.
         warnings.showwarning = lambda message, *_, **__: shown.warn(message)

@@ -22,10 +22,11 @@ WIDEST = 10_000  # columns
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A scenario that was asked for, and by which name."""
+    """A scenario that was asked for, by which name and with which overrides."""
 
     source: str
     scenario: Scenario
+    overrides: tuple[str, ...]
 
     def identity(self, data_root: Path | None) -> dict[str, Any]:
         """What would decide the run's result. Raises what opening the scenario on its data raises."""
@@ -47,6 +48,7 @@ class Options:
     stop: StopSignal
     quiet: bool
     overrides: tuple[str, ...] = ()
+    label: str = ""  # before each line of its progress
 
 
 def wanted_runs(names: Sequence[str], overrides: Sequence[str], seeds: str | None) -> list[Wanted]:
@@ -54,8 +56,8 @@ def wanted_runs(names: Sequence[str], overrides: Sequence[str], seeds: str | Non
 
     if seeds is not None and any(text.partition("=")[0].strip() == "seed" for text in overrides):
         raise ScenarioError("seeds are given twice", where="--seeds, --set seed=...", next="leave one of them out")
-    sets = [[*overrides, *seed] for seed in _seeds(seeds)]
-    return [Wanted(name, load_scenario(name, over)) for name in names for over in sets]
+    sets = [(*overrides, *seed) for seed in _seeds(seeds)]
+    return [Wanted(name, load_scenario(name, over), over) for name in dict.fromkeys(names) for over in sets]
 
 
 def _seeds(text: str | None) -> list[list[str]]:
@@ -69,16 +71,9 @@ def _seeds(text: str | None) -> list[list[str]]:
 
 def reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Options) -> Run:
     """A finished run of exactly this below ``output``, else an unfinished one continued, else a new one."""
-    from fedcil.record.run import earlier_runs
-
-    found = earlier_runs(wanted.scenario, output, lambda run: _begun_alike(run, wanted, identity))
-    earlier = sorted(found, key=lambda run: run.by_other_code)
-    for run in earlier:
-        if run.finished:
-            old = " (by other code of fedcil; delete it to have it made anew)" if run.by_other_code else ""
-            print(f"finished already: {run.path}{old}", file=sys.stderr)
-            return continue_run(run, options)  # draws what it has no pictures of
-    for run in earlier:
+    if finished := finished_already(wanted, identity, output, options):
+        return finished
+    for run in _earlier(wanted, identity, output):
         try:
             old = " (begun by other code of fedcil)" if run.by_other_code else ""
             print(f"continuing: {run.path}{old}", file=sys.stderr)
@@ -86,6 +81,24 @@ def reuse(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Op
         except (NotResumable, FolderBusy) as error:
             print(f"cannot be continued: {error}", file=sys.stderr)
     return new_run(wanted, output, options)
+
+
+def finished_already(wanted: Wanted, identity: Mapping[str, Any], output: Path, options: Options) -> Run | None:
+    """A finished run of exactly this below ``output``."""
+    for run in _earlier(wanted, identity, output):
+        if run.finished:
+            old = " (by other code of fedcil; delete it to have it made anew)" if run.by_other_code else ""
+            print(f"finished already: {run.path}{old}", file=sys.stderr)
+            return continue_run(run, options)  # draws what it has no pictures of
+    return None
+
+
+def _earlier(wanted: Wanted, identity: Mapping[str, Any], output: Path) -> list[Run]:
+    """Those by the present code of fedcil first."""
+    from fedcil.record.run import earlier_runs
+
+    found = earlier_runs(wanted.scenario, output, lambda run: _begun_alike(run, wanted, identity))
+    return sorted(found, key=lambda run: run.by_other_code)
 
 
 def _begun_alike(run: Run, wanted: Wanted, identity: Mapping[str, Any]) -> bool:
@@ -101,7 +114,7 @@ def new_run(wanted: Wanted, output: Path, options: Options) -> Run:
     from fedcil import api
     from fedcil.cli.display import display
 
-    with located(wanted.source), display(quiet=options.quiet) as watcher:
+    with located(wanted.source), display(quiet=options.quiet, label=options.label) as watcher:
         return api.run(
             wanted.scenario,
             output=output,
@@ -116,7 +129,7 @@ def continue_run(unfinished: Run, options: Options) -> Run:
     from fedcil import api
     from fedcil.cli.display import display
 
-    with display(quiet=options.quiet) as watcher:
+    with display(quiet=options.quiet, label=options.label) as watcher:
         return api.resume(
             unfinished.path,
             overrides=options.overrides,
