@@ -15,6 +15,10 @@ import pytest
 from test_cli import call
 
 import fedcil
+from fedcil.cli import side_by_side
+from fedcil.cli.runs import Options
+from fedcil.errors import Stopped
+from fedcil.port import StopSignal
 
 TINY = str(Path(__file__).with_name("tiny.toml"))
 WORDS = ("run", TINY, "--no-figures")
@@ -130,3 +134,28 @@ def test_a_run_that_is_killed_is_said(tmp_path: Path) -> None:
 
 def test_jobs_that_are_none(tmp_path: Path) -> None:
     assert "--jobs" in call(*WORDS, "--jobs=0", cwd=tmp_path, expect=2).stderr
+
+
+def test_a_stop_that_finds_all_of_them_done_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopSignal()
+
+    class Over:
+        """A run that is over at once, while somebody asks all of them to stop."""
+
+        over = True
+
+        def __init__(self, wanted: str, *_: object) -> None:
+            self.folder = Path(wanted)
+
+        def result(self) -> Path:
+            stop.set(130)
+            return self.folder
+
+        def stop(self) -> None: ...
+
+    monkeypatch.setattr(side_by_side, "Part", Over)
+    options = Options(None, figures=False, stop=stop, quiet=True)
+    assert side_by_side.side_by_side(["a", "b"], 2, Path(), options) == [Path("a"), Path("b")]
+    stop.event.clear()
+    with pytest.raises(Stopped):  # the third was not begun
+        side_by_side.side_by_side(["a", "b", "c"], 2, Path(), options)

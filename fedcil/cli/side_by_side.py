@@ -106,18 +106,15 @@ def side_by_side(wanted: Sequence[Wanted], jobs: int, output: Path, options: Opt
     finally:  # at a second Ctrl-C some are left; as safe as any kill
         for part in going.values():
             part.process.kill()
-    return _folders([results[place] for place in sorted(results)], options.stop)
-
-
-def _folders(results: Sequence[Path | FedcilError], stop: StopSignal) -> list[Path]:
-    if stop.event.is_set():
-        stopped = Stopped(stop.exit_code[0])
+    ended = [results[place] for place in sorted(results)]
+    failed = [result for result in ended if isinstance(result, FedcilError)]
+    if options.stop.event.is_set() and (left or failed):
+        stopped = Stopped(options.stop.exit_code[0])
         stopped.next = "the same command goes on with all runs that are not finished"
         raise stopped
-    for result in results:
-        if isinstance(result, FedcilError):
-            raise result
-    return [result for result in results if isinstance(result, Path)]
+    if failed:
+        raise failed[0]
+    return [result for result in ended if isinstance(result, Path)]
 
 
 def stop_with_stdin(stop: StopSignal) -> None:
