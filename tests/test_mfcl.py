@@ -359,7 +359,6 @@ def test_distillation_does_not_see_the_teachers_bias(small: Any) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.usefixtures("float64")
 def test_a_student_that_is_the_teacher_has_no_distillation_loss(small: Any) -> None:
     """With the head grown and in the same mode; in train mode batch statistics make a difference."""
     options = settings(**{**NO_TERMS, "w_kd": 1.0})

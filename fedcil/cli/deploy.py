@@ -156,10 +156,13 @@ def conclude(
     figures: bool,
     json: bool,
 ) -> None:
-    """Work while showing what is recorded, then draw and print. ``command`` goes on with it."""
+    """Work while showing what is recorded, if the run is not finished, then draw and print. ``command`` goes on with
+    it.
+    """
     from fedcil.api import draw, in_folder
     from fedcil.cli.display import display
     from fedcil.record.folder import METRICS, SUBMISSION
+    from fedcil.record.run import Run
     from fedcil.record.tail import Tail
 
     tail = Tail(folder / METRICS, from_end=True)
@@ -170,7 +173,9 @@ def conclude(
                 for line in tail.read():
                     watcher.recorded(line)
 
-            run = work(stop, progress)
+            run = Run(folder)
+            if not run.finished:  # as it may be: who saw it to its end may have died as he drew
+                run = work(stop, progress)
     except FedcilError as error:
         raise in_folder(error, folder, command, data_root) from None
     if figures:

@@ -55,8 +55,6 @@ class Supervisor:
         Raises what ended the run on the server, Stopped, or RunFailed if the server dies again and again.
         """
         (self._folder / PROBLEM).unlink(missing_ok=True)
-        if Run(self._folder).finished:  # the supervisor before this one died after it
-            return Run(self._folder)
         next_look = 0.0
         while True:
             tend()
