@@ -22,7 +22,7 @@ from fedcil.port import StopSignal, remaining
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the package imports typer, and some versions use what click deprecates
-    from fedcil.cli.guard import OUT_OF_TIME, guarded, stoppable
+    from fedcil.cli.guard import ECHO_S, OUT_OF_TIME, guarded, stoppable
 
 
 def kinds() -> list[type[FedcilError]]:
@@ -165,7 +165,9 @@ def test_a_signal_stops_and_a_second_one_ends_at_once(number: signal.Signals) ->
     before = signal.getsignal(number)
     with stoppable(None) as stop:
         os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # an echo: `timeout` tells the process, and then its group
         assert stop.exit_code == [128 + number]
+        time.sleep(ECHO_S)
         with pytest.raises(SystemExit) as ended:
             os.kill(os.getpid(), number)
     assert ended.value.code == 128 + number

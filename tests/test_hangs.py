@@ -50,7 +50,7 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
             await_a_step(process, tmp_path)
             for _ in range(2):
                 process.send_signal(signal.SIGINT)
-                time.sleep(0.5)
+                time.sleep(1.0)
             assert process.wait(WAIT_S) == 130
         finally:
             process.kill()

@@ -168,7 +168,8 @@ def test_images_that_are_too_small_for_a_network_are_refused(own_module: Write) 
 
 
 ENDED = """
-import os, signal
+import os, signal, time
+from fedcil.cli.guard import ECHO_S
 from fedcil.methods.base import Method
 from fedcil.methods.settings import MethodSettings
 
@@ -176,6 +177,7 @@ def twice(where):
     if where == {where!r}:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(ECHO_S)
 
 def load(section, root):
     twice("load")

@@ -104,6 +104,8 @@ def test_a_signal_stops_all_with_checkpoints(
 ) -> None:
     process = begun(tmp_path)
     process.send_signal(number)
+    time.sleep(0.05)
+    process.send_signal(number)  # as `timeout` does, which tells the process and then its group
     _, said = process.communicate(timeout=60)
     assert process.returncode == code, said
     assert said.endswith("next: the same command goes on with all runs that are not finished\n")

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 OUT_OF_TIME = 5  # exit code of a run that --max-seconds ended
 PATIENCE_S = 5.0  # for an orderly end after the second Ctrl-C
+ECHO_S = 0.3  # `timeout` and batch systems tell a process and its group: a signal so soon after the first says no more
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -85,14 +87,18 @@ def stoppable(
     def on_signal(number: int, _: object) -> None:
         if number == signal.SIGHUP and stop.event.is_set():  # the shell says so, too
             return
+        if first and time.monotonic() - first[0] < ECHO_S:
+            return
         if stop.event.is_set():
             # Where a client's step hangs: as safe as a kill, since the last checkpoint is whole.
             timers.append(start_timer(PATIENCE_S, os._exit, 128 + number))
             raise SystemExit(128 + number)
+        first.append(time.monotonic())
         stop.set(128 + number)
         with suppress(RuntimeError):  # in the midst of another line
             print(f"\n{what} (again to end at once)", file=sys.stderr)
 
+    first: list[float] = []
     timers = [] if max_seconds is None else [start_timer(max_seconds, stop.set, OUT_OF_TIME)]
     heard = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
