@@ -89,7 +89,9 @@ def test_what_ends_one_of_them_is_said_once_the_others_are_done(tmp_path: Path) 
 def begun(folder: Path, *more: str) -> subprocess.Popen[str]:
     """Two runs side by side that have recorded a round each; a third waits."""
     command = [sys.executable, "-m", "fedcil", *WORDS, *LONG, "--seeds=0,1,2", "--jobs=2", *more]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
     process = subprocess.Popen(command, cwd=folder, stdout=-1, stderr=-1, text=True)
+    signal.signal(signal.SIGHUP, before)
     until = time.monotonic() + 60
     while sum(path.stat().st_size > 0 for path in folder.glob("runs/*/metrics.jsonl")) < 2:
         assert process.poll() is None, process.communicate()
