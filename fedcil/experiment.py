@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,8 @@ from fedcil.compute import (
     resolve_precision,
 )
 from fedcil.data import Dataset, load_dataset
-from fedcil.errors import ScenarioError, asked_to_end, described
+from fedcil.dotted import MEND, own_code
+from fedcil.errors import ScenarioError, described
 from fedcil.keys import Key
 from fedcil.messages import Broadcast
 from fedcil.methods import METHODS
@@ -100,13 +102,6 @@ class Experiment:
         """Of a task, in their order."""
         return tuple(self.method.phases(task, self.scenario.training.rounds))
 
-    def _tasks_with_samples(self, client: int, task: Task) -> range:
-        """The tasks whose samples a client has in this task."""
-        if self.method.data == "so_far":
-            return range(task.index + 1)
-        source = self.population.source(client, task.index)
-        return range(source, source + 1)
-
     def counts(self, task: Task) -> NDArray[np.int64]:
         """Samples of each client in this task, (clients,), whether it is a member now or not."""
         if self.method.data == "so_far":
@@ -147,7 +142,9 @@ class Experiment:
 
     def indices(self, client: int, task: Task) -> NDArray[np.int64]:
         """Where a client's samples of this task stand in the training set."""
-        parts = [self.partition[t].of(client) for t in self._tasks_with_samples(client, task)]
+        so_far = self.method.data == "so_far"
+        tasks = range(task.index + 1) if so_far else [self.population.source(client, task.index)]
+        parts = [self.partition[t].of(client) for t in tasks]
         return np.concatenate(parts).astype(np.int64)
 
     def sent(self, phase: Phase, task: Task, model: Tensors) -> Tensors:
@@ -240,24 +237,16 @@ def open_experiment(scenario: Scenario, data_root: Path | None = None, *, show_p
 
 def build_method(scenario: Scenario, stream: Stream) -> Method:
     """ScenarioError if a person's own settings class builds none, or one without phases."""
-    problem = ""
-    try:
+    name = scenario.method.name
+    with nullcontext() if name in METHODS else own_code(repr(name), "method.name"):
         method = scenario.method.build()
         if not isinstance(method, Method):
             problem = f"build() gave {type(method).__name__}, not a fedcil.methods.base.Method"
         else:
             problem = wrong_phases(method, stream, scenario.training.rounds)
-            if not problem:
-                return method
-    except (Exception, SystemExit) as error:
-        if asked_to_end(error):
-            raise
-        if scenario.method.name in METHODS:
-            raise
-        problem = described(error)
-    raise ScenarioError(
-        f"{scenario.method.name!r}: {problem}", where="method.name", next="mend it; docs/extending.md has the contract"
-    )
+    if problem:
+        raise ScenarioError(f"{name!r}: {problem}", where="method.name", next=MEND)
+    return method
 
 
 def wrong_phases(method: Method, stream: Stream, rounds: int) -> str:

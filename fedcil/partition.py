@@ -6,6 +6,7 @@ Its answer is checked, also that of your own, ``package.module:function``: every
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import BytesIO
@@ -16,8 +17,8 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcil.dotted import load_dotted
-from fedcil.errors import InputError, ScenarioError, asked_to_end, described
+from fedcil.dotted import load_dotted, own_code
+from fedcil.errors import InputError, ScenarioError
 from fedcil.files import write_atomic
 from fedcil.partitioners import PARTITIONERS, Ints, Partitioner, Rng
 
@@ -134,21 +135,8 @@ def _share_task(
 
 
 def _call(partitioner: Partitioner, labels: Ints, clients: int, section: PartitionSection, rng: Rng) -> Sequence[Ints]:
-    """An error inside a person's own partitioner is theirs to mend, and says where."""
-    try:
+    with nullcontext() if section.name in PARTITIONERS else own_code(section.name, "partition.name"):
         return partitioner(labels, clients, section, rng)
-    except ScenarioError:
-        raise
-    except (Exception, SystemExit) as error:
-        if asked_to_end(error):
-            raise
-        if section.name in PARTITIONERS:
-            raise
-        raise ScenarioError(
-            f"{section.name} raised {described(error)}",
-            where="partition.name",
-            next="mend it; docs/extending.md has the contract",
-        ) from error
 
 
 def _load_partitioner(name: str) -> Partitioner:

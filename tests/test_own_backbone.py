@@ -201,6 +201,10 @@ def half(channels, section):
     return Unfit(4, nn.Linear(8, 8, dtype=torch.bfloat16))
 
 
+def leaving(channels, section):
+    raise SystemExit("no weights here")
+
+
 def endless(channels, section):
     module = Unfit(4, nn.Flatten())
     module.register_buffer("mask", torch.full((2,), float("-inf")))
@@ -219,6 +223,7 @@ def endless(channels, section):
         ("nothing", "'NoneType' object has no attribute 'width'"),
         ("few", "takes 1 positional argument but 2 were given"),
         ("broken", "KeyError: 'stem' (unfit.py:45)"),
+        ("leaving", "SystemExit: no weights here (unfit.py:"),
         ("complex", "backbone.layer.weight is not of real numbers"),
         ("endless", "backbone.mask would be sent and is not finite"),
         ("half", "backbone.layer.weight would be sent and summed in half precision; make it float32"),

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcil.data.dataset import Dataset, Split, digest_of
-from fedcil.dotted import load_dotted
-from fedcil.errors import FedcilError, ScenarioError, asked_to_end, described
+from fedcil.dotted import load_dotted, own_code
+from fedcil.errors import ScenarioError
 
 if TYPE_CHECKING:
     from fedcil.tables import DataSection
@@ -23,7 +23,9 @@ def load_own(section: DataSection, root: Path) -> Dataset:
 
     Raises ScenarioError that lists everything that is wrong.
     """
-    given = _called(section, root)
+    function = _find(section.name)
+    with own_code(section.name, "data.name", next="mend it; docs/data.md has an example"):
+        given = function(section, root)
     problems = list(_problems(given))
     if problems:
         raise ScenarioError(
@@ -36,23 +38,6 @@ def load_own(section: DataSection, root: Path) -> Dataset:
     digest = given.digest or digest_of(train, test)
     own: Dataset = replace(given, train=train, test=test, digest=digest)
     return own
-
-
-def _called(section: DataSection, root: Path) -> Any:
-    """An error inside a person's own function is theirs to mend, and says where; fedcil's errors are what they are."""
-    function = _find(section.name)
-    try:
-        return function(section, root)
-    except FedcilError:
-        raise
-    except (Exception, SystemExit) as error:
-        if asked_to_end(error):
-            raise
-        raise ScenarioError(
-            f"{section.name} raised {described(error)}",
-            where="data.name",
-            next="mend it; docs/data.md has an example",
-        ) from error
 
 
 def _find(target: str) -> Callable[..., Any]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from fedcil.errors import ScenarioError, described
+from fedcil.dotted import MEND, own_code
+from fedcil.errors import ScenarioError
 from fedcil.keys import CPU, Key, global_draws, rng_state
 from fedcil.models import Architecture
 from fedcil.models.network import Network, state_of
@@ -31,21 +32,17 @@ def try_out(architecture: Architecture, name: str) -> Manners:
     """ScenarioError if the backbone that ``model.name`` calls cannot be built, or gives no features (n, ``width``)."""
     if not architecture.own:
         return Manners()
-    try:
+    contract = (
+        "build(channels, section) -> fedcil.models.network.Backbone, which makes of images "
+        f"(n, {', '.join(map(str, architecture.image))}) features (n, width)"
+    )
+    with own_code(repr(name), "model.name", allowed=contract):
         network = architecture.build(1)
         problem = _problem(network, architecture.image)
-        if problem is None:
-            frozen = frozenset(key for key, each in network.named_parameters() if not each.requires_grad)
-            return Manners(_draws(network.train(), architecture.image), frozen)
-    except Exception as error:
-        problem = described(error)
-    raise ScenarioError(
-        f"{name!r}: {problem}",
-        where="model.name",
-        allowed="build(channels, section) -> fedcil.models.network.Backbone, which makes of images "
-        f"(n, {', '.join(map(str, architecture.image))}) features (n, width)",
-        next="mend it; an example is in docs/extending.md",
-    )
+        if problem:
+            raise ScenarioError(f"{name!r}: {problem}", where="model.name", allowed=contract, next=MEND)
+        frozen = frozenset(key for key, each in network.named_parameters() if not each.requires_grad)
+        return Manners(_draws(network.train(), architecture.image), frozen)
 
 
 def _problem(network: Network, image: tuple[int, ...]) -> str | None:
