@@ -41,9 +41,11 @@ def run(
     Raises ScenarioError, InputError, DataMissing, TooFewClients, or Stopped if ``stop`` is set; after the first round a
     checkpoint is always there.
     """
-    source = "" if isinstance(scenario, Scenario) else str(scenario) if isinstance(scenario, str | Path) else "scenario"
+    source = ""
     if isinstance(scenario, Scenario):
         scenario = scenario.to_dict()
+    else:
+        source = str(scenario) if isinstance(scenario, str | Path) else "scenario"
     scenario = load_scenario(scenario, overrides)
     root = Path(data_root) if data_root else None
     with located(source):

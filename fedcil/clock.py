@@ -64,17 +64,12 @@ def _drawn(section: ClockSection, clients: int, key: Key) -> Devices:
         shares, *columns = np.array(section.tiers, dtype=np.float64).T
         tier = np.searchsorted(np.cumsum(shares) / shares.sum(), key.at("tier").numpy().random(clients), side="right")
         return Devices(*(column[tier] for column in columns))
-
-    def spread(name: str, median: float | None, sigma: float) -> Floats:
-        values: Floats = (median or 0.0) * np.exp(sigma * key.at(name).numpy().standard_normal(clients))
-        return values
-
-    network = key.at("network").numpy().standard_normal(clients)  # who receives slowly sends slowly too
-    factor = np.exp(section.network_sigma * network)
+    speed = np.exp(section.speed_sigma * key.at("speed").numpy().standard_normal(clients))
+    network = np.exp(section.network_sigma * key.at("network").numpy().standard_normal(clients))
     return Devices(
-        speed=spread("speed", section.samples_per_s, section.speed_sigma),
-        down=(section.down_bytes_per_s or 0.0) * factor,
-        up=(section.up_bytes_per_s or 0.0) * factor,
+        speed=(section.samples_per_s or 0.0) * speed,
+        down=(section.down_bytes_per_s or 0.0) * network,  # who receives slowly sends slowly too
+        up=(section.up_bytes_per_s or 0.0) * network,
     )
 
 

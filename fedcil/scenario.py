@@ -75,8 +75,6 @@ class Scenario(Section):
             raise ValueError("engine.processes = true and server.deadline_s: only threads give up at a deadline")
         if self.engine.gpus_per_worker and self.device == "cpu":
             raise ValueError("engine.gpus_per_worker needs device = 'cuda' or 'auto'")
-        if self.data.name == "super_imagenet" and self.data.mapping is None:
-            raise ValueError("data.mapping is needed for super_imagenet: a file of super-classes (docs/data.md)")
         return self
 
     def _refuse_small_population(self) -> None:
@@ -133,6 +131,7 @@ class Scenario(Section):
 
 
 def _without_none(value: Any) -> Any:
+    """Of tables that a person's own options hold, too, where pydantic's ``exclude_none`` leaves it."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return value

@@ -74,6 +74,12 @@ class DataSection(Section):
         20, description="synthetic: test images of each class"
     )
 
+    @model_validator(mode="after")
+    def _mapping_is_there(self) -> Self:
+        if self.name == "super_imagenet" and self.mapping is None:
+            raise ValueError("super_imagenet needs data.mapping, a file of super-classes (docs/data.md)")
+        return self
+
 
 class StreamSection(Section):
     """``[stream]``: how classes arrive."""

@@ -136,7 +136,7 @@ class Expected:
     run: str
     place: list[int]
     samples: Mapping[int, int]  # by client: what the server knows that it has
-    spec: Spec | None  # None: this phase sends no tensors
+    spec: Spec  # empty: this phase sends no tensors
     limit: int
     weights: Mapping[int, float] = field(default_factory=dict)  # by client, where the server knows what it must be
     start: Tensors = field(default_factory=dict)  # the model that was sent: updates are measured from it
@@ -158,7 +158,7 @@ def admit(packet: bytes, client: int, expected: Expected) -> Answer:
     if "failure" in header:
         return Answer(_failure(client, header["failure"]))
     report = _report(client, header.get("report"), tensors, expected)
-    if expected.spec is None:
+    if not expected.spec:
         if tensors:
             raise MessageRefused("tensors where none belong")
         return Answer(report)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context
@@ -82,14 +81,3 @@ def serve(grid: Grid, experiment: Experiment, folder: RunFolder, state: RunState
         print(f"run folder: {finish(folder).path}")
     finally:
         folder.close()
-
-
-def server_app(run: Callable[[Grid], None]) -> ServerApp:
-    """A ServerApp that calls ``run`` with its grid: for a simulation in this process."""
-    inside = ServerApp()
-
-    @inside.main()
-    def main_of_simulation(grid: Grid, _: Context) -> None:
-        run(grid)
-
-    return inside

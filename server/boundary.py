@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from fedcil.errors import RunFailed
@@ -13,22 +13,18 @@ from fedcil.methods.base import Notice, Progress
 from fedcil.models.network import grow_head
 from fedcil.state import ServerState
 from fedcil.stream import Task
-from server.method_calls import crossed, not_finite
+from server.method_calls import at_boundary, not_finite
 
 
-@dataclass(frozen=True, slots=True)
-class Crossed:
-    """The state for the next task, and what the record says of the boundary."""
+def cross(
+    state: ServerState, task: Task, experiment: Experiment, progress: Progress
+) -> tuple[ServerState, dict[str, Any]]:
+    """The state for the next task, and what the record says of the boundary.
 
-    state: ServerState
-    line: dict[str, Any]
-
-
-def cross(state: ServerState, task: Task, experiment: Experiment, progress: Progress) -> Crossed:
-    """Sees model and memory, never data. The method works on the head as it is; it grows afterwards, on the
+    Sees model and memory, never data. The method works on the head as it is; it grows afterwards, on the
     server, so that all clients of the next task start from the same new rows. RunFailed if what was made is not finite.
     """
-    made = crossed(experiment, state, task, progress)
+    made = at_boundary(experiment, state, task, progress)
     refuse_diverged(made.state, state, task)
     after = experiment.stream.tasks[task.index + 1]
     key = experiment.key.at("boundary", task.index, "head")
@@ -42,7 +38,7 @@ def cross(state: ServerState, task: Task, experiment: Experiment, progress: Prog
     }
     refuse_unrecordable(made.log, line)
     line |= made.log
-    return Crossed(replace(made.state, model=model), line)
+    return replace(made.state, model=model), line
 
 
 def in_words(notice: Notice, names: list[str]) -> str:

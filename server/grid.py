@@ -170,7 +170,7 @@ class GridPort:
             run=self._run,
             place=place_of(broadcast),
             samples={job.client: int(counts[job.client]) for job in request.jobs},
-            spec=spec_of(sent) or None,
+            spec=spec_of(sent),
             limit=count_bytes(sent) + ANSWER_OVERHEAD,
             weights=known_weights(experiment, task, phase, request.jobs),
             start=moved(broadcast.tensors, torch.device("cpu")),  # as answers come

@@ -46,7 +46,7 @@ def reduced(experiment: Experiment, state: ServerState, phase: Phase, total: Tot
     return made
 
 
-def crossed(experiment: Experiment, state: ServerState, task: Task, progress: Progress) -> Boundary:
+def at_boundary(experiment: Experiment, state: ServerState, task: Task, progress: Progress) -> Boundary:
     """What the end of a task made. RunFailed for a state that is not of the same form."""
     key = experiment.key.at("boundary", task.index)
     with calling("boundary", experiment):

@@ -159,9 +159,8 @@ def end_task(session: Session, state: RunState, task: Task) -> RunState:
     lines, server = [line], state.server
     if not experiment.stream.last(task):
         stopwatch = Stopwatch()
-        crossed = boundary.cross(server, task, experiment, session.progress)
-        server = crossed.state
-        lines.append(crossed.line | {"cost": stopwatch.read()})
+        server, crossed = boundary.cross(server, task, experiment, session.progress)
+        lines.append(crossed | {"cost": stopwatch.read()})
         session.show(lines[-1])
     for line in lines:
         session.folder.append(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedcil.data.augment import DEGREES, PAD, make_batch
-from fedcil.errors import ScenarioError
+from fedcil.data.augment import AUGMENT, DEGREES, PAD, make_batch
 from fedcil.keys import Key
+from fedcil.tables import DataSection
 
 KEY = Key(1)
 MODES = ("none", "flip", "crop_flip", "rotate_flip")
@@ -156,10 +157,8 @@ def test_bank_and_arguments_stay_as_they_are(mode: str) -> None:
     assert all(torch.equal(*pair) for pair in zip((bank, index, mean, std), copies, strict=True))
 
 
-def test_unknown_mode_is_named() -> None:
-    with pytest.raises(ScenarioError, match="mirror") as error:
-        batch(bank_of(2, 4, 4, 1), torch.arange(2), "mirror")
-    assert "rotate_flip" in error.value.allowed
+def test_a_scenario_can_ask_for_every_mode_and_no_other() -> None:
+    assert get_args(DataSection.model_fields["augment"].annotation) == tuple(AUGMENT) == MODES
 
 
 @pytest.mark.gpu

@@ -343,7 +343,7 @@ def test_a_tail_reads_whole_new_lines_and_follows_a_file_that_was_cut_back(tmp_p
 def test_a_tail_that_begins_behind_half_a_line_waits_for_a_whole_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"a": 1}\n{"a": 2')
-    tail = Tail(path, from_end=True)
+    tail = Tail(path)
     assert list(tail.read()) == list(tail.read()) == []
     path.write_text('{"a": 1}\n')  # what a resume does first
     assert list(tail.read()) == []

@@ -173,7 +173,7 @@ def test_an_answer_is_admitted() -> None:
 def test_a_report_without_tensors_and_a_failure_are_admitted() -> None:
     report = Report(client=3, samples=12, state="a" * 32, state_bytes=8)
     packed = pack_answer(Answer(report), "run-1", PLACE)
-    assert admit(packed, 3, replace(EXPECTED, spec=None)) == Answer(report)
+    assert admit(packed, 3, replace(EXPECTED, spec={})) == Answer(report)
     failure = Failure(3, "training", "the loss is not finite")
     assert admit(pack_answer(Answer(failure), "run-1", PLACE), 3, EXPECTED) == Answer(failure)
 
@@ -286,7 +286,7 @@ def test_tensors_of_another_form_are_refused(tensors: dict[str, Tensor], words: 
 
 
 def test_tensors_where_none_belong_are_refused() -> None:
-    assert "where none belong" in str(refused(packet(HEADER), replace(EXPECTED, spec=None)))
+    assert "where none belong" in str(refused(packet(HEADER), replace(EXPECTED, spec={})))
 
 
 def test_an_answer_for_another_job_of_the_same_round_is_refused() -> None:

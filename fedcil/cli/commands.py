@@ -93,7 +93,7 @@ def one_of_several(
     data_root: DataRoot = None,
     output: Output = RUNS,
     figures: Figures = True,
-    json: Json = False,
+    json: Json = True,
 ) -> None:
     """One of the runs of `run --jobs`, which stops when its stdin is closed."""
     with to_stderr(), stoppable(None) as stop:
@@ -265,16 +265,11 @@ def _list_kind(kind: str, output: Path) -> list[str]:
     from fedcil.scenario_file import shipped_scenarios
     from fedcil.tables import DATASETS, MODELS
 
-    match kind:
-        case "methods":
-            return list(METHODS)
-        case "datasets":
-            return list(DATASETS)
-        case "models":
-            return list(MODELS)
-        case "scenarios":
-            return shipped_scenarios()
-    return [str(path.parent) for path in sorted(output.glob("*/scenario.toml"))]
+    if kind == "runs":
+        return [str(path.parent) for path in sorted(output.glob("*/scenario.toml"))]
+    if kind == "scenarios":
+        return shipped_scenarios()
+    return list({"methods": METHODS, "datasets": DATASETS, "models": MODELS}[kind])
 
 
 def _state(run: Run) -> str:

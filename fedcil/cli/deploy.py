@@ -165,7 +165,7 @@ def conclude(
     from fedcil.record.run import Run
     from fedcil.record.tail import Tail
 
-    tail = Tail(folder / METRICS, from_end=True)
+    tail = Tail(folder / METRICS)
     try:
         with stoppable(max_seconds) as stop, display(quiet=json) as watcher:
 

@@ -12,8 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from fedcil.metrics import pooled_accuracy
 
-CLIENT = "client"
-BOUNDARY = "boundary"
 MOST_FAILURES = 5  # of a round that are told one by one
 
 
@@ -26,12 +24,12 @@ class Display:
         self.bar: tuple[str, TaskID] | None = None
 
     def client_done(self, client: int) -> None:
-        self._advance(CLIENT, "clients", None, f"client {client} answered")
+        self._advance("clients", None, f"client {client} answered")
 
     def boundary_step(self, step: int, steps: int, terms: Mapping[str, float]) -> None:
         del step  # the bar counts by itself
         shown = "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
-        self._advance(BOUNDARY, "boundary", steps, shown)
+        self._advance("boundary", steps, shown)
 
     def recorded(self, line: Mapping[str, Any]) -> None:
         self._drop_bar()
@@ -44,12 +42,12 @@ class Display:
     def warn(self, message: Warning | str) -> None:
         self.console.print(f"{self.before}warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
-    def _advance(self, kind: str, title: str, total: int | None, note: str) -> None:
+    def _advance(self, title: str, total: int | None, note: str) -> None:
         if self.quiet or self.bars.disable:
             return
-        if self.bar is None or self.bar[0] != kind:
+        if self.bar is None or self.bar[0] != title:
             self._drop_bar()
-            self.bar = (kind, self.bars.add_task(title, total=total, note=""))
+            self.bar = (title, self.bars.add_task(title, total=total, note=""))
         self.bars.advance(self.bar[1])
         if note:
             self.bars.update(self.bar[1], note=note)

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["LOADERS", "Dataset", "Split", "default_root", "digest_of", "load_dataset"]
 
-# Each is called as loader(section, root, show_progress) and gives the full set.
+# Modules whose load(section, root, show_progress) gives the full set.
 LOADERS = {
-    "digits": "fedcil.data.digits:load",
-    "mnist": "fedcil.data.mnist:load",
-    "fashion_mnist": "fedcil.data.mnist:load",
-    "cifar10": "fedcil.data.cifar:load",
-    "cifar100": "fedcil.data.cifar:load",
-    "cifar100_coarse": "fedcil.data.cifar:load",
-    "tiny_imagenet": "fedcil.data.tiny_imagenet:load",
-    "super_imagenet": "fedcil.data.super_imagenet:load",
-    "folder": "fedcil.data.folders:load",
-    "synthetic": "fedcil.data.synthetic:load",
+    "digits": "fedcil.data.digits",
+    "mnist": "fedcil.data.mnist",
+    "fashion_mnist": "fedcil.data.mnist",
+    "cifar10": "fedcil.data.cifar",
+    "cifar100": "fedcil.data.cifar",
+    "cifar100_coarse": "fedcil.data.cifar",
+    "tiny_imagenet": "fedcil.data.tiny_imagenet",
+    "super_imagenet": "fedcil.data.super_imagenet",
+    "folder": "fedcil.data.folders",
+    "synthetic": "fedcil.data.synthetic",
 }
 ROOTLESS = ("digits", "synthetic")  # look for no file below the data root, so that none need be there
 
@@ -64,8 +64,7 @@ def _load(section: DataSection, root: Path | None, show_progress: bool) -> Datas
         from fedcil.data.own import load_own
 
         return load_own(section, place)
-    module, _, function = LOADERS[section.name].partition(":")
-    load = getattr(import_module(module), function)
+    loader = import_module(LOADERS[section.name])
     with reading_data(str(place)):
-        loaded: Dataset = load(section, place, show_progress)
+        loaded: Dataset = loader.load(section, place, show_progress)
     return loaded

@@ -10,40 +10,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedcil.errors import ScenarioError
-
 PAD = 4  # pixels around the image that a random crop may reach
 DEGREES = 20.0  # a rotation is drawn uniformly from -DEGREES .. DEGREES
 
 
 def make_batch(bank: Tensor, index: Tensor, mode: str, generator: torch.Generator, mean: Tensor, std: Tensor) -> Tensor:
-    """Images ``index`` of ``bank``, augmented and normalised.
+    """Images ``index`` of ``bank``, augmented as AUGMENT[``mode``] does and normalised.
 
     ``bank`` (N, height, width, channels) uint8, on any device; ``index`` (n,) int64; ``generator`` on the
     CPU; ``mean`` and ``std`` (channels,), of pixels in [0, 1]. Returns (n, channels, height, width) float32
     on the bank's device, in channels_last strides.
-
-    ``mode``: "none"; "flip" (left-right, one in two); "crop_flip" (4 zero pixels around, then a crop of the
-    old size, then flip); "rotate_flip" (-20 .. 20 degrees about the centre, nearest pixel, zeros outside,
-    then flip). Zeros are black pixels: they are put in before normalisation.
     """
     images = bank.index_select(0, index.to(bank.device, non_blocking=True))
-    match mode:
-        case "none":
-            picked = images
-        case "flip":
-            picked = _flip(images, generator)
-        case "crop_flip":
-            picked = _crop_flip(images, generator)
-        case "rotate_flip":
-            picked = _rotate_flip(images, generator)
-        case _:
-            allowed = "none, flip, crop_flip, rotate_flip"
-            raise ScenarioError(f"unknown augmentation {mode!r}", where="data.augment", allowed=allowed)
-    return normalise(picked, mean.to(bank.device), std.to(bank.device))
+    return normalise(AUGMENT[mode](images, generator), mean.to(bank.device), std.to(bank.device))
+
+
+def _as_they_are(images: Tensor, _: torch.Generator) -> Tensor:
+    return images
 
 
 def _flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Left-right, one in two."""
     count, height, width, _ = images.shape
     flips = _draw_flips(count, generator).to(images.device, non_blocking=True)
     rows = torch.arange(height, device=images.device)
@@ -51,6 +38,7 @@ def _flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """PAD pixels around, then a crop of the old size, then a flip. What is put in is black, 0 before normalisation."""
     count, height, width, _ = images.shape
     corners = torch.randint(0, 2 * PAD + 1, (2, count, 1), generator=generator).to(images.device, non_blocking=True)
     flips = _draw_flips(count, generator).to(images.device, non_blocking=True)
@@ -60,7 +48,7 @@ def _crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _rotate_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Counter-clockwise by the drawn angle, in coordinates whose origin is the centre of the image."""
+    """Counter-clockwise by up to DEGREES either way about the centre, nearest pixel, black outside, then a flip."""
     count, height, width, _ = images.shape
     angles = (torch.rand(count, 1, 1, generator=generator) * 2 - 1) * torch.pi * DEGREES / 180
     flips = _draw_flips(count, generator).to(images.device, non_blocking=True)
@@ -71,6 +59,9 @@ def _rotate_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     rows = _nearest(sine * x, cosine * y, height)
     columns = _nearest(cosine * x, -sine * y, width)
     return _gather(images, 1, rows, columns)
+
+
+AUGMENT = {"none": _as_they_are, "flip": _flip, "crop_flip": _crop_flip, "rotate_flip": _rotate_flip}
 
 
 def _draw_flips(count: int, generator: torch.Generator) -> Tensor:

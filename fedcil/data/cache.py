@@ -24,7 +24,6 @@ from filelock import FileLock
 from fedcil.data.dataset import (
     Bytes,
     Dataset,
-    Hasher,
     Labels,
     Shape,
     Split,
@@ -179,7 +178,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write_split(scratch: Path, split: str, blocks: Blocks, hasher: Hasher) -> None:
+def _write_split(scratch: Path, split: str, blocks: Blocks, hasher: blake2b) -> None:
     with (scratch / f"{split}-images.npy").open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": tuple(int(side) for side in blocks.shape)}
         np.lib.format.write_array_header_1_0(file, header)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,14 +50,7 @@ class Dataset:
     notes: tuple[str, ...] = ()  # what a person should know, for instance classes with too few images
 
 
-class Hasher(Protocol):
-    """The part of a hashlib object that is used here."""
-
-    def update(self, data: bytes | memoryview, /) -> None: ...
-    def hexdigest(self) -> str: ...
-
-
-def new_hasher() -> Hasher:
+def new_hasher() -> blake2b:
     """The hash behind every digest of data."""
     return blake2b(digest_size=16)
 
@@ -71,7 +63,7 @@ def digest_of(train: Split, test: Split) -> str:
     return hasher.hexdigest()
 
 
-def hash_split(hasher: Hasher, shape: tuple[int, ...], blocks: Iterable[Bytes], labels: Labels) -> None:
+def hash_split(hasher: blake2b, shape: tuple[int, ...], blocks: Iterable[Bytes], labels: Labels) -> None:
     """Add one split to ``hasher``; how its images are cut into ``blocks`` makes no difference."""
     hasher.update(repr(tuple(int(side) for side in shape)).encode())
     for block in blocks:

@@ -18,8 +18,7 @@ from fedcil.errors import InputError
 if TYPE_CHECKING:
     from fedcil.tables import DataSection
 
-PREFIXES = {"train": "train", "test": "t10k"}
-FILES = tuple(f"{prefix}-{part}-ubyte" for prefix in PREFIXES.values() for part in ("images-idx3", "labels-idx1"))
+FILES = tuple(f"{split}-{part}-ubyte" for split in ("train", "t10k") for part in ("images-idx3", "labels-idx1"))
 
 
 @dataclass(frozen=True, slots=True)

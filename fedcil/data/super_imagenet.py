@@ -16,7 +16,7 @@ from fedcil.data.cache import Blocks, Draft, cached, fingerprint
 from fedcil.data.dataset import Dataset
 from fedcil.data.places import expanded, missing
 from fedcil.data.trees import Frame, decoded, images_in
-from fedcil.errors import InputError, ScenarioError
+from fedcil.errors import InputError
 from fedcil.keys import Key
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def load(section: DataSection, root: Path, show_progress: bool) -> Dataset:
     The shorter side is scaled to 8/7 of the size and the middle is cut out, in both splits (256 and 224: the
     authors' test transform).
     """
-    path, version = _mapping_file(section), VERSIONS[section.version]
+    assert section.mapping is not None  # the table has seen to it
+    path, version = expanded(section.mapping, "data.mapping"), VERSIONS[section.version]
     size = section.image_size or SIZE
     chosen = _of_version(read_mapping(path), version, path)
     folder = _find(root)
@@ -65,13 +66,6 @@ def load(section: DataSection, root: Path, show_progress: bool) -> Dataset:
     source = fingerprint(folders, mapping, version, size)
     label = section.name if show_progress else None
     return cached(section.name, source, lambda: _draft(folder, chosen, version, size, label))
-
-
-def _mapping_file(section: DataSection) -> Path:
-    if section.mapping is None:
-        allowed = f"a JSON or YAML file: {FORM}"
-        raise ScenarioError("super_imagenet needs a mapping file", where="data.mapping", allowed=allowed)
-    return expanded(section.mapping, "data.mapping")
 
 
 def _find(root: Path) -> Path:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +17,9 @@ from fedcil.data.cache import Blocks
 from fedcil.data.dataset import Bytes
 from fedcil.data.progress import counted
 from fedcil.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg")  # in either case
 IMAGES_AT_ONCE = 256
@@ -65,11 +70,8 @@ def decode(path: Path, frame: Frame | None) -> Bytes:
     """(height, width, 3) uint8; grey and palette images become RGB. Raises InputError naming the file."""
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            pixels = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _undecodable(path, error) from None
+    with _opened(path) as image:
+        pixels = image.convert("RGB")
     if frame is not None:
         pixels = pixels.resize(_scaled(pixels.size, frame), Image.Resampling.BILINEAR)
         left, top = (round((side - frame.size) / 2) for side in pixels.size)
@@ -85,20 +87,22 @@ def _scaled(size: tuple[int, int], frame: Frame) -> tuple[int, int]:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """(height, width) from the file's header."""
+    """(height, width) from the file's header. Raises InputError naming the file."""
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return image.height, image.width
+            yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _undecodable(path, error) from None
-
-
-def _undecodable(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"cannot be read as an image: {error}",
-        where=str(path),
-        allowed=", ".join(SUFFIXES),
-        next="replace or remove the file",
-    )
+        raise InputError(
+            f"cannot be read as an image: {error}",
+            where=str(path),
+            allowed=", ".join(SUFFIXES),
+            next="replace or remove the file",
+        ) from None

@@ -40,8 +40,8 @@ class Control:
     ca: Path
     home: Path
 
-    def healthy(self, timeout_s: float = 3.0) -> bool:
-        return healthy(f"https://{self.address}/health", self.ca, timeout_s)
+    def healthy(self) -> bool:
+        return healthy(f"https://{self.address}/health", self.ca)
 
     def submit(self, config: Mapping[str, str | int]) -> str:
         """Start the app; returns Flower's id of the run."""

@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 
 LOOPBACK = "127.0.0.1"
 LOCAL_NAMES = (LOOPBACK, "localhost")  # of this machine
+ANSWER_S = 3.0
 
 
-def healthy(url: str, ca: Path | None = None, timeout_s: float = 3.0) -> bool:
+def healthy(url: str, ca: Path | None = None) -> bool:
     """``https://host:port/health`` (trusted by ``ca``), ``http://...``, or ``tcp://host:port``: somebody listens.
     What is on this machine is not asked through a proxy.
     """
@@ -28,9 +29,9 @@ def healthy(url: str, ca: Path | None = None, timeout_s: float = 3.0) -> bool:
         handlers.append(urllib.request.ProxyHandler({}))
     try:
         if parts.scheme == "tcp":
-            socket.create_connection((parts.hostname, parts.port), timeout_s).close()
+            socket.create_connection((parts.hostname, parts.port), ANSWER_S).close()
             return True
-        with urllib.request.build_opener(*handlers).open(url, timeout=timeout_s) as answer:
+        with urllib.request.build_opener(*handlers).open(url, timeout=ANSWER_S) as answer:
             return bool(answer.status == 200)
     except (OSError, HTTPException):  # the second: somebody else listens there
         return False

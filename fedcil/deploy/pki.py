@@ -35,6 +35,17 @@ PLAIN = serialization.NoEncryption()
 SECRET_BYTES = 32
 RENEW_AT = 0.2  # of a certificate's life that is left
 MOST_DAYS = 36_500.0  # the authority's holds ten times as long, and no calendar goes beyond the year 9999
+SIGNS_CERTIFICATES = x509.KeyUsage(
+    digital_signature=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    encipher_only=False,
+    decipher_only=False,
+)
 T = TypeVar("T")
 
 
@@ -119,7 +130,7 @@ def _authority(pki: Pki, days: float) -> _Authority:
     builder = (
         _builder(name, name, key.public_key(), 10 * days)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(sign_certificates=True), critical=True)
+        .add_extension(SIGNS_CERTIFICATES, critical=True)
     )
     authority = _Authority(builder.sign(key, hashes.SHA384()), key)
     _write_key(pki.ca_key, key)
@@ -174,20 +185,6 @@ def _builder(
         .not_valid_before(min(now, end) - timedelta(minutes=5))  # clocks differ a little
         .not_valid_after(end)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
-
-
-def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not sign_certificates,
-        key_cert_sign=sign_certificates,
-        crl_sign=sign_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
     )
 
 

@@ -22,7 +22,6 @@ from fedcil.record.run import Run
 POLL_S = 0.5
 LOOK_S = 2.0  # between two looks at the run
 QUIET_S = 15.0  # a run that wrote nothing for so long is asked about
-RUNNING = "running"
 MOST_ATTEMPTS = 5  # without a new line in metrics.jsonl in between
 FINISHED = "finished"
 COMPLETED = "finished:completed"
@@ -63,33 +62,33 @@ class Supervisor:
                 self._stop_attempt()
                 raise Stopped(stop.exit_code[0])
             if time.monotonic() >= next_look:
-                if self._look() == COMPLETED:
+                if self._completed():
                     progress()
                     return self._finished()
                 next_look = time.monotonic() + LOOK_S
             time.sleep(POLL_S)
 
-    def _look(self) -> str | None:
-        """Flower's status of the run; a run that is not going on is submitted."""
+    def _completed(self) -> bool:
+        """Whether Flower says so; a run that is not going on is submitted."""
         if not self._control.healthy():
             self._lose()
-            return None
+            return False
         if self._attempt and not self._attempt.lost and self._growing():
-            return RUNNING  # asking Flower costs a process; what is written says the same
+            return False  # asking Flower costs a process; what is written says the same
         try:
             status = self._control.status(self._attempt.run) if self._attempt else None
             going_on = status not in (None, UNKNOWN) and not str(status).startswith(FINISHED)
-            if status == COMPLETED or (going_on and self._attempt and not self._attempt.lost):
-                return status
-            self._refuse_problem()
-            self._submit(status, going_on)
-            return status
+            if status == COMPLETED:
+                return True
+            if not (going_on and self._attempt and not self._attempt.lost):
+                self._refuse_problem()
+                self._submit(status, going_on)
         except ControlFailed as error:
             self._lose(error.what)
             if self._attempt is None and error.what != self._refused:
                 self._say(f"the run cannot be submitted ({error.what}); trying again")
                 self._refused = error.what
-            return None
+        return False
 
     def _growing(self) -> bool:
         """Whether the run wrote something lately, and is not at its end."""

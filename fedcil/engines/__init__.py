@@ -1,7 +1,7 @@
 """Engines: each joins one server loop to clients somewhere, and ends what it started.
 
-An engine is a function ``serve(setting, loop)`` that opens a port, hands it to ``loop`` and returns what
-``loop`` returned. The table is explicit; nothing is imported until a scenario names it.
+An engine is a function ``serve(setting, loop)`` that opens a port and hands it to ``loop``. The table is explicit;
+nothing is imported until a scenario names it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
 
 from fedcil.allocator import keep_freed_memory
 from fedcil.errors import ScenarioError
@@ -19,8 +18,6 @@ from fedcil.experiment import Experiment
 from fedcil.port import Port, StopSignal
 
 ENGINES = {"inline": "fedcil.engines.inline", "ray": "fedcil.engines.ray", "flower": "fedcil.engines.flower"}
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +30,10 @@ class Setting:
     stop: StopSignal
 
 
-def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
+def serve(setting: Setting, loop: Callable[[Port], None]) -> None:
     """Run ``loop`` over the engine that the scenario names."""
     keep_freed_memory()
-    result: T = load_engine(setting.experiment.scenario.engine.name).serve(setting, loop)
-    return result
+    load_engine(setting.experiment.scenario.engine.name).serve(setting, loop)
 
 
 def load_engine(name: str) -> ModuleType:

@@ -12,11 +12,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 import flwr.simulation
 import psutil
-from flwr.serverapp import Grid
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
 
 from client import app as client_app
 from fedcil.data.places import ROOT_VARIABLE
@@ -24,31 +24,29 @@ from fedcil.engines import Setting, ray_head
 from fedcil.engines.ray_cluster import cluster, share_of_worker
 from fedcil.engines.workers import worker_count
 from fedcil.port import Port
-from server.app import server_app
 from server.grid import GridPort
 
-T = TypeVar("T")
 END_S = 10.0  # how long clients may take to end when the run is over: Flower would wait for one that hangs without end
 MOST_NODES = 100  # more clients than this share nodes
 
 
-def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
+def serve(setting: Setting, loop: Callable[[Port], None]) -> None:
     scenario = setting.experiment.scenario
     nodes = min(scenario.clients.count, MOST_NODES)
-    results: list[T] = []
     problems: list[BaseException] = []
     over = threading.Event()
     last = threading.Thread(target=end_clients, args=(over,), name="last clients", daemon=True)
 
-    def inside(grid: Grid) -> None:
-        """Flower would wrap what is raised here."""
+    def main(grid: Grid, _: Context) -> None:
         try:
-            results.append(loop(GridPort(grid, setting.experiment, setting.states.parent.name, setting.stop)))
-        except BaseException as problem:
+            loop(GridPort(grid, setting.experiment, setting.states.parent.name, setting.stop))
+        except BaseException as problem:  # Flower would wrap it
             problems.append(problem)
         finally:
             last.start()
 
+    server = ServerApp()
+    server.main()(main)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     workers = worker_count(setting.experiment)
     share = share_of_worker(setting.experiment, workers)
@@ -57,7 +55,7 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     with told(setting), cluster(setting.stop, scenario.engine.address, workers, least, share):
         try:
             flwr.simulation.run_simulation(
-                server_app(inside),
+                server,
                 client_app.app,
                 num_supernodes=nodes,
                 backend_config={"client_resources": resources},
@@ -70,7 +68,6 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
             over.set()
     if problems:
         raise problems[0]
-    return results[0]
 
 
 def end_clients(over: threading.Event) -> None:

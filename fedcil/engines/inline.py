@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 from client.handle import handle
 from client.states import StateStore
@@ -32,7 +32,6 @@ from fedcil.port import ClientDone, Port, StopSignal, remaining
 from fedcil.tensors import count_bytes
 from fedcil.threads import Threads
 
-T = TypeVar("T")
 LEAST_RUN_S = 2e-3  # seconds of work that are worth waking a thread
 PAY_AFTER_S = 10.0  # seconds of clients' work: then a run is long enough for the 2 that it takes to start processes
 START_S = 60.0  # how long to wait for processes that were asked for
@@ -41,10 +40,10 @@ GIVE_UP_S = 2.0  # how long a client may take to its next step, where it sees th
 SWITCH_S = 1e-3  # how long a thread may keep Python's lock while another waits: a twentieth less for small networks
 
 
-def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
+def serve(setting: Setting, loop: Callable[[Port], None]) -> None:
     port = InlinePort(setting)
     try:
-        return loop(port)
+        loop(port)
     finally:
         port.close()
 

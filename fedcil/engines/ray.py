@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
@@ -29,7 +29,6 @@ from fedcil.gather import Gathered, cut
 from fedcil.messages import Job, Outcome, Payload, Request
 from fedcil.port import ClientDone, Port, remaining
 
-T = TypeVar("T")
 ATTEMPTS = 3  # how often a client is tried when workers die under it
 LOOK_S = 0.2  # how long to wait before looking at the stop signal again
 START_S = 120.0  # how long to wait for the first worker: a full cluster may have no room for one
@@ -38,7 +37,7 @@ LEAST_PIECE_S = 0.05  # seconds of work that are worth a request of their own
 LEAST_SHARED_S = 0.01  # seconds of a round's work that are worth a second worker
 
 
-def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
+def serve(setting: Setting, loop: Callable[[Port], None]) -> None:
     """Attach to ``engine.address`` or start Ray here; what was started is ended."""
     engine = setting.experiment.scenario.engine
     workers = worker_count(setting.experiment)
@@ -49,7 +48,7 @@ def serve(setting: Setting, loop: Callable[[Port], T]) -> T:
     with cluster(setting.stop, engine.address, workers, least, share, memory):
         port = RayPort(setting, Crew(setting, share))
         try:
-            return loop(port)
+            loop(port)
         except RayError:
             time.sleep(2 * ray_head.LOOK_S)  # whatever Ray says after its head has died, that is the reason
             setting.stop.check()

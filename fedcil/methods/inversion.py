@@ -7,7 +7,7 @@ image prior. The classifier is in eval mode throughout; nothing in it changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -180,7 +180,3 @@ def generator_loss(classifier: Network, images: Tensor, weights: Weights) -> tup
     values = {name: term() for name, (weight, term) in terms.items() if weight > 0}
     total = sum((terms[name][0] * value for name, value in values.items()), start=zero)
     return total, values
-
-
-def to_floats(terms: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: float(value.detach()) for name, value in terms.items()}

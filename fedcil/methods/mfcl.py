@@ -31,7 +31,7 @@ from fedcil.keys import Key
 from fedcil.messages import Payload
 from fedcil.methods.adam import Adam
 from fedcil.methods.base import Batch, Boundary, Draws, Method, Notice, Prepared, Progress, part, prefixed
-from fedcil.methods.inversion import Weights, generator_loss, running_norms, to_floats
+from fedcil.methods.inversion import Weights, generator_loss, running_norms
 from fedcil.methods.replay import Replay, draw_pool, drawn
 from fedcil.methods.settings import ExtraImages, MethodSettings
 from fedcil.models import Architecture
@@ -270,7 +270,8 @@ class MFCL(MethodSettings):
         for step in range(self.steps):
             latents.normal_(generator=key.at("latents", step).torch(device))
             advance()
-            shown = to_floats(terms) if step % every == 0 or step == self.steps - 1 else {}
+            told = step % every == 0 or step == self.steps - 1
+            shown = {name: float(value.detach()) for name, value in terms.items()} if told else {}
             for name, value in shown.items():
                 log.setdefault(name, []).append(value)
             progress(step + 1, self.steps, shown)

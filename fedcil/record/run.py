@@ -75,12 +75,6 @@ class Run:
         """Versions of the packages that the run was begun with."""
         return dict(self.environment.get("versions", {}))
 
-    @property
-    def revision(self) -> str | None:
-        """The commit of the checkout that it was begun with, if that was one."""
-        found: str | None = self.environment.get("revision")
-        return found
-
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What decided the run's result: scenario by key, data digest, numeric configuration; nothing if the folder

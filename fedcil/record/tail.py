@@ -9,11 +9,13 @@ from typing import Any
 
 
 class Tail:
-    """Whole new lines, in order. What a resume has rewritten since is read from the next whole line on."""
+    """Whole lines that come from now on, in order. What a resume has rewritten since is read from the next whole line
+    on.
+    """
 
-    def __init__(self, path: Path, *, from_end: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._offset = path.stat().st_size if from_end and path.exists() else 0
+        self._offset = path.stat().st_size if path.exists() else 0
 
     def read(self) -> Iterator[dict[str, Any]]:
         if not self._path.exists():
