@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedcil.errors import FedcilError, RunFailed, Stopped, asked_to_end, described
-from fedcil.messages import MOST_WORDS, UNEXPECTED, Failure, Job
+from fedcil.messages import MOST_CHARACTERS, UNEXPECTED, Failure, Job
 
 
 class ClientProblem(FedcilError):
@@ -37,5 +37,5 @@ def failure(job: Job, error: BaseException) -> Failure:
             next="`fedcil resume RUN` goes on in a new one; CUDA_LAUNCH_BLOCKING=1 in its environment shows the line",
         ) from error
     if isinstance(error, ClientProblem):
-        return Failure(job.client, error.where, error.what[:MOST_WORDS])
-    return Failure(job.client, UNEXPECTED, described(error)[:MOST_WORDS])
+        return Failure(job.client, error.where, error.what[:MOST_CHARACTERS])
+    return Failure(job.client, UNEXPECTED, described(error)[:MOST_CHARACTERS])

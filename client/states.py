@@ -24,6 +24,7 @@ class StateStore:
         return name
 
     def load(self, name: str) -> Tensors:
+        """RunFailed if it is not there, or not what its name says."""
         path = named_path(self.folder, name)
         if not path.exists():
             raise RunFailed(f"client state {name} is not there", where=str(path))

@@ -121,6 +121,7 @@ class Misfit(RunFailed):
 
 
 def misfit(what: str) -> Misfit:
+    """The error for contributions of different forms."""
     return Misfit(
         f"contributions that cannot be summed: {what}",
         where="method",

@@ -33,6 +33,7 @@ class Hello:
 
 
 def pack_hello(hello: Hello) -> bytes:
+    """A packet for ``unpack_hello``."""
     samples = {str(client): list(counts) for client, counts in hello.samples.items()}
     about = {"data": hello.data, "precision": hello.precision, "fixed": hello.fixed}
     return pack({"samples": samples, **about}, {})

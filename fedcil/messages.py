@@ -79,7 +79,7 @@ UNEXPECTED = "client"
 """Stage of a failure that nobody foresaw: an exception out of the method, the model or the data."""
 BORDER = "border"
 """Stage of a failure whose answer came, and was refused."""
-MOST_WORDS = 500
+MOST_CHARACTERS = 500
 """Characters of a failure's reason, in a message as in the record."""
 
 

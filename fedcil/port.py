@@ -49,10 +49,12 @@ class StopSignal:
     problem: list[FedcilError] = field(default_factory=list)
 
     def set(self, exit_code: int) -> None:
+        """Ask for the end; the command ends with the first code that was given."""
         self.exit_code.append(exit_code)
         self.event.set()
 
     def fail(self, problem: FedcilError) -> None:
+        """End with this error instead."""
         self.problem.append(problem)
 
     @property

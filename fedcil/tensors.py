@@ -33,6 +33,7 @@ def content_hash(tensors: Tensors) -> str:
 
 
 def count_bytes(tensors: Tensors) -> int:
+    """In memory, and on the wire but for names."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

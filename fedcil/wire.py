@@ -20,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fedcil.errors import MessageRefused, printable
-from fedcil.messages import MOST_WORDS, Answer, Broadcast, Failure, Payload, Report
+from fedcil.messages import MOST_CHARACTERS, Answer, Broadcast, Failure, Payload, Report
 from fedcil.robust import admissible
 from fedcil.rule import PLAIN, Rule
 from fedcil.tensor_files import tensor_bytes
@@ -39,10 +39,12 @@ Spec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def spec_of(tensors: Tensors) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The form of these tensors."""
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def pack(header: Mapping[str, Any], tensors: Tensors) -> bytes:
+    """A packet. ValueError for a header that is no JSON."""
     head = json.dumps(header, allow_nan=False).encode()
     body = PREFIX.pack(MAGIC, len(head)) + head + tensor_bytes(tensors)
     return body + _digest(body)
@@ -173,7 +175,7 @@ def _failure(client: int, value: Any) -> Failure:
     stage, reason = value.get("stage"), value.get("reason")
     if not (isinstance(stage, str) and isinstance(reason, str)):
         raise MessageRefused("a failure without stage and reason")
-    return Failure(client, printable(stage[:100]), printable(reason[:MOST_WORDS])[:MOST_WORDS])
+    return Failure(client, printable(stage[:100]), printable(reason[:MOST_CHARACTERS])[:MOST_CHARACTERS])
 
 
 def _report(client: int, value: Any, tensors: Tensors, expected: Expected) -> Report:

@@ -27,7 +27,7 @@ from pathlib import Path
 import joblib
 
 from fedcil import load
-from fedcil.record.compare import compare
+from fedcil.record.compare import grouped
 
 LONG_FEDLWF = "training.rounds=100"  # FedLwF with the CPU time of MFCL
 
@@ -126,7 +126,7 @@ def print_table(group: str, output: Path) -> None:
         mine = [run for run in runs if run.scenario.name == name]
         if not mine:
             continue
-        rows, *others = compare(mine)
+        rows, *others = grouped(mine)
         if others:
             print(f"| {name} | runs with other settings or data lie in {output}, too: give another --output |")
             continue

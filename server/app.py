@@ -74,6 +74,7 @@ def enter(path: Path, experiment: Experiment) -> tuple[RunFolder, RunState]:
 
 
 def serve(grid: Grid, experiment: Experiment, folder: RunFolder, state: RunState, min_clients: int) -> None:
+    """Take the run in ``folder`` from ``state`` to its end, over nodes that serve ``min_clients`` (0: all) at first."""
     keep_freed_memory()
     try:
         port = GridPort(grid, experiment, folder.path.name, StopSignal(), state.nodes, min_clients)

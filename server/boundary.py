@@ -64,6 +64,7 @@ def refuse_unrecordable(log: Mapping[str, Any], line: Mapping[str, Any]) -> None
 
 
 def refuse_diverged(state: ServerState, before: ServerState, task: Task) -> None:
+    """RunFailed for tensors that are not finite."""
     broken = not_finite(state, before)
     if broken:
         raise RunFailed(

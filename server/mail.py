@@ -1,4 +1,4 @@
-"""What nodes have sent, fetched from Flower's Grid."""
+"""Messages to and from nodes over Flower's Grid, whose own troubles must not end a run."""
 
 from __future__ import annotations
 

@@ -60,6 +60,7 @@ def at_boundary(experiment: Experiment, state: ServerState, task: Task, progress
 
 
 def failed(function: str, what: str) -> RunFailed:
+    """The error for a method's ``function`` that did not keep to its contract."""
     return RunFailed(
         f"the method's {function} {what}",
         where="method",

@@ -60,6 +60,7 @@ def refuse_broken_method(outcome: Outcome, asked: int) -> None:
 
 
 def too_few(rounds: int, task: Task, quorum: float, outcome: Outcome) -> TooFewClients:
+    """The error after so many ``rounds`` in a row; ``outcome``: the last one's, which says why."""
     reasons = Counter(f"{failure.stage}: {failure.reason}" for failure in outcome.failures).most_common(1)
     return TooFewClients(
         f"{rounds} rounds in a row without enough clients" + "".join(f" ({reason})" for reason, _ in reasons),

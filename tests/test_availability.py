@@ -20,7 +20,7 @@ from fedcil.cli.run_folders import unfinished
 from fedcil.errors import InputError, NotResumable
 from fedcil.experiment import open_experiment
 from fedcil.keys import Key
-from fedcil.record.compare import compare
+from fedcil.record.compare import grouped
 from fedcil.record.identity import run_identity, worker_identity
 from fedcil.scenario_file import load_scenario
 from fedcil.tables import AvailabilitySection
@@ -306,7 +306,7 @@ def test_what_is_in_a_trace_is_part_of_the_run_and_where_it_lies_is_not(
     with pytest.raises(NotResumable, match=r"availability\.file was"):
         fedcil.resume(whole.path, overrides=follow(moved), figures=False)
     other = fedcil.run(TINY, overrides=follow(trace), output=tmp_path / "other", figures=False)
-    assert len(compare([whole, other])) == 2
+    assert len(grouped([whole, other])) == 2
 
 
 def test_workers_need_no_trace(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedcil.cli.runs import print_table
 from fedcil.errors import InputError
-from fedcil.record.compare import Group, compare, differences, to_json, to_table
+from fedcil.record.compare import Group, differences, grouped, to_json, to_table
 from fedcil.record.run import Run
 
 SUMMARY = {
@@ -52,7 +52,7 @@ def printed(groups: list[Group], width: int = 80) -> str:
 def test_seeds_become_mean_and_sample_deviation(tmp_path: Path) -> None:
     """0.4, 0.5, 0.9: mean 0.6; squares 0.04 + 0.01 + 0.09 = 0.14, by n - 1 = 2 it is 0.07."""
     runs = [scored(tmp_path / str(i), i, value) for i, value in enumerate((0.4, 0.5, 0.9))]
-    (group,) = compare(runs)
+    (group,) = grouped(runs)
     assert group.seeds == [0, 1, 2]
     assert group.mean["final_accuracy"] == pytest.approx(0.6)
     assert group.std is not None
@@ -61,14 +61,14 @@ def test_seeds_become_mean_and_sample_deviation(tmp_path: Path) -> None:
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
-    (group,) = compare([make_run(tmp_path / "a")])
+    (group,) = grouped([make_run(tmp_path / "a")])
     assert group.std is None
     assert to_json([group])[0]["std"] is None
 
 
 def test_forgetting_of_one_task_is_null(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(seed), seed=seed, summary={"forgetting": None}) for seed in (0, 1)]
-    (element,) = to_json(compare(runs))
+    (element,) = to_json(grouped(runs))
     assert element["forgetting"] is None
     assert element["mean"]["forgetting"] is None
     assert element["std"]["forgetting"] is None
@@ -78,7 +78,7 @@ def test_forgetting_of_one_task_is_null(tmp_path: Path) -> None:
 def test_engine_and_checkpoints_do_not_make_a_group(tmp_path: Path) -> None:
     one = make_run(tmp_path / "a", '[engine]\nname = "inline"\n')
     two = make_run(tmp_path / "b", '[engine]\nname = "ray"\n[server]\ncheckpoint_every = 5\n', seed=1)
-    groups = compare([one, two])
+    groups = grouped([one, two])
     assert len(groups) == 1
     assert differences(groups) == ["seconds are from several engines (inline, ray): do not compare them"]
 
@@ -86,7 +86,7 @@ def test_engine_and_checkpoints_do_not_make_a_group(tmp_path: Path) -> None:
 def test_runs_of_one_seed_count_as_one(tmp_path: Path) -> None:
     """Seed 0 twice (0.2, 0.4 -> 0.3) and seed 1 (0.5): mean 0.4, deviation sqrt(0.02)."""
     runs = [scored(tmp_path / f"{i}", seed, value) for i, (seed, value) in enumerate([(0, 0.2), (0, 0.4), (1, 0.5)])]
-    (group,) = compare(runs)
+    (group,) = grouped(runs)
     assert group.seeds == [0, 1]
     assert group.mean["final_accuracy"] == pytest.approx(0.4)
     assert group.std is not None
@@ -96,7 +96,7 @@ def test_runs_of_one_seed_count_as_one(tmp_path: Path) -> None:
 
 def test_a_folder_given_twice_is_one_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
-    (group,) = compare([run, Run(tmp_path / "." / "a")])
+    (group,) = grouped([run, Run(tmp_path / "." / "a")])
     assert len(group.runs) == 1
 
 
@@ -108,7 +108,7 @@ def test_groups_keep_the_order_and_are_told_apart(tmp_path: Path) -> None:
         make_run(tmp_path / "c", mfcl.format("20.0")),
         make_run(tmp_path / "d", mfcl.format("5.0"), seed=1),
     ]
-    groups = compare(runs)
+    groups = grouped(runs)
     assert [group.label for group in groups] == ["trial (method.w_ie=5)", "other", "trial (method.w_ie=20)"]
     assert [group.method for group in groups] == ["mfcl", "fedavg", "mfcl"]
     assert [run.path.name for run in groups[0].runs] == ["a", "d"]
@@ -116,28 +116,28 @@ def test_groups_keep_the_order_and_are_told_apart(tmp_path: Path) -> None:
 
 def test_labels_stay_short_and_different(tmp_path: Path) -> None:
     many = "[training]\nrounds = {0}\nepochs = {0}\nlr = {0}.0\nbatch_size = {0}\n"
-    groups = compare([make_run(tmp_path / str(n), many.format(n)) for n in (2, 3)])
+    groups = grouped([make_run(tmp_path / str(n), many.format(n)) for n in (2, 3)])
     assert [group.label for group in groups] == ["trial (training.rounds=2, ...)", "trial (training.rounds=3, ...)"]
 
 
 def test_differences_besides_the_method_are_named(tmp_path: Path) -> None:
     one = make_run(tmp_path / "a", "[training]\nrounds = 3\n")
     two = make_run(tmp_path / "b", '[method]\nname = "mfcl"\npreset = "small"\n', name="mine")
-    assert differences(compare([one, two])) == ["training.rounds differs: 3 in trial; 10 in mine"]
+    assert differences(grouped([one, two])) == ["training.rounds differs: 3 in trial; 10 in mine"]
 
 
 def test_an_unfinished_run_is_refused_by_name(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     (tmp_path / "a" / "summary.json").unlink()
     with pytest.raises(InputError) as error:
-        compare([run])
+        grouped([run])
     assert error.value.where == str(run.path)
     assert "fedcil resume" in error.value.next
 
 
 def test_json_has_the_names_of_a_summary(tmp_path: Path) -> None:
     runs = [scored(tmp_path / str(seed), seed, 0.2 + 0.2 * seed) for seed in (0, 1)]
-    (element,) = json.loads(json.dumps(to_json(compare(runs)), allow_nan=False))
+    (element,) = json.loads(json.dumps(to_json(grouped(runs)), allow_nan=False))
     assert element["runs"][1] == {
         "run_dir": str(tmp_path / "1"), "name": "trial", "method": "fedavg", "seed": 1, **SUMMARY, "final_accuracy": 0.4
     }  # fmt: skip
@@ -148,14 +148,14 @@ def test_json_has_the_names_of_a_summary(tmp_path: Path) -> None:
 
 
 def test_a_single_run_keeps_its_folder_and_seed(tmp_path: Path) -> None:
-    (element,) = to_json(compare([make_run(tmp_path / "a", seed=4)]))
+    (element,) = to_json(grouped([make_run(tmp_path / "a", seed=4)]))
     assert (element["run_dir"], element["seed"]) == (str(tmp_path / "a"), 4)
 
 
 def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
     """Mean 0.5 and deviation 0.1414 of 0.4 and 0.6, in percent; nothing is cut off at 80 columns."""
     runs = [scored(tmp_path / str(seed), seed, 0.4 + 0.2 * seed) for seed in (0, 1)]
-    text = printed(compare(runs))
+    text = printed(grouped(runs))
     for expected in ("trial", "fedavg", "0,1", "50.0 ± 0.0", "50.0 ± 14.1", "30.0 ± 0.0", "1.0", "2.0", "10"):
         assert expected in text
     assert "…" not in text
@@ -164,7 +164,7 @@ def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
 def test_a_label_is_no_markup(tmp_path: Path) -> None:
     """A list in a label has square brackets, which rich would swallow."""
     runs = [make_run(tmp_path / f"{a}", f"[stream]\ntasks = 2\nsizes = [{a}, {b}]\n") for a, b in ((4, 6), (5, 5))]
-    assert "[4, 6]" in printed(compare(runs), width=120)
+    assert "[4, 6]" in printed(grouped(runs), width=120)
 
 
 def on_data(run: Run, digest: str) -> Run:
@@ -174,34 +174,34 @@ def on_data(run: Run, digest: str) -> Run:
 
 def test_runs_of_one_seed_on_other_data_are_named(tmp_path: Path) -> None:
     runs = [on_data(scored(tmp_path / name, 0, 0.5), name * 32) for name in "ab"]
-    assert differences(compare(runs)) == ["trial: 2 runs with seed 0 count as one, although their data differ"]
+    assert differences(grouped(runs)) == ["trial: 2 runs with seed 0 count as one, although their data differ"]
 
 
 def test_options_that_differ_within_one_method_are_named(tmp_path: Path) -> None:
     mfcl = '[method]\nname = "mfcl"\npreset = "small"\nw_ie = {}\n'
     runs = [make_run(tmp_path / name, mfcl.format(w), name=name) for name, w in (("one", "5.0"), ("two", "20.0"))]
-    assert differences(compare(runs)) == ["method.w_ie differs: 5 in one; 20 in two"]
+    assert differences(grouped(runs)) == ["method.w_ie differs: 5 in one; 20 in two"]
 
 
 def test_a_run_with_rounds_that_changed_nothing_is_said(tmp_path: Path) -> None:
     half = make_run(tmp_path / "half", summary={"rounds": 4, "short_rounds": 2})
-    assert f"{half.path}: 2 of 4 rounds changed nothing" in differences(compare([half]))
+    assert f"{half.path}: 2 of 4 rounds changed nothing" in differences(grouped([half]))
 
 
 def test_runs_by_other_code_of_fedcil_are_said(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
     for run, program in zip(runs, "ab", strict=True):
         (run.path / "environment.json").write_text(json.dumps({"program": program}))
-    assert any("not all are by the same code of fedcil" in note for note in differences(compare(runs)))
+    assert any("not all are by the same code of fedcil" in note for note in differences(grouped(runs)))
 
 
 @pytest.mark.parametrize(("data", "said"), [("", 1), ("[data]\nsamples_per_class = 9\n", 0)])
 def test_seeds_on_other_data_are_said(data: str, said: int, tmp_path: Path) -> None:
     """As under two data roots; but where the seed draws the samples, they are others by design."""
     runs = [on_data(scored(tmp_path / digest, seed, 0.5, data), digest) for seed, digest in enumerate("ab")]
-    notes = differences(compare(runs))
+    notes = differences(grouped(runs))
     assert sum("its seeds are on different data" in note for note in notes) == said
-    assert not differences(compare(runs[:1]))
+    assert not differences(grouped(runs[:1]))
 
 
 def test_no_digit_is_cut_off(
@@ -212,7 +212,7 @@ def test_no_digit_is_cut_off(
     runs = [make_run(tmp_path / str(seed), name="cifar100_mfcl", seed=seed, summary=large) for seed in range(3)]
     for columns in ("80", "40", "0"):
         monkeypatch.setenv("COLUMNS", columns)
-        print_table(compare(runs))
+        print_table(grouped(runs))
         rows = [line.split()[-3:] for line in capsys.readouterr().out.splitlines()]
         assert ["448771.2", "653771.2", "34123"] in rows
 
@@ -220,7 +220,7 @@ def test_no_digit_is_cut_off(
 def test_namesakes_have_numbers_in_the_table_and_the_notes(tmp_path: Path) -> None:
     """A note does not repeat all that tells them apart."""
     texts = [f"[training]\nrounds = {rounds}\nepochs = {epochs}\n" for rounds, epochs in ((3, 1), (4, 2), (4, 3))]
-    groups = compare([make_run(tmp_path / str(place), text) for place, text in enumerate(texts)])
+    groups = grouped([make_run(tmp_path / str(place), text) for place, text in enumerate(texts)])
     assert differences(groups) == [
         "training.rounds differs: 3 in trial #1; 4 in trial #2, trial #3",
         "training.epochs differs: 1 in trial #1; 2 in trial #2; 3 in trial #3",

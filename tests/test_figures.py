@@ -19,7 +19,7 @@ from PIL import Image
 from fedcil.errors import InputError
 from fedcil.partition import TaskPartition, save_partition
 from fedcil.record import drawing, figures
-from fedcil.record.compare import compare
+from fedcil.record.compare import grouped
 from fedcil.record.comparison_figure import compare_figure
 from fedcil.record.run import Run
 
@@ -184,7 +184,7 @@ def test_compared_seeds_have_a_band(tmp_path: Path) -> None:
     """Seeds 0.8 and 0.6 after task 1: mean 0.7, sample deviation sqrt(0.02) = 0.1414."""
     ends = [{"kind": "task", "task": 0, "accuracy": [value], "test_images": [10]} for value in (0.8, 0.6)]
     runs = [make_run(tmp_path / f"{seed}", [end], seed) for seed, end in enumerate(ends)]
-    axes = axes_of(compare_figure(compare(runs)))[0]
+    axes = axes_of(compare_figure(grouped(runs)))[0]
     assert axes.get_lines()[0].get_ydata().tolist() == pytest.approx([70.0])
     heights = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == pytest.approx((70 - 14.142, 70 + 14.142), abs=1e-3)
@@ -196,7 +196,7 @@ def test_comparison_of_many_groups(tmp_path: Path) -> None:
         for n in range(1, 10)
         for seed in (0, 1)
     ]
-    figure = compare_figure(compare(runs))
+    figure = compare_figure(grouped(runs))
     bars = axes_of(figure)[1].patches
     assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == 9
     drawing.save_png(figure, tmp_path / "new" / "all.png")
@@ -208,7 +208,7 @@ def test_comparison_of_many_groups(tmp_path: Path) -> None:
 def test_a_single_task_has_no_forgetting_bar(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make_lines(1, 1))
     (run.path / "summary.json").write_text(json.dumps(SUMMARY | {"forgetting": None}))
-    assert len(axes_of(compare_figure(compare([run])))[1].patches) == 2
+    assert len(axes_of(compare_figure(grouped([run])))[1].patches) == 2
 
 
 def test_a_picture_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_however_many_groups_are_compared_their_names_leave_room_for_the_axes(tm
             make_run(tmp_path / f"{many}-{n}", make_lines(2, 1), head=f"[training]\nlr = 0.{n:02}\nlr_end = 0.001\n")
             for n in range(1, many + 1)
         ]
-        groups = [replace(group, label=f"{group.label} {'of a long name ' * 2}") for group in compare(runs)]
+        groups = [replace(group, label=f"{group.label} {'of a long name ' * 2}") for group in grouped(runs)]
         figure = compare_figure(groups)
         figure.canvas.draw()
         lines, bars = figure.axes

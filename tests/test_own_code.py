@@ -17,7 +17,7 @@ import fedcil
 from fedcil.cli.forecast import forecast
 from fedcil.errors import NotResumable, RunFailed, ScenarioError
 from fedcil.experiment import open_experiment
-from fedcil.record.compare import compare, differences
+from fedcil.record.compare import differences, grouped
 from fedcil.record.report import write_report
 from fedcil.scenario_file import load_scenario
 from fedcil.sources import program
@@ -222,7 +222,7 @@ def test_a_finished_run_of_other_code_is_not_taken_for_this_one(mine: Any, tmp_p
     assert "finished already" in command(folder, output, "--seeds", "0").stderr
     mine("Method(loss=lambda model, prepared, batch, draws: 0 * model(batch.images).sum())")
     assert "finished already" not in command(folder, output, "--seeds", "0").stderr
-    groups = compare([fedcil.load(path) for path in sorted(output.iterdir())])
+    groups = grouped([fedcil.load(path) for path in sorted(output.iterdir())])
     assert len(groups) == 2
     assert any(note.startswith("mine.py differs") for note in differences(groups))
 
@@ -240,7 +240,7 @@ def test_a_run_that_goes_on_with_other_code_says_so(mine: Any, tmp_path: Path) -
         assert "finished already" not in command(folder, output, "--seeds", "0").stderr  # it is by neither of the two
     mixed, *pure = (fedcil.load(path) for path in sorted(output.iterdir()))
     assert mixed.own_code["mine"] == "+".join(other.own_code["mine"] for other in pure)
-    assert len(compare([mixed, *pure])) == 3
+    assert len(grouped([mixed, *pure])) == 3
 
 
 def test_a_run_can_be_read_where_its_method_is_not(mine: Any, tmp_path: Path) -> None:
@@ -249,9 +249,9 @@ def test_a_run_can_be_read_where_its_method_is_not(mine: Any, tmp_path: Path) ->
     assert command(folder, output).returncode == 0
     (run,) = output.iterdir()
     own = folder / "mine.py"
-    there, _ = compare([fedcil.load(run)]), own.rename(tmp_path / "elsewhere.py")
+    there, _ = grouped([fedcil.load(run)]), own.rename(tmp_path / "elsewhere.py")
     sys.modules.pop("mine")
-    (away,) = compare([fedcil.load(run)])
+    (away,) = grouped([fedcil.load(run)])
     assert (away.label, away.mean) == (there[0].label, there[0].mean)
     assert fedcil.load(run).scenario.method.name == "mine:Mine"
     assert write_report(fedcil.load(run)).is_file()

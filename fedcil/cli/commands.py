@@ -132,14 +132,13 @@ def compare(
     json: Json = False,
 ) -> None:
     """A table of runs; seeds of one scenario become mean and sample deviation."""
-    from fedcil.record.compare import compare as group
-    from fedcil.record.compare import differences, to_json
+    from fedcil.record.compare import differences, grouped, to_json
     from fedcil.record.run import open_run
 
     _check_picture(figure)
     with to_stderr():
         opened = _finished([open_run(path) for path in _run_folders(runs)])
-        groups = group(opened)
+        groups = grouped(opened)
     if json:
         print(jsonlib.dumps(to_json(groups)))
     else:
@@ -252,11 +251,11 @@ def _check_picture(path: Path | None) -> None:
 
 
 def _draw_comparison(runs: Sequence[Run], path: Path) -> None:
-    from fedcil.record.compare import compare as group
+    from fedcil.record.compare import grouped
     from fedcil.record.comparison_figure import compare_figure
     from fedcil.record.drawing import save_png
 
-    save_png(compare_figure(group(runs)), path)
+    save_png(compare_figure(grouped(runs)), path)
     print(f"comparison: {path}", file=sys.stderr)
 
 

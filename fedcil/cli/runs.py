@@ -156,8 +156,7 @@ def print_runs(done: Sequence[Run], *, json: bool) -> None:
     """One object for one run, a list for several; a table for people. RunFailed, or where it is JSON the exit code of
     that, if the numbers of a run are none.
     """
-    from fedcil.record.compare import compare as group
-    from fedcil.record.compare import run_entry
+    from fedcil.record.compare import grouped, run_entry
 
     for run in done:
         _warn_of_failures(run)
@@ -169,7 +168,7 @@ def print_runs(done: Sequence[Run], *, json: bool) -> None:
             print(f"error: {untrained(idle)}", file=sys.stderr)
             sys.exit(untrained(idle).exit_code)
         return
-    print_table(group(done))
+    print_table(grouped(done))
     for run in done:
         print(f"run folder: {run.path}")
         if (run.path / "figures").is_dir():

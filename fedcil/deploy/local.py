@@ -63,6 +63,7 @@ def deploy_local(
 
 
 def start_servers(topology: Topology, keeper: Keeper) -> None:
+    """SuperLink and server app, each kept running."""
     pki, logs = topology.pki, topology.logs
     environment = flower_environment(topology.folder / "flower")
     link = superlink(pki, LOOPBACK, topology.port, topology.folder / "superlink.db")
@@ -71,6 +72,7 @@ def start_servers(topology: Topology, keeper: Keeper) -> None:
 
 
 def start_node(topology: Topology, keeper: Keeper, slot: int, share: str) -> None:
+    """The node with the key of ``slot``; ``share`` is what it serves (``Node``)."""
     node = Node(slot, topology.folder / "nodes" / f"{slot:04d}", share)
     for role in node.roles(topology.pki, topology.address, free_port(), topology.logs):
         keeper.start(role)

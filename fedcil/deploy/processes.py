@@ -167,6 +167,7 @@ class Keeper:
         self.tend()
 
     def tend(self) -> None:
+        """To be called often: start again what has ended and has paused long enough."""
         for child in self.children.values():
             if child.process is not None and child.process.poll() is not None:
                 self._note_end(child)

@@ -36,6 +36,7 @@ class Costs:
         return any(job.client in self._late or job.client in self._deadly for job in jobs)
 
     def learn(self, reports: Iterable[Report]) -> None:
+        """What these clients took. Who answers is neither late nor deadly any more."""
         for report in reports:
             self._total += report.seconds - self._seconds.get(report.client, 0.0)
             self._seconds[report.client] = report.seconds

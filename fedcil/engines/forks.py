@@ -21,7 +21,7 @@ from fedcil.engines.fork_messages import Asking
 from fedcil.engines.loaded_files import LoadedFiles
 from fedcil.engines.signals import kept_from_children
 from fedcil.messages import Reply, Request
-from fedcil.record.identity import differences, worker_identity
+from fedcil.record.identity import unlike, worker_identity
 
 LOOK_S = 0.2  # how long to wait before looking at the stop signal again
 END_S = 5.0  # how long the program may take to end
@@ -101,7 +101,7 @@ class Forks:
             return str(hello["problem"])
         if changed := self._loaded.changed():
             return f"{changed} has changed since the run began"
-        return differences(hello["identity"], self._identity)
+        return unlike(hello["identity"], self._identity)
 
     def close(self) -> None:
         for channel in self._channels:

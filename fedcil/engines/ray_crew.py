@@ -25,7 +25,7 @@ from fedcil.engines.workers import CpuSeconds, WorkerShare
 from fedcil.errors import RunFailed
 from fedcil.experiment import open_experiment
 from fedcil.messages import Broadcast, Job, Payload, Request
-from fedcil.record.identity import Identity, differences, worker_identity
+from fedcil.record.identity import Identity, unlike, worker_identity
 from fedcil.rule import Rule
 from fedcil.scenario import Scenario
 
@@ -102,7 +102,7 @@ class Crew:
         self._no_use = node_names()
 
     def refuse_stranger(self, there: Identity) -> None:
-        differing = differences(there, self.identity)
+        differing = unlike(there, self.identity)
         if differing:
             raise RunFailed(
                 f"a Ray worker differs: {differing}",

@@ -1,4 +1,4 @@
-"""How many clients train side by side, and on what."""
+"""How many clients train side by side, and on what; what that costs a process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Data-free training of a generator from a frozen classifier (MFCL, arXiv 2311.07784; the losses are ABD's).
 
-Four terms: label confidence, information entropy of the mean prediction, batch-norm statistics, and an
-image prior. The classifier is in eval mode throughout; nothing in it changes.
+Five terms: label confidence, information entropy of the mean prediction, batch-norm statistics, an image prior, and
+the size of the features. The classifier is in eval mode throughout; nothing in it changes.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ class Generator(nn.Module):
         drop_counters(self)
 
     def forward(self, latents: Tensor) -> Tensor:
+        """(n, latent) -> images (n, channels, size, size) in the type of the latents, normalised channel by channel."""
         with torch.autocast(latents.device.type, self.precision, enabled=self.precision is not None):
             x = self.project(latents).view(-1, self.width, self.start, self.start)
             # Channels last, in words that torch.func.vmap knows (several clients as one model in scenarios/benchmarks).

@@ -33,6 +33,7 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, h, w) -> (n, width, h / stride, w / stride)."""
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         if self.picked > 1:
             x = x[:, :, :: self.picked, :: self.picked]

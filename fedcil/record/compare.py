@@ -56,7 +56,7 @@ class Group:
         return list(by_seed(self.runs))
 
 
-def compare(runs: Sequence[Run]) -> list[Group]:
+def grouped(runs: Sequence[Run]) -> list[Group]:
     """Group runs by their scenario, in the order in which scenarios first appear.
 
     Raises InputError for a run that is not finished.

@@ -193,6 +193,7 @@ def on_disk(path: Path) -> Iterator[None]:
 
 
 def has_checkpoint(path: Path) -> bool:
+    """Whether a run can go on in this folder."""
     with contextlib.suppress(OSError):  # a disk that cannot be read has none to offer
         return any((path / "checkpoints").glob("state-*.json"))
     return False

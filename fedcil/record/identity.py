@@ -68,7 +68,7 @@ def worker_identity(experiment: Experiment) -> Identity:
     return plain
 
 
-def differences(there: Identity, here: Identity) -> str:
+def unlike(there: Identity, here: Identity) -> str:
     """In words; empty if there are none."""
     differing = [name for name in here if there.get(name) != here[name]]
     return "; ".join(f"{name} is {there.get(name)} there, {here[name]} here" for name in differing)

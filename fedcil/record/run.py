@@ -62,6 +62,7 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
+        """The field's metrics and what the run cost; empty until it is finished. InputError if it is damaged."""
         path = self.path / "summary.json"
         anew = f"delete it; `fedcil resume {self.path}` writes it anew"
         return _read_table_if_there(path, anew, {"rounds": int})

@@ -71,6 +71,7 @@ def _simulated(run: Run) -> float | None:
 
 
 def summary_csv(summary: dict[str, Any]) -> str:
+    """Two rows: names and values; empty for None."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(summary)
@@ -84,5 +85,5 @@ def matrix_csv(matrix: Matrix) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["after_task", *(f"task_{j + 1}" for j in range(matrix.shape[1]))])
     for t, row in enumerate(matrix):
-        writer.writerow([t + 1, *("" if value != value else value for value in row)])  # noqa: PLR0124
+        writer.writerow([t + 1, *("" if math.isnan(value) else value for value in row)])
     return out.getvalue()

@@ -18,6 +18,7 @@ class Tail:
         self._offset = path.stat().st_size if path.exists() else 0
 
     def read(self) -> Iterator[dict[str, Any]]:
+        """Those that have come since it was read last."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
