@@ -242,7 +242,7 @@ def test_a_worker_holds_no_more_than_it_asks_for(method: str, lanes: int, model:
     with a_card() as card:
         experiment = open_experiment(load_scenario(TINY, words))
         asked = gpu.worker_bytes(experiment, gpu.measured_peak(experiment)) - gpu.CONTEXT_BYTES
-        state = cross(experiment.first_state().server, experiment.stream.tasks[0], experiment, lambda *_: None).state
+        state, _ = cross(experiment.first_state().server, experiment.stream.tasks[0], experiment, lambda *_: None)
         payload = state.payload and Payload(moved(state.payload.tensors, CPU), state.payload.hash)
         broadcast = Broadcast(task=1, phase=0, round=0, tensors=moved(state.model, CPU), payload=payload)
         del state
