@@ -603,6 +603,14 @@ def test_each_setting_of_the_generator_changes_it(small: Any, name: str, value: 
     assert content_hash(generator_of(one)) != content_hash(generator_of(other))
 
 
+def test_settings_weigh_the_terms_that_they_name() -> None:
+    asked = {"w_label": 0.1, "w_ie": 0.2, "w_bn": 0.3, "w_prior": 0.4, "w_act": 0.5, "temperature": 7.0}
+    assert MFCL(**{**BASE, **asked, "entropy": "plain"}).loss_weights() == inversion.Weights(
+        label=0.1, entropy=0.2, norm=0.3, prior=0.4, activation=0.5, temperature=7.0, normalised_entropy=False
+    )
+    assert MFCL(**{**BASE, "entropy": "normalised"}).loss_weights().normalised_entropy
+
+
 def test_memory_goes_through_a_boundary(small: Any) -> None:
     assert cross(small).state.memory == {"kept": torch.ones(1)}
 

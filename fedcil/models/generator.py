@@ -33,7 +33,7 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         ups = default_upsamplings(size) if upsamplings is None else upsamplings
-        if ups < 0 or size % (1 << ups):
+        if size % (1 << ups):
             raise ValueError(f"{ups} up-samplings do not lead to {size} pixels")
         self.latent, self.width, self.start = latent, width, size >> ups
         self.precision = precision
