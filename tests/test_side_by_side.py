@@ -24,13 +24,13 @@ TINY = str(Path(__file__).with_name("tiny.toml"))
 WORDS = ("run", TINY, "--no-figures")
 LONG = ("--set=training.rounds=2000", "--set=server.checkpoint_every=1999")
 
-# Data that say how many cores the process that opens them may use.
+# Data that say how many cores the process that opens them may use, and where it looks.
 OWN = """
 import joblib, numpy as np
 from fedcil.data import Dataset, Split, digest_of
 
 def load(section, root):
-    print("cores:", joblib.cpu_count())
+    print("cores:", joblib.cpu_count(), root.name)
     split = Split(np.zeros((40, 8, 8, 1), np.uint8), np.arange(40) % 4)
     return Dataset(name="own", train=split, test=split, mean=(0.5,), std=(0.5,), class_names=tuple("abcd"),
                    digest=digest_of(split, split))
@@ -53,13 +53,16 @@ def test_the_same_metrics_as_one_after_another(tmp_path: Path) -> None:
     assert [each["seed"] for each in two] == [each["seed"] for each in one] == [2, 0, 1]
     assert [each["final_accuracy"] for each in two] == [each["final_accuracy"] for each in one]
     assert said["2"].stderr == ""
+    assert not list(tmp_path.glob("*/runs/*/figures"))
 
 
-def test_each_has_its_share_of_the_cores_and_says_which_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_has_its_share_of_the_cores_and_the_data_and_says_which_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     (tmp_path / "own.py").write_text(OWN)
-    done = call(*WORDS, "--set=data={name='own:load'}", "--seeds=0,1", "--jobs=2", cwd=tmp_path)
-    assert done.stderr.count("cores: 1\n") >= 2
+    done = call(*WORDS, "--set=data={name='own:load'}", "--data-root=here", "--seeds=0,1", "--jobs=2", cwd=tmp_path)
+    assert done.stderr.count("cores: 1 here\n") >= 2
     for seed in (0, 1):
         assert f"tiny seed {seed}: task 2 done" in done.stderr
 
