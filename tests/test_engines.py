@@ -331,6 +331,18 @@ def test_a_flower_simulation_leaves_the_environment_as_it_was(
     assert dict(os.environ) == outside
 
 
+def test_a_flower_simulation_that_never_calls_the_run_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedcil.engines import flower
+
+    monkeypatch.setattr(flower, "cluster", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(flower.flwr.simulation, "run_simulation", lambda *_, **__: None)
+    setting = Setting(open_experiment(load_scenario("digits_fedavg")), None, tmp_path / "states", StopSignal())
+    with pytest.raises(RunFailed, match="ended without the run"):
+        flower.serve(setting, lambda _: None)
+
+
 def kill_a_worker(process: subprocess.Popen[bytes], output: Path) -> None:
     """A Ray actor of this run, as soon as a round is recorded."""
     for _ in range(1800):

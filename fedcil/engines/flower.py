@@ -23,6 +23,7 @@ from fedcil.data.places import ROOT_VARIABLE
 from fedcil.engines import Setting, ray_head
 from fedcil.engines.ray_cluster import cluster, share_of_worker
 from fedcil.engines.workers import worker_count
+from fedcil.errors import RunFailed
 from fedcil.port import Port
 from server.grid import GridPort
 
@@ -33,15 +34,16 @@ MOST_NODES = 100  # more clients than this share nodes
 def serve(setting: Setting, loop: Callable[[Port], None]) -> None:
     scenario = setting.experiment.scenario
     nodes = min(scenario.clients.count, MOST_NODES)
-    problems: list[BaseException] = []
+    ended: list[BaseException | None] = []
     over = threading.Event()
     last = threading.Thread(target=end_clients, args=(over,), name="last clients", daemon=True)
 
     def main(grid: Grid, _: Context) -> None:
         try:
             loop(GridPort(grid, setting.experiment, setting.states.parent.name, setting.stop))
+            ended.append(None)
         except BaseException as problem:  # Flower would wrap it
-            problems.append(problem)
+            ended.append(problem)
         finally:
             last.start()
 
@@ -66,8 +68,10 @@ def serve(setting: Setting, loop: Callable[[Port], None]) -> None:
             raise
         finally:
             over.set()
-    if problems:
-        raise problems[0]
+    if not ended:
+        raise RunFailed("Flower's simulation has ended without the run", where="engine", next="`fedcil resume RUN`")
+    if ended[0]:
+        raise ended[0]
 
 
 def end_clients(over: threading.Event) -> None:
