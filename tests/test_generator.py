@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -49,9 +50,10 @@ def test_generators_have_the_authors_buffers_but_counters(size: int, width: int,
 
 
 @pytest.mark.parametrize(
-    ("size", "ups", "start"), [(28, 2, 7), (32, 2, 8), (64, 3, 8), (96, 4, 6), (224, 5, 7), (8, 2, 2)]
+    ("size", "ups", "start"), [(28, 2, 7), (32, 2, 8), (64, 3, 8), (96, 4, 6), (224, 5, 7), (8, 2, 2), (100, 2, 25)]
 )
 def test_images_start_small_and_are_doubled(size: int, ups: int, start: int) -> None:
+    """Or at what halving leads to: a quarter of 100 is odd."""
     assert default_upsamplings(size) == ups
     assert on_meta(size, 2, 4).start == start == size / 2**ups
 
@@ -158,3 +160,13 @@ def test_in_bf16_images_are_float32(small: Any) -> None:
     assert not torch.equal(narrow, wide)
     torch.testing.assert_close(narrow, wide, rtol=0.1, atol=0.1)
     assert {tensor.dtype for tensor in state_of(generator).values()} == {torch.float32}
+
+
+def test_in_bf16_bright_pixels_keep_their_differences() -> None:
+    """tanh(4) and tanh(5) are both 1 in bfloat16."""
+    generator = Generator(channels=2, size=8, latent=5, width=4, precision=torch.bfloat16).eval()
+    with torch.no_grad():
+        generator.tail.weight.zero_()
+        generator.tail.bias.copy_(torch.tensor([4.0, 5.0]))
+    four, five = generator(torch.zeros(1, 5))[0]
+    torch.testing.assert_close(five - four, torch.full((8, 8), math.tanh(5) - math.tanh(4)), rtol=1e-3, atol=0)

@@ -228,20 +228,21 @@ def test_what_is_watched_are_biased_statistics_of_a_layers_input(small: Any) -> 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("affine", [True, False])
-def test_the_fused_norm_has_the_gradients_of_its_formula(affine: bool) -> None:
-    """Against numerical differences: of the output, the mean and the variance of the input."""
+@pytest.mark.parametrize("shape", [(4, 3, 2, 2), (6, 3)])
+def test_the_fused_norm_has_the_gradients_of_its_formula(shape: tuple[int, ...], affine: bool) -> None:
+    """Against numerical differences: of the output, the mean and the variance of the input. An epsilon that shows."""
     draws = Key(3).at("norm").torch()
-    x = torch.randn(4, 3, 2, 2, generator=draws).requires_grad_()
+    x = torch.randn(shape, generator=draws).requires_grad_()
     running_mean, running_var = torch.randn(3, generator=draws), torch.rand(3, generator=draws) + 0.5
     weight, bias = (torch.randn(3, generator=draws), torch.randn(3, generator=draws)) if affine else (None, None)
 
     def norm(x: Tensor) -> Any:
-        return EvalNormWithStatistics.apply(x, running_mean, running_var, weight, bias, 1e-5)
+        return EvalNormWithStatistics.apply(x, running_mean, running_var, weight, bias, 0.5)
 
     assert torch.autograd.gradcheck(norm, (x,))
     output, mean, var = norm(x)
-    torch.testing.assert_close(output, F.batch_norm(x, running_mean, running_var, weight, bias))
-    torch.testing.assert_close((var, mean), torch.var_mean(x, (0, 2, 3), correction=0))
+    torch.testing.assert_close(output, F.batch_norm(x, running_mean, running_var, weight, bias, eps=0.5))
+    torch.testing.assert_close((var, mean), torch.var_mean(x, (0, *range(2, x.dim())), correction=0))
 
 
 def hooks(network: nn.Module) -> int:
@@ -294,6 +295,14 @@ def test_batch_norm_over_vectors_counts_like_any_other(small: Any) -> None:
     torch.testing.assert_close(statistics[0].mean, images.mean((0, 2, 3)))
 
 
+def test_watching_a_norm_does_not_change_what_it_gives() -> None:
+    """Nor where its epsilon is not PyTorch's."""
+    norm, x = nn.BatchNorm2d(3, eps=0.5).eval(), torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = norm(x)
+    with watch_norms(norm):
+        assert torch.equal(norm(x), expected)
+
+
 # --- image prior ------------------------------------------------------------------------------------------
 
 
@@ -335,6 +344,11 @@ def test_the_blur_has_the_authors_weights() -> None:
     assert picture[:2].eq(0).all()
 
 
+def test_the_prior_has_the_gradient_of_its_formula() -> None:
+    """Through the images and through their blurred copies; against numerical differences."""
+    assert torch.autograd.gradcheck(prior_loss, (normal(1, 2, 4, 4).requires_grad_(),))
+
+
 def test_constant_images_have_no_prior_loss() -> None:
     assert prior_loss(torch.full((2, 3, 8, 8), 2.5, dtype=torch.float64)).item() < 1e-28
 
@@ -345,7 +359,7 @@ def test_constant_images_have_no_prior_loss() -> None:
 @pytest.mark.usefixtures("float64")
 def test_the_generators_loss_is_the_weighted_sum(small: Any) -> None:
     """Written out once more with a forward pass by hand."""
-    network, images = small.frozen(4), small.images(6)
+    network, images = small.frozen(4), small.images(6).requires_grad_()
     x, kl = images, []
     for layer in network.backbone.layers:
         if isinstance(layer, nn.BatchNorm2d):
@@ -369,6 +383,8 @@ def test_the_generators_loss_is_the_weighted_sum(small: Any) -> None:
         assert terms[name].item() == pytest.approx(value.item(), rel=1e-10)
     weighted = sum(getattr(ALL, name) * terms[name].item() for name in expected)
     assert total.item() == pytest.approx(weighted, rel=1e-12)
+    by_hand = sum(getattr(ALL, name) * value for name, value in expected.items())
+    torch.testing.assert_close(torch.autograd.grad(total, images), torch.autograd.grad(by_hand, images))
 
 
 @pytest.mark.parametrize("off", ["label", "entropy", "norm", "prior", "activation"])
@@ -392,8 +408,18 @@ def test_without_the_norm_term_no_statistics_are_computed(small: Any, monkeypatc
     def broken(*arguments: object, **options: object) -> Tensor:
         raise AssertionError("statistics were computed")
 
-    monkeypatch.setattr(torch, "var_mean", broken)
+    monkeypatch.setattr(EvalNormWithStatistics, "apply", broken)
+    with pytest.raises(AssertionError, match="statistics"):
+        generator_loss(small.frozen(3), small.images(4), ALL)
     generator_loss(small.frozen(3), small.images(4), replace(ALL, norm=0.0))
+
+
+def test_the_activation_term_is_the_size_of_features_that_may_be_negative(small: Any) -> None:
+    network, images = Network(WithNorm1d(), 2), small.images(6)
+    freeze(network)
+    features = network.features(images)
+    assert features.min() < 0
+    torch.testing.assert_close(generator_loss(network, images, ALL)[1]["activation"], -features.abs().mean())
 
 
 def test_freezing_the_classifier_changes_no_gradient_of_the_images(small: Any) -> None:

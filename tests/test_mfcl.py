@@ -26,7 +26,7 @@ from fedcil.keys import Key
 from fedcil.methods import mfcl
 from fedcil.methods.base import Batch, Method, Samples
 from fedcil.methods.mfcl import MFCL, new_class_loss
-from fedcil.methods.replay import Replay, draw_pool
+from fedcil.methods.replay import BATCH, Replay, draw_pool
 from fedcil.models import Architecture
 from fedcil.models.network import Backbone, Network, grow_head, set_norm_updates, snapshot, state_of
 from fedcil.scenario_file import load_scenario
@@ -526,6 +526,25 @@ def test_a_pool_is_drawn_once_and_covers_its_places(small: Any) -> None:
     same = replay_of(small, options).pool
     assert same is not None
     assert torch.equal(same.images, replay.pool.images)
+
+
+@pytest.mark.parametrize("size", [1, BATCH, BATCH + 1])
+def test_a_pool_of_any_size_is_full(small: Any, size: int) -> None:
+    teacher = teacher_of(small)
+    pool = draw_pool(small.generator(), teacher, size, Key(0))
+    assert len(pool.images) == len(pool.past) == size
+    torch.testing.assert_close(pool.past[-1:], teacher(pool.images[-1:]))
+    assert len({content_hash({"x": image}) for image in pool.images}) == size
+
+
+def test_latents_of_a_pool_are_standard_normal_and_no_graph_is_kept(small: Any) -> None:
+    """The images of a generator that does nothing are its latents: 45,000 numbers, bounds as above."""
+    bare: Any = nn.Identity()
+    bare.latent = 100
+    pool = draw_pool(bare, small.linear(torch.ones(2, 100)), 450, Key(0))
+    assert pool.images.mean().abs() < 5 / math.sqrt(45_000)
+    assert (pool.images.var() - 1).abs() < 5 * math.sqrt(2 / 45_000)
+    assert not pool.past.requires_grad
 
 
 @pytest.mark.parametrize(
